@@ -1,0 +1,582 @@
+"""
+data.py -- what the model learns from: samples, manifests, a spoken corpus made on the spot, and batches.
+
+    manifest or embedded corpus -> Sample -> token ids + labels + waveform windows -> collated batch
+
+    python data.py                      # one sample as the model sees it; writes sample.wav
+    python data.py --lang en --index 3
+    python data.py --manifest a.jsonl   # the same for a row of your own data
+
+A manifest has one JSON object a line:
+    {"audio": "a.wav", "text": "..."}                              transcription
+    {"audio": "a.wav", "question": "...", "answer": "..."}         any question about a recording
+    {"conversation": [{"role": "user", "content": "..."}, ...]}    text only
+Paths are relative to the manifest's folder. wav, flac, ogg and mp3 of any rate and channel count will do.
+"""
+import argparse
+import ctypes
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+import transformers
+from tqdm import tqdm
+
+from model import ASR_PROMPT, ASR_SYSTEM, AUDIO, SAMPLE_RATE, TAG_PAIR, add_audio_tokens, build_ids, check_wave, \
+    cut_windows, log_mel, place_audio, tiny_config
+
+transformers.utils.logging.disable_progress_bar()  # a bar for writing one file is noise
+
+INSTRUCT_SYSTEM = "You are a helpful voice assistant. Listen to the audio and respond appropriately."
+TEXT_SYSTEM = "You are a helpful assistant."
+MIN_SECONDS = 0.1        # shorter recordings hold no word
+MAX_BAD_SHARE = 0.05     # more unusable rows than this means that the manifest is wrong, not a few files
+
+
+# -----------------------------------------------------------------------------
+# Errors. What a user can mend is one line and exit code 2, in every script.
+
+class UserError(Exception):
+    """Something the user can mend; the message says how."""
+
+
+class BadRow(ValueError):
+    """One unusable row or recording; the message is the reason it is counted under."""
+
+
+def run(main):
+    """Call main(); a UserError becomes one line on stderr and exit code 2."""
+    try:
+        sys.exit(main())
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+class OneLineParser:
+    """Mixed into an argparse parser: a wrong flag is one line too, not a page of usage."""
+
+    def error(self, message):
+        print(f"error: {message}; see python {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+class ArgumentParser(OneLineParser, argparse.ArgumentParser):
+    pass
+
+
+class BadRows:
+    """Counts what cannot be used, by reason. Nothing is dropped without showing up here."""
+
+    def __init__(self, strict=False):
+        self.strict, self.reasons, self.first = strict, Counter(), {}
+
+    def add(self, reason, where):
+        if self.strict:
+            raise UserError(f"{where}: {reason} (--strict stops at the first bad row)")
+        self.reasons[reason] += 1
+        self.first.setdefault(reason, where)
+
+    def report(self, total, name):
+        """Say once what was left out of `total` rows; more than 5 % is an error."""
+        bad = sum(self.reasons.values())
+        if not bad:
+            return
+        reasons = ", ".join(f"{n} {r} (first: {self.first[r]})" for r, n in self.reasons.most_common())
+        if bad > MAX_BAD_SHARE * total:
+            raise UserError(f"{name}: {bad} of {total} rows are unusable, more than {MAX_BAD_SHARE:.0%}: {reasons}; "
+                            "mend or remove them")
+        print(f"{name}: left out {bad} of {total} rows: {reasons}", file=sys.stderr)
+
+
+def replace_file(path, write):
+    """write(temporary name), then rename: whoever looks finds the old file or the new one, never half of one."""
+    write(f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+# -----------------------------------------------------------------------------
+# The sample
+
+@dataclass
+class Sample:
+    """A question about zero or more recordings, and its answer."""
+    answer: str
+    audio: list = field(default_factory=list)    # each a path, or int16 samples at 16 kHz; empty for text only
+    question: str = ASR_PROMPT
+    system: str = ASR_SYSTEM
+    history: list = field(default_factory=list)  # earlier turns of a text-only conversation
+    name: str = ""                               # "file.jsonl:12" or "ru-eval/3/m7", for reports
+
+    def messages(self, with_answer=True):
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        user = {"role": "user", "content": place_audio(self.question, len(self.audio))}
+        answer = [{"role": "assistant", "content": self.answer}] if with_answer else []
+        return [*system, *self.history, user, *answer]
+
+
+def load_audio(source):
+    """Path or int16 array -> 1-D float32 tensor at 16 kHz, channels averaged. Raises BadRow with the reason."""
+    if isinstance(source, np.ndarray):
+        return torch.from_numpy(source.astype(np.float32) / 32768)
+    if not os.path.isfile(source):
+        raise BadRow("missing file")
+    try:
+        wave, rate = soundfile.read(source, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, TypeError, ValueError):
+        raise BadRow("not audio") from None
+    wave = torch.from_numpy(wave.mean(axis=1))
+    if len(wave) < MIN_SECONDS * rate:
+        raise BadRow(f"shorter than {MIN_SECONDS} s")
+    try:
+        check_wave(wave)
+    except ValueError as e:
+        raise BadRow(str(e)) from None
+    if wave.abs().max() < 1e-6:
+        raise BadRow("silent")
+    if rate != SAMPLE_RATE:
+        # The sinc kernel grows with the reduced ratio (977 MiB for 15999 -> 16000 Hz). Every usual rate is exact
+        # below 1000; for the odd ones a ratio wrong by less than one in a million is not heard.
+        ratio = Fraction(SAMPLE_RATE, rate).limit_denominator(1000)
+        wave = torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
+    return wave
+
+
+# -----------------------------------------------------------------------------
+# Your own data
+
+CONTROL = re.compile(r"<\|\w+\|>")
+
+
+def read_manifest(path, bad):
+    """JSONL -> (list of Samples, number of rows). What is wrong with the text of a row goes to `bad`; the audio is
+    looked at later, by usable() for training, or while decoding for evaluation. Raises UserError."""
+    if not os.path.isfile(path):
+        raise UserError(f"no manifest at {path}: give a JSONL file, one object a line")
+    samples, total = [], 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            total += 1
+            name = f"{os.path.basename(path)}:{number}"
+            try:
+                samples.append(replace(parse_row(line, os.path.dirname(path)), name=name))
+            except BadRow as e:
+                bad.add(str(e), name)
+    if not total:
+        raise UserError(f"{path} is empty: a manifest has one JSON object a line")
+    return samples, total
+
+
+def parse_row(line, folder):
+    """One line of a manifest -> Sample; raises BadRow."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except ValueError:
+        raise BadRow("broken JSON") from None
+    if not isinstance(row, dict):
+        raise BadRow("not a JSON object")
+
+    def text(value):
+        if not isinstance(value, str) or not value.strip():
+            raise BadRow("empty text")
+        if CONTROL.search(value.replace(TAG_PAIR, "").replace(AUDIO, "")):
+            raise BadRow("control token in the text")
+        return value.strip()
+
+    if "conversation" in row:
+        turns = row["conversation"] if isinstance(row["conversation"], list) else []
+        turns = [{"role": t["role"], "content": text(t.get("content"))} for t in turns
+                 if isinstance(t, dict) and t.get("role") in ("system", "user", "assistant")]
+        system = TEXT_SYSTEM if not turns or turns[0]["role"] != "system" else turns.pop(0)["content"]
+        if [t["role"] for t in turns[-2:]] != ["user", "assistant"]:
+            raise BadRow("conversation does not end with a question and its answer")
+        if any(AUDIO in t["content"] or TAG_PAIR in t["content"] for t in turns):
+            raise BadRow("audio placeholder in a text-only conversation")
+        return Sample(turns[-1]["content"], [], turns[-2]["content"], system, turns[:-2])
+
+    audio = row.get("audio")
+    audio = audio if isinstance(audio, list) else [audio]
+    if not audio or not all(isinstance(a, str) and a for a in audio):
+        raise BadRow("no audio field")
+    sample = Sample(text(row.get("text", row.get("answer"))), [os.path.join(folder, a) for a in audio])
+    if AUDIO in sample.answer or TAG_PAIR in sample.answer:
+        raise BadRow("control token in the text")
+    if "text" not in row:
+        sample.question, sample.system = text(row.get("question")), INSTRUCT_SYSTEM
+    if "system" in row:
+        sample.system = text(row["system"])
+    if len(audio) > 1 and sample.question == ASR_PROMPT:
+        raise BadRow("several recordings need a question")
+    try:
+        place_audio(sample.question, len(audio))
+    except ValueError:
+        raise BadRow("placeholders and recordings differ in number") from None
+    return sample
+
+
+def usable(samples, tokenizer, config, max_tokens, bad, progress=True):
+    """The samples whose audio decodes and whose tokens fit into max_tokens; the others go to `bad`."""
+    def problem(sample):
+        try:
+            ids, _, _ = encode(sample, tokenizer, config)
+        except BadRow as e:
+            return str(e)
+        return None if len(ids) <= max_tokens else f"does not fit into {max_tokens} tokens"
+
+    kept = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # soundfile decodes outside the GIL
+        problems = pool.map(problem, samples)
+        for sample, reason in zip(samples, tqdm(problems, "checking audio", len(samples), disable=not progress)):
+            if reason is None:
+                kept.append(sample)
+            else:
+                bad.add(reason, sample.name)
+    return kept
+
+
+# -----------------------------------------------------------------------------
+# Batches
+
+def encode(sample, tokenizer, config, with_answer=True):
+    """Sample -> (ids, labels, waveform windows). Raises BadRow if a recording cannot be used."""
+    windows = [cut_windows(load_audio(a), config) for a in sample.audio]
+    ids, labels = build_ids(tokenizer, config, sample.messages(with_answer), map(len, windows))
+    return ids, labels, sum(windows, [])
+
+
+class Dataset(torch.utils.data.Dataset):
+    def __init__(self, samples, tokenizer, config):
+        self.samples, self.tokenizer, self.config = samples, tokenizer, config
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        return encode(self.samples[i], self.tokenizer, self.config)
+
+    def collate(self, items):
+        """List of B encoded samples -> dict of input_ids (B, L) and labels (B, L), padded on the right, and
+        input_features (W, M, F): the windows of all samples in reading order, none at all for text only."""
+        ids, labels, windows = zip(*items)
+        L, pad = max(map(len, ids)), self.config.llm_config.pad_token_id
+        return dict(
+            input_ids=torch.tensor([r + [pad] * (L - len(r)) for r in ids]),
+            labels=torch.tensor([r + [-100] * (L - len(r)) for r in labels]),
+            input_features=log_mel(sum(windows, []), self.config),
+            seconds=sum(len(w) for ws in windows for w in ws) / SAMPLE_RATE)
+
+
+class Schedule(torch.utils.data.Sampler):
+    """The order of training: an endless shuffled walk through n samples that depends on (seed, position) only.
+
+    Step s takes positions s*E ... (s+1)*E - 1, E the effective batch, dealt out over micro-steps and ranks. So
+    a run can stop at any step and go on, on another number of GPUs too, and sees what it would have seen."""
+
+    def __init__(self, n, seed, steps, effective_batch, batch_size, rank=0, world=1):
+        self.n, self.seed, self.steps, self.batch_size, self.rank, self.world = n, seed, steps, batch_size, rank, world
+        self.effective_batch = effective_batch
+        self.order = lru_cache(maxsize=2)(lambda epoch: torch.randperm(
+            n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist())
+
+    def at(self, position):
+        epoch, i = divmod(position, self.n)
+        return self.order(epoch)[i]
+
+    def __iter__(self):
+        for step in self.steps:
+            first = step * self.effective_batch + self.rank * self.batch_size
+            for start in range(first, (step + 1) * self.effective_batch, self.world * self.batch_size):
+                yield [self.at(start + j) for j in range(self.batch_size)]
+
+
+# -----------------------------------------------------------------------------
+# The embedded corpus, 1: two small languages. {name} draws a line from that list.
+
+GRAMMAR = {
+    "ru": {
+        "sentence": [
+            "сейчас {hour} часов {minutes} минут", "{man} купил {count} {goods}", "{woman} купила {count} {goods}",
+            "{day} в {city} {weather}", "{woman} живёт в {city} {day}", "{switch} {device} {room}",
+            "{adj_m} {noun_m} {does} {place}", "{adj_f} {noun_f} {does} {place}", "напомни мне {day} {todo}",
+            "позвони {whom} в {hour} часов", "мой номер {digit} {digit} {digit} {digit}",
+            "мы едем {to} на {transport}", "сегодня {weekday} {ordinal} {month}",
+            "{man} говорит по-русски {day}", "{whom} нужно {todo}"],
+        "hour": "пять шесть семь восемь девять десять".split(),
+        "minutes": ["десять", "пятнадцать", "{tens}", "{tens} пять", "{tens} восемь"],
+        "tens": "двадцать тридцать сорок пятьдесят".split(),
+        "count": "пять шесть семь восемь девять десять двадцать сорок сто".split(),
+        "digit": "ноль один два три четыре пять шесть семь восемь девять".split(),
+        "goods": "яблок книг билетов огурцов конфет лимонов чашек цветов".split(),
+        "man": "иван пётр сергей андрей николай олег".split(),
+        "woman": "анна мария ольга елена татьяна светлана".split(),
+        "city": "москве казани самаре туле омске сочи".split(),
+        "day": "сегодня завтра утром вечером ночью днём".split(),
+        "weather": ["идёт дождь", "идёт снег", "тепло", "холодно", "ветрено", "сильный мороз", "густой туман"],
+        "switch": ["включи", "выключи", "проверь"],
+        "device": "свет телевизор радио чайник компьютер музыку".split(),
+        "room": ["на кухне", "в спальне", "в гостиной", "в коридоре", "на балконе"],
+        "adj_m": "старый молодой большой белый чёрный весёлый".split(),
+        "noun_m": "кот пёс мальчик медведь учитель врач".split(),
+        "adj_f": "старая молодая большая белая чёрная весёлая".split(),
+        "noun_f": "кошка собака девочка птица лошадь бабушка".split(),
+        "does": "спит сидит лежит гуляет играет поёт".split(),
+        "place": ["под столом", "на окне", "у двери", "в саду", "за домом", "возле реки", "в парке"],
+        "todo": ["купить {food}", "полить цветы", "забрать посылку", "сделать уроки", "вынести мусор"],
+        "food": "хлеб молоко сыр сахар чай кофе".split(),
+        "whom": "маме папе брату сестре другу".split(),
+        "to": ["в лес", "на дачу", "в театр", "на работу", "на море", "в деревню"],
+        "transport": "поезде автобусе машине метро такси".split(),
+        "weekday": "понедельник вторник среда четверг пятница суббота воскресенье".split(),
+        "ordinal": "первое второе третье пятое шестое восьмое десятое".split(),
+        "month": "января февраля марта апреля мая июня июля августа сентября октября ноября декабря".split(),
+    },
+    "en": {
+        "sentence": [
+            "it is {hour} {minutes} now", "the train leaves at {hour} {minutes}", "{name} bought {count} {goods}",
+            "{day} in {city} {weather}", "{name} is going to {city} {day}", "{name} lives in {city}",
+            "turn {switch} the {device} in the {room}", "the {adj} {noun} {does} {place}", "remind me to {todo} {day}",
+            "call {whom} at {hour} {minutes}", "my number is {digit} {digit} {digit} {digit} {digit}",
+            "we are going {to} by {transport}", "today is {weekday} the {ordinal} of {month}",
+            "the ticket costs {digit} hundred and {tens} dollars", "{name} speaks english {day}", "{whom} needs to {todo}"],
+        "hour": "one two three four five six seven eight nine ten eleven twelve".split(),
+        "minutes": ["ten", "fifteen", "{tens}", "{tens} five", "{tens} two", "{tens} eight"],
+        "tens": "twenty thirty forty fifty".split(),
+        "count": ("two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+                  "seventeen eighteen nineteen twenty thirty forty").split(),
+        "digit": "one two three four five six seven eight nine".split(),
+        "goods": "apples books tickets cucumbers notebooks candies lemons cups pears eggs postcards flowers".split(),
+        "name": ("john peter george andrew david michael james thomas anna mary olivia helen susan laura kate "
+                 "emily").split(),
+        "city": "london paris boston chicago dublin oxford denver seattle madrid berlin".split(),
+        "day": ["today", "tomorrow", "this morning", "this evening", "tonight", "next week"],
+        "weather": ["it is raining", "it is snowing", "it is warm", "it is cold", "it is windy", "it is cloudy",
+                    "it is sunny", "there is a storm", "there is heavy fog"],
+        "switch": ["on", "off", "down"],
+        "device": "light television radio kettle computer music fan lamp stove".split(),
+        "room": ["kitchen", "bedroom", "hall", "corridor", "bathroom", "garage", "office"],
+        "adj": "old young big small white black brown happy quiet grey".split(),
+        "noun": "cat dog boy girl bear rabbit neighbor teacher doctor bird horse fox".split(),
+        "does": "sleeps sits lies stands walks plays waits sings".split(),
+        "place": ["under the table", "at the window", "near the door", "in the garden", "behind the house",
+                  "by the river", "in the park", "on the roof", "under the tree", "at school"],
+        "todo": ["buy {food}", "call {whom}", "water the flowers", "pick up the parcel", "do the homework",
+                 "cook dinner", "take out the trash", "fix the tap"],
+        "food": "bread milk cheese butter sugar tea coffee rice".split(),
+        "whom": ["mother", "father", "my brother", "my sister", "the doctor", "the director", "my friend"],
+        "to": ["to the forest", "to the theater", "to the museum", "to work", "to the airport", "to the sea",
+               "to the village"],
+        "transport": "train bus car metro tram taxi bicycle".split(),
+        "weekday": "monday tuesday wednesday thursday friday saturday sunday".split(),
+        "ordinal": "first second third fourth fifth sixth seventh eighth ninth tenth".split(),
+        "month": ("january february march april may june july august september october november "
+                  "december").split(),
+    },
+}
+
+
+def sentence(lang, rng):
+    """One sentence of the grammar, drawn with random.Random rng."""
+    text = "{sentence}"
+    while "{" in text:  # expand the leftmost name until none is left
+        text = re.sub(r"\{(\w+)\}", lambda m: rng.choice(GRAMMAR[lang][m[1]]), text, count=1)
+    return text
+
+
+# -----------------------------------------------------------------------------
+# The embedded corpus, 2: who speaks it. espeak-ng's voice variants; the evaluation voices are never trained on.
+# Left out: whispers, robots and Klatt voices, which nobody would call a speaker.
+
+TRAIN_VOICES = (
+    "m1 m2 m3 m5 m6 m8 f1 f3 f5 Alex Annie Denis Diogo Gene Hugo Jacky Lee Michael Mario anika boris caleb ed edward "
+    "gustave ian john max michel quincy rob robert sandro shelby steph travis zac grandpa").split()
+EVAL_VOICES = "m4 m7 f2 f4 Alicia Mike linda miguel belinda victor".split()
+EVAL_UTTERANCES = 250    # sentences of the held-out set, none of which is ever a training sentence
+CHUNK = 250              # utterances synthesised by one process; fixed, so that bytes do not depend on the machine
+
+
+class Espeak:
+    """espeak-ng through ctypes, from the PyPI package espeakng-loader."""
+
+    def __init__(self, seed):
+        import espeakng_loader
+        self.lib, self.pcm = ctypes.CDLL(espeakng_loader.get_library_path()), []
+        self.callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
+                                         ctypes.c_void_p)(self.receive)
+        synchronous = 2
+        self.rate = self.lib.espeak_Initialize(synchronous, 0, espeakng_loader.get_data_path().encode(), 0)
+        assert self.rate > 0, f"espeak_Initialize failed with {self.rate}"
+        self.lib.espeak_SetSynthCallback(self.callback)
+        self.lib.espeak_ng_SetRandSeed(ctypes.c_long(seed))
+
+    def receive(self, samples, n, events):
+        if samples and n > 0:
+            self.pcm.append(np.ctypeslib.as_array(samples, (n,)).copy())
+        return 0
+
+    def say(self, text, voice, words_per_minute, pitch):
+        """-> int16 samples at self.rate (22,050 Hz)."""
+        RATE, PITCH, UTF8 = 1, 3, 1
+        self.pcm.clear()
+        status = self.lib.espeak_SetVoiceByName(voice.encode())
+        assert status == 0, f"espeak-ng has no voice {voice!r}"
+        self.lib.espeak_SetParameter(RATE, words_per_minute, 0)
+        self.lib.espeak_SetParameter(PITCH, pitch, 0)
+        raw = text.encode() + b"\0"
+        status = self.lib.espeak_Synth(raw, len(raw), 0, 1, 0, UTF8, None, None)
+        assert status == 0 and self.pcm, f"espeak-ng said nothing for {text!r} as {voice}"
+        return np.concatenate(self.pcm)
+
+
+def held_out(lang, seed):
+    """The evaluation sentences, distinct and in order."""
+    rng, texts = random.Random(f"{seed} {lang} eval"), {}
+    while len(texts) < EVAL_UTTERANCES:
+        texts[sentence(lang, rng)] = None
+    return list(texts)
+
+
+def synthesise(job):
+    """Speak chunk number k of a split and write it to `path`. Runs in a process of its own: espeak-ng keeps state
+    from one utterance to the next, so equal bytes need an equal history."""
+    lang, split, k, seed, path = job
+    torch.set_num_threads(1)
+    rng, evaluation = random.Random(f"{seed} {lang} {split} {k}"), held_out(lang, seed)
+    espeak, texts, voices, waves = Espeak(rng.randrange(1 << 30)), [], [], []
+    resample = torchaudio.transforms.Resample(espeak.rate, SAMPLE_RATE)
+    for i in range(CHUNK):
+        if split == "eval":
+            text, voice = evaluation[(k * CHUNK + i) % len(evaluation)], EVAL_VOICES[i % len(EVAL_VOICES)]
+        else:
+            voice = rng.choice(TRAIN_VOICES)
+            while (text := sentence(lang, rng)) in evaluation:
+                pass
+        pcm = espeak.say(text, f"{lang}+{voice}", rng.randint(190, 240), rng.randint(35, 65))
+        wave = resample(torch.from_numpy(pcm.astype(np.float32) / 32768))
+        wave = torch.nn.functional.pad(wave, (rng.randrange(SAMPLE_RATE // 10), 0))  # speech starts 0-0.1 s in
+        texts.append(text), voices.append(voice)
+        waves.append((wave.clamp(-1, 1) * 32767).round().to(torch.int16).numpy())
+    def write(tmp):
+        with open(tmp, "wb") as f:  # given a name, savez would append .npz to it
+            np.savez(f, pcm=np.concatenate(waves), ends=np.cumsum([len(w) for w in waves]), texts=texts, voices=voices)
+    replace_file(path, write)
+
+
+def cache_dir():
+    return Path(os.environ.get("NANOBOREALIS_CACHE", Path(__file__).parent / ".cache"))
+
+
+def embedded(lang, split, n, seed=0):
+    """The first n Samples of the embedded corpus ("train" or "eval"), spoken now if they are not in the cache.
+    Equal seeds give equal bytes."""
+    recipe = json.dumps([GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, CHUNK, EVAL_UTTERANCES])  # a new recipe, a new folder
+    folder = cache_dir() / f"{lang}-{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{split}-{k:03d}.npz" for k in range(-(-n // CHUNK))]
+    jobs = [(lang, split, k, seed, str(p)) for k, p in enumerate(paths) if not p.exists()]
+    if jobs:
+        with multiprocessing.get_context("fork").Pool(min(os.cpu_count(), len(jobs)), maxtasksperchild=1) as pool:
+            list(tqdm(pool.imap_unordered(synthesise, jobs), f"speaking {lang} {split}", len(jobs), unit_scale=CHUNK,
+                      unit=" utterances"))
+    samples = []
+    for k, path in enumerate(paths):
+        with np.load(path) as chunk:  # allow_pickle stays False
+            clips = np.split(chunk["pcm"], chunk["ends"][:-1])
+            for i, (clip, text, voice) in enumerate(zip(clips, chunk["texts"], chunk["voices"])):
+                samples.append(Sample(str(text), [clip], name=f"{lang}-{split}/{k * CHUNK + i}/{voice}"))
+    return samples[:n]
+
+
+# -----------------------------------------------------------------------------
+# A small tokenizer for the tiny preset: byte-level BPE like Qwen3's, with the same special tokens and template
+
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+              r"|\s+(?!\S)|\s+")
+
+
+def train_tokenizer(texts, vocab_size=1024):
+    """BPE over `texts` -> a transformers tokenizer. Any text can be encoded: what was never seen falls to bytes."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    bpe.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])  # not special, as in Qwen3
+    return add_audio_tokens(PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False))
+
+
+def texts_of(samples):
+    """Everything a tokenizer should know, prompts and role names as often as the model will read them."""
+    return [f"{m['role']}\n{m['content'].replace(AUDIO, '')}\n\n" for s in samples for m in s.messages()]
+
+
+# -----------------------------------------------------------------------------
+
+def main():
+    parser = ArgumentParser(description="Show one sample as the model sees it.")
+    parser.add_argument("--manifest", help="a JSONL file; default: the embedded corpus")
+    parser.add_argument("--lang", choices=sorted(GRAMMAR), default="ru")
+    parser.add_argument("--index", type=int, default=0)
+    parser.add_argument("--wav", default="sample.wav", help="where to write the recording")
+    args = parser.parse_args()
+    if args.manifest:
+        bad = BadRows()
+        samples, total = read_manifest(args.manifest, bad)
+        bad.report(total, args.manifest)
+    else:
+        samples = embedded(args.lang, "train", CHUNK)
+    if not 0 <= args.index < len(samples):
+        raise UserError(f"--index {args.index}: there are {len(samples)} samples, 0 to {len(samples) - 1}")
+    sample = samples[args.index]
+    tokenizer = train_tokenizer(texts_of(samples))
+    config = tiny_config(tokenizer)
+    dataset = Dataset([sample], tokenizer, config)
+    try:
+        ids, labels, windows = dataset[0]
+    except BadRow as e:
+        raise UserError(f"{sample.name}: {e}") from None
+    batch = dataset.collate([(ids, labels, windows)])
+
+    print(f"sample      {sample.name}: {sum(map(len, windows)) / SAMPLE_RATE:.2f} s in {len(windows)} window(s) of "
+          f"{config.window_samples / SAMPLE_RATE:g} s")
+    for key in ("input_features", "input_ids", "labels"):
+        print(f"{key:14s}{tuple(batch[key].shape)}")
+    print("tokens, runs of equal ones folded; * marks a label:")
+    runs = []
+    for token, label in zip(ids, labels):
+        if runs and runs[-1][0] == token and token == config.audio_token_id:
+            runs[-1][2] += 1
+        else:
+            runs.append([token, label != -100, 1])
+    for token, is_label, n in runs:
+        print(f"  {'*' if is_label else ' '} {token:6d}  {tokenizer.decode([token])!r}{f' x {n}' if n > 1 else ''}")
+    print("labels decode to:", repr(tokenizer.decode([t for t in labels if t != -100])))
+    if windows:
+        soundfile.write(args.wav, torch.cat(windows).numpy(), SAMPLE_RATE)
+        print(f"wrote {args.wav}")
+
+
+if __name__ == "__main__":
+    run(main)

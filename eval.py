@@ -1,0 +1,253 @@
+"""
+eval.py -- measure a checkpoint: transcribe held-out speech greedily and compare with what was said.
+
+    python eval.py --ckpt out/                        # what it was made for: the held-out voices, for the tiny preset
+    python eval.py --ckpt out/ --manifest my.jsonl    # your own recordings (data.py describes the format)
+    python eval.py --ckpt out/ --audio a.wav          # one recording, no score
+    python eval.py --ckpt out/ --audio a.wav --prompt "О чём говорится в этом аудио?"
+
+Writes into the checkpoint's folder, or --out: results.json, hypotheses.jsonl (raw and normalised texts) and wer.png.
+"""
+import json
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import jiwer
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from data import EVAL_UTTERANCES, ArgumentParser, BadRow, BadRows, Sample, UserError, embedded, load_audio, \
+    read_manifest, replace_file, run
+from model import ASR_PROMPT, SAMPLE_RATE, BorealisForConditionalGeneration, place_audio
+
+# -----------------------------------------------------------------------------
+# The one text normaliser
+
+STRESS = "\u0301"  # the accent of за́мок, a reading aid
+
+
+def normalise(text):
+    """What WER compares: NFC, lower case, ё -> е, hyphens and dashes -> space, other punctuation and symbols out.
+
+    й stays й, decomposed or not (NFC joins it before anything is removed). Hyphens become spaces, so кто-то and
+    "кто то" score alike, as two words; the post's normaliser glued them into one. Digits stay digits."""
+    text = unicodedata.normalize("NFC", text).lower().replace("ё", "е").replace(STRESS, "")
+    kept = []
+    for c in text:
+        kind = unicodedata.category(c)
+        kept.append(" " if kind == "Pd" else "" if kind[0] in "PS" else c)
+    return " ".join("".join(kept).split())
+
+
+def score(references, hypotheses):
+    """Normalised texts -> corpus WER and CER in percent (all edits over all reference words or characters), with
+    substitutions, deletions, insertions and reference words. By jiwer."""
+    words, chars = jiwer.process_words(references, hypotheses), jiwer.process_characters(references, hypotheses)
+    total = words.hits + words.substitutions + words.deletions
+    edits = words.substitutions + words.deletions + words.insertions
+    return dict(wer=round(100 * edits / max(1, total), 2),
+                cer=round(100 * (chars.substitutions + chars.deletions + chars.insertions)
+                          / max(1, chars.hits + chars.substitutions + chars.deletions), 2),
+                **{"sub": words.substitutions, "del": words.deletions, "ins": words.insertions, "words": total})
+
+
+# -----------------------------------------------------------------------------
+# Model and data
+
+def load_model(folder, device):
+    """A checkpoint of train.py, strictly: whatever is missing or does not fit is a UserError that names it."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no checkpoint in {folder}: it holds no config.json; train one with "
+                        "python train.py --preset tiny")
+    try:
+        if json.loads((folder / "config.json").read_text()).get("model_type") != "borealis":
+            raise UserError(f"{folder} holds another kind of model: eval.py wants a checkpoint of train.py")
+        model, info = BorealisForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True, local_files_only=True)  # mismatches are refused here, with a better message
+        model.tokenizer  # noqa: B018 -- loads it now, while a failure still is a user's error
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"cannot load {folder}: {str(e).strip().splitlines()[0]}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(str(k[0] if isinstance(k, tuple) else k) for k in info[kind]):
+            raise UserError(f"the weights in {folder} do not fit its config.json: {kind.replace('_', ' ')} "
+                            f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}")
+    if len(model.tokenizer) > model.config.llm_config.vocab_size:
+        raise UserError(f"the tokenizer in {folder} has {len(model.tokenizer)} tokens, the model "
+                        f"{model.config.llm_config.vocab_size}: they are not from the same run")
+    return model.to(device).eval()
+
+
+def training_config(folder):
+    path = Path(folder) / "train_config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def load_splits(args):
+    """-> {split: samples}: the manifest that was given, or the embedded held-out sets of the training languages."""
+    if args.manifest:
+        bad = BadRows(args.strict)
+        samples, total = read_manifest(args.manifest, bad)
+        bad.report(total, args.manifest)
+        return {Path(args.manifest).stem: samples}
+    trained_on = training_config(args.ckpt)
+    if trained_on.get("train_manifest") or "lang" not in trained_on:
+        raise UserError(f"{args.ckpt} was not trained on the embedded corpus: name your recordings with --manifest FILE")
+    languages = trained_on["lang"].split(",")
+    return {"clean" if lang == languages[0] else f"clean_{lang}":
+            embedded(lang, "eval", EVAL_UTTERANCES, trained_on["seed"]) for lang in languages}
+
+
+# -----------------------------------------------------------------------------
+# Decoding
+
+def transcribe(model, samples, batch_size, max_new_tokens, name):
+    """Samples -> (hypotheses, {index: reason} of those that failed, seconds of audio, seconds it took).
+
+    An utterance that cannot be decoded, or whose generation raises, counts as an empty hypothesis: it stays in the
+    score, and it is named. A batch that raises is tried again one by one, so that one bad row harms no other."""
+    waves, failed, began = {}, {}, time.perf_counter()
+    for i, sample in enumerate(samples):
+        try:
+            waves[i] = [load_audio(a) for a in sample.audio]
+        except BadRow as e:
+            failed[i] = str(e)
+    length = {i: sum(map(len, w)) for i, w in waves.items()}
+    hypotheses, queue = [""] * len(samples), sorted(waves, key=lambda i: -length[i])  # longest first: memory shows early
+
+    def answer(batch):
+        ids = model.chat([samples[i].messages(with_answer=False) for i in batch], [waves[i] for i in batch],
+                         max_new_tokens=max_new_tokens)
+        for i, text in zip(batch, model.decode(ids)):
+            hypotheses[i] = text
+
+    with tqdm(total=len(queue), desc=name, unit=" utterances", mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+        for start in range(0, len(queue), batch_size):
+            batch = queue[start:start + batch_size]
+            try:
+                answer(batch)
+            except Exception:
+                for i in batch:
+                    try:
+                        answer([i])
+                    except Exception as e:
+                        failed[i] = f"{type(e).__name__}: {e}".splitlines()[0]
+            bar.update(len(batch))
+    return hypotheses, failed, sum(length.values()) / SAMPLE_RATE, time.perf_counter() - began
+
+
+def answer_one(model, path, prompt, max_new_tokens):
+    """The answer to a prompt about one file."""
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt is empty: ask something, or leave it out to transcribe")
+    try:
+        wave = load_audio(path)
+        question = place_audio(prompt or ASR_PROMPT, 1)
+    except BadRow as e:
+        raise UserError(f"{path}: {e}; give a wav, flac, ogg or mp3 file with sound in it") from None
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    windows = -(-len(wave) // model.config.window_samples)
+    print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s), "
+          f"{windows * model.config.tokens_per_window} audio tokens", file=sys.stderr)
+    messages = Sample("", [path], question).messages(with_answer=False)
+    print(model.decode(model.chat([messages], [[wave]], max_new_tokens=max_new_tokens)[0]))
+
+
+# -----------------------------------------------------------------------------
+# Report
+
+def table(splits, average):
+    """The results as a markdown table."""
+    lines = ["| split | WER % | CER % | sub | del | ins | words | samples | failed | x real time |",
+             "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    lines += [f"| {name} | {r['wer']:.2f} | {r['cer']:.2f} | {r['sub']} | {r['del']} | {r['ins']} | {r['words']} | "
+              f"{r['samples']} | {r['failed']} | {r['rtfx']:.1f} |" for name, r in splits.items()]
+    return "\n".join(lines) + (f"\n\naverage WER {average:.2f} %" if len(splits) > 1 else "")
+
+
+def transcripts(rows, n=6):
+    """A few lines to read: the first utterances, and the first wrong ones."""
+    wrong = [r for r in rows if r["reference_normalised"] != r["hypothesis_normalised"]]
+    shown = [r for r in rows if r not in wrong][:n - min(n // 2, len(wrong))] + wrong[:n // 2]
+    return "\n".join(f"  {'✗' if r in wrong else '✓'} {r['id']}\n      said   {r['reference']}\n"
+                     f"      heard  {r['hypothesis'] or '(nothing)'}" for r in shown)
+
+
+def plot_wer(run_name, splits, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(max(3.5, 1.5 * len(splits)), 4), layout="constrained")
+    bars = axis.bar(list(splits), [r["wer"] for r in splits.values()], width=0.5, color="#1f4e9c")
+    axis.bar_label(bars, [f"{r['wer']:.2f}" for r in splits.values()], padding=3)
+    axis.set(ylabel="word error rate, %", title=run_name, xlim=(-0.6, len(splits) - 0.4))
+    axis.margins(y=0.15)
+    axis.spines[["top", "right"]].set_visible(False)
+    replace_file(path, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
+    plt.close(figure)
+
+
+def main():
+    parser = ArgumentParser(prog="eval.py", allow_abbrev=False, description="Measure a checkpoint, or ask it about one file.")
+    parser.add_argument("--ckpt", default="out", help="folder that train.py wrote")
+    parser.add_argument("--manifest", help="JSONL with recordings and references; default: what the checkpoint is for")
+    parser.add_argument("--audio", help="answer for this file instead of measuring")
+    parser.add_argument("--prompt", help="the question for --audio; default: transcribe")
+    parser.add_argument("--out", help="where results go; default: the checkpoint's folder")
+    parser.add_argument("--limit", type=int, help="at most so many utterances a split")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--strict", action="store_true", help="stop at the first unusable row of the manifest")
+    args = parser.parse_args()
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.prompt is not None and not args.audio:
+        raise UserError("--prompt asks about one file: name it with --audio")
+    if args.audio and args.manifest:
+        raise UserError("--audio answers for one file, --manifest measures many: give one of the two")
+    if args.audio and not Path(args.audio).is_file():
+        raise UserError(f"no file at {args.audio}")
+    splits = {} if args.audio else load_splits(args)
+    model = load_model(args.ckpt, torch.device(args.device))
+    if args.audio:
+        return answer_one(model, args.audio, args.prompt, args.max_new_tokens)
+
+    results, rows = {}, []
+    for split, samples in splits.items():
+        samples = samples[:args.limit]
+        hypotheses, failed, seconds, took = transcribe(model, samples, args.batch_size, args.max_new_tokens, split)
+        new = [dict(split=split, id=s.name, reference=s.answer, hypothesis=h, reference_normalised=normalise(s.answer),
+                    hypothesis_normalised=normalise(h), failed=failed.get(i))
+               for i, (s, h) in enumerate(zip(samples, hypotheses))]
+        results[split] = dict(**score([r["reference_normalised"] for r in new], [r["hypothesis_normalised"] for r in new]),
+                              samples=len(samples), failed=len(failed), rtfx=round(seconds / took, 1))
+        rows += new
+    average = round(sum(r["wer"] for r in results.values()) / len(results), 2)
+    trained_as = training_config(args.ckpt)
+    run_name = trained_as.get("preset", Path(args.ckpt).resolve().name)
+
+    out = Path(args.out or args.ckpt)
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / "hypotheses.jsonl", lambda tmp: Path(tmp).write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)))
+    replace_file(out / "results.json", lambda tmp: Path(tmp).write_text(
+        json.dumps(dict(run=run_name, splits=results, avg_wer=average), indent=1)))
+    plot_wer(run_name, results, out / "wer.png")
+    print(f"\n{table(results, average)}\n\n{transcripts(rows)}\n\nwrote results.json, hypotheses.jsonl, wer.png to {out}")
+    broken = [r for r in rows if r["failed"]]
+    if broken:
+        print(f"warning: {len(broken)} of {len(rows)} utterances failed and count as empty: "
+              + "; ".join(f"{r['id']}: {r['failed']}" for r in broken[:5]) + ("; ..." if len(broken) > 5 else ""),
+              file=sys.stderr)
+    return 1 if len(broken) == len(rows) else 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,444 @@
+"""
+model.py -- the whole network: a Whisper encoder listens, Qwen3 answers, an MLP adapter stands between.
+
+    waveform -> log-mel windows -> encoder (frozen) -> 4x concat downsample -> adapter -> spliced into
+    the prompt's <|AUDIO|> slots -> Qwen3 -> text
+
+    python model.py                  # parameter counts of the full-size model, on the meta device, no download
+
+This file imports nothing of the project, so that it can travel inside a checkpoint as remote code.
+data.py feeds it, train.py fits it, eval.py measures it.
+
+Letters in shape comments (full size in brackets): B batch, L sequence length, W windows in the batch,
+M mel bins [128], F mel frames [3000], T encoder frames [1500], N audio tokens a window [375],
+E encoder width [1280], D LLM width [2560], V vocabulary [151671].
+"""
+import functools
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import (AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, Qwen3Config,
+                          Qwen3ForCausalLM, WhisperConfig, WhisperFeatureExtractor, WhisperModel)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+# -----------------------------------------------------------------------------
+# Constants. 16 kHz -> hop 160 (10 ms a mel frame) -> conv stride 2 (20 ms an encoder frame) -> 4x (80 ms a token)
+
+SAMPLE_RATE = 16_000
+HOP = 160            # samples between two mel frames
+CONV_STRIDE = 2      # the second convolution of Whisper's encoder halves the frame rate
+
+AUDIO = "<|AUDIO|>"              # one placeholder per recording in a prompt, N per window inside the model
+MARKER = "<|start_of_audio|>"    # stands on both sides of the audio tokens, as in the post's vLLM plugin
+TAG_PAIR = "<|start_of_audio|><|end_of_audio|>"  # how the post's snippet writes a placeholder
+
+# The pretraining prompt of the original run. One prompt for all transcription rows, in training and evaluation:
+# a prompt that was never trained costs more WER than most ablations of the post differ by.
+ASR_SYSTEM = "Вы полезный помощник по автоматическому распознаванию речи. Точно транскрибируйте аудио в текст."
+ASR_PROMPT = f"Транскрибируйте это аудио: {AUDIO}"
+
+# Qwen3's format with thinking switched off in *every* assistant turn, so that each turn of a training text begins
+# with exactly the prompt that generation will see. Content may be a list of parts, as chat APIs send it.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for part in message.content %}
+            {%- if part.type == 'text' %}{{- part.text }}{%- else %}{{- '<|AUDIO|>' }}{%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{%- endif %}"""
+
+# Shapes of the two pretrained parts, from their published configs, so that sizes can be proved offline.
+WHISPER_LARGE_V3 = dict(
+    d_model=1280, encoder_layers=32, decoder_layers=32, encoder_attention_heads=20, decoder_attention_heads=20,
+    encoder_ffn_dim=5120, decoder_ffn_dim=5120, num_mel_bins=128, max_source_positions=1500, vocab_size=51866)
+QWEN3_4B = dict(
+    hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    intermediate_size=9728, vocab_size=151671,  # 151669 of Qwen3's tokenizer + our two
+    rope_theta=1_000_000, max_position_embeddings=40960, tie_word_embeddings=True,
+    bos_token_id=151643, eos_token_id=151645, pad_token_id=151643)
+
+
+class BorealisConfig(PretrainedConfig):
+    """Two sub-configs and what joins them; without arguments, the full-size Borealis-5B.
+
+    adapter: "simple" (19.7 M at full size) or "deep" (78.6 M). frozen: names of the parts that never train.
+    """
+    model_type = "borealis"
+    sub_configs = {"encoder_config": WhisperConfig, "llm_config": Qwen3Config}
+
+    def __init__(self, encoder_config=None, llm_config=None, adapter="simple", downsample_factor=4,
+                 adapter_layers=3, adapter_expansion=1.5, adapter_dropout=0.1, frozen=("encoder",),
+                 audio_token_id=151669, audio_start_id=151670, audio_end_id=151670, **kwargs):
+        def build(cls, given, default):
+            return given if isinstance(given, cls) else cls(**(default if given is None else given))
+        self.encoder_config = build(WhisperConfig, encoder_config, WHISPER_LARGE_V3)
+        self.llm_config = build(Qwen3Config, llm_config, QWEN3_4B)
+        self.adapter = adapter
+        self.downsample_factor = downsample_factor
+        self.adapter_layers, self.adapter_expansion, self.adapter_dropout = (
+            adapter_layers, adapter_expansion, adapter_dropout)
+        self.frozen = list(frozen)
+        self.audio_token_id, self.audio_start_id, self.audio_end_id = audio_token_id, audio_start_id, audio_end_id
+        super().__init__(**kwargs)
+        self.tie_word_embeddings = self.llm_config.tie_word_embeddings
+
+    def get_text_config(self, *args, **kwargs):
+        return self.llm_config
+
+    @property
+    def window_samples(self):  # 1500 * 2 * 160 = 480,000 samples = 30 s
+        return self.encoder_config.max_source_positions * CONV_STRIDE * HOP
+
+    @property
+    def tokens_per_window(self):  # ceil(1500 / 4) = 375
+        return math.ceil(self.encoder_config.max_source_positions / self.downsample_factor)
+
+
+def tiny_config(tokenizer, **changes):
+    """The same classes at about 1 M parameters: 2 s windows (T=100, N=25), width 128. It trains from scratch, so
+    nothing is frozen. head_dim 32 is the smallest that vLLM's CPU attention takes."""
+    ids = tokenizer.convert_tokens_to_ids
+    encoder = dict(d_model=128, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4,
+                   decoder_attention_heads=4, encoder_ffn_dim=512, decoder_ffn_dim=512, num_mel_bins=80,
+                   max_source_positions=100, vocab_size=8, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+                   decoder_start_token_id=0, init_std=0.08)
+    llm = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+               intermediate_size=512, vocab_size=len(tokenizer), max_position_embeddings=4096,
+               rope_theta=10_000, initializer_range=0.08, tie_word_embeddings=True, bos_token_id=None,
+               eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))
+    return BorealisConfig(**{**dict(encoder_config=encoder, llm_config=llm, frozen=(), audio_token_id=ids(AUDIO),
+                                    audio_start_id=ids(MARKER), audio_end_id=ids(MARKER)), **changes})
+
+
+# -----------------------------------------------------------------------------
+# From text and waveforms to what the network takes: one prompt builder, one window cutter, for everybody
+
+def add_audio_tokens(tokenizer):
+    """Append our two tokens (ids 151669 and 151670 on Qwen3) and set the chat template; returns the tokenizer."""
+    # Not additional_special_tokens=[...]: that would replace the tokenizer's own list instead of extending it.
+    from tokenizers import AddedToken
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in (AUDIO, MARKER)],
+                         special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def place_audio(prompt, recordings):
+    """The user's text with exactly one <|AUDIO|> per recording; raises ValueError if the counts disagree."""
+    prompt = prompt.replace(TAG_PAIR, AUDIO)
+    if AUDIO not in prompt:  # nobody said where: in front of the question, each recording on its own line
+        prompt = "\n".join([AUDIO] * recordings + [prompt])
+    if prompt.count(AUDIO) != recordings:
+        raise ValueError(f"the prompt has {prompt.count(AUDIO)} {AUDIO} placeholders for {recordings} recordings")
+    return prompt
+
+
+def build_ids(tokenizer, config, messages, windows=()):
+    """The one prompt builder: chat messages -> (ids, labels), two lists of equal length.
+
+    messages: [{"role": "system" | "user" | "assistant", "content": str}, ...]. If the last one is the user's, the
+    ids end where generation starts. windows: windows in each recording, in the order of the placeholders.
+    Labels are -100 except on each assistant turn's text and its end token. An answer is tokenised on its own, so
+    that the generation prompt is a prefix of the training text in tokens, not only in characters.
+    """
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    messages = [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in messages]
+    stops = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if messages[-1]["role"] != "assistant":
+        stops.append(len(messages))
+    ids, labels, done = [], [], ""
+    for i in stops:  # at every assistant turn: the prompt up to it (no labels), then what it says (labels)
+        prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, tokenize=False)
+        assert prompt.startswith(done), f"the chat template rewrites history: {done!r} does not begin {prompt!r}"
+        new = encode(prompt[len(done):])
+        ids, labels = ids + new, labels + [-100] * len(new)
+        if i < len(messages):
+            new = encode(messages[i]["content"]) + [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+            ids, labels = ids + new, labels + new
+            done = prompt + messages[i]["content"] + "<|im_end|>"
+
+    out_ids, out_labels, counts = [], [], iter(windows)
+    for token, label in zip(ids, labels):  # <|AUDIO|> -> marker, N x windows slots, marker
+        if token == config.audio_token_id:
+            n = config.tokens_per_window * next(counts)
+            span = [config.audio_start_id, *[config.audio_token_id] * n, config.audio_end_id]
+        else:
+            span = [token]
+        out_ids += span
+        out_labels += [label] if len(span) == 1 else [-100] * len(span)
+    return out_ids, out_labels
+
+
+def check_wave(wave):
+    """A 1-D float32 tensor from whatever holds one recording at 16 kHz; ValueError says what is wrong with it."""
+    wave = torch.as_tensor(wave)
+    if wave.dim() != 1 or not wave.is_floating_point():
+        raise ValueError(f"audio must be a 1-D float array at 16 kHz, got {wave.dtype} of shape {tuple(wave.shape)}")
+    if wave.numel() == 0:
+        raise ValueError("audio is empty")
+    if not torch.isfinite(wave).all():
+        raise ValueError("audio holds NaN or Inf")
+    if wave.abs().max() > 100:  # beyond any float recording; squared, it would overflow the mel and poison the batch
+        raise ValueError(f"audio reaches {wave.abs().max():.3g}: scale it to [-1, 1]")
+    return wave.float().cpu()
+
+
+def cut_windows(wave, config):
+    """(samples,) -> list of <= 30 s pieces; exactly 30 s is one window, 30 s and one sample are two."""
+    return list(wave.split(config.window_samples))
+
+
+@functools.lru_cache
+def feature_extractor(mel_bins, seconds):
+    return WhisperFeatureExtractor(feature_size=mel_bins, chunk_length=seconds)
+
+
+def log_mel(pieces, config):
+    """List of W waveforms, each at most a window -> (W, M, F) log-mel, padded as Whisper expects."""
+    M, frames = config.encoder_config.num_mel_bins, config.window_samples // HOP
+    if not pieces:
+        return torch.zeros(0, M, frames)
+    assert config.window_samples % SAMPLE_RATE == 0, "WhisperFeatureExtractor wants whole seconds"
+    mel = feature_extractor(M, config.window_samples // SAMPLE_RATE)(
+        [p.numpy() for p in pieces], sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+    assert mel.shape[1:] == (M, frames), f"mel is {tuple(mel.shape)}, the encoder wants (W, {M}, {frames})"
+    return mel
+
+
+# -----------------------------------------------------------------------------
+# The two modules that are ours
+
+def downsample(x, k):
+    """Lay k neighbouring frames side by side: (W, T, E) -> (W, ceil(T/k), k*E), zero-padded at the end.
+
+    Not a convolution and not an average: a view. Nothing is lost, the adapter decides what to keep."""
+    W, T, E = x.shape
+    x = F.pad(x, (0, 0, 0, -T % k))                    # (W, T', E), T' a multiple of k
+    return x.reshape(W, -1, k * E)                     # (1500, 1280) -> (375, 5120)
+
+
+class Adapter(nn.Module):
+    """Downsampled audio frames (..., k*E) -> LLM embeddings (..., D), no biases.
+
+    simple: Linear(5120, 2560) -> GELU -> Linear(2560, 2560), 19,660,800 weights.
+    deep:   three residual blocks of LayerNorm -> 2560 -> 3840 -> 2560 between the two projections,
+            78,643,200 weights and four LayerNorms.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        d_in, D = config.encoder_config.d_model * config.downsample_factor, config.llm_config.hidden_size
+        assert config.adapter in ("simple", "deep"), f"adapter is {config.adapter!r}: choose simple or deep"
+        self.deep = config.adapter == "deep"
+        self.w_in = nn.Linear(d_in, D, bias=False)
+        self.w_out = nn.Linear(D, D, bias=False)
+        if self.deep:
+            inner = int(D * config.adapter_expansion)
+            self.blocks = nn.ModuleList(nn.Sequential(
+                nn.LayerNorm(D), nn.Linear(D, inner, bias=False), nn.GELU(), nn.Dropout(config.adapter_dropout),
+                nn.Linear(inner, D, bias=False), nn.Dropout(config.adapter_dropout),
+            ) for _ in range(config.adapter_layers))
+            self.norm = nn.LayerNorm(D)
+
+    def forward(self, x):
+        x = self.w_in(x)                               # (..., k*E) -> (..., D)
+        if not self.deep:
+            return self.w_out(F.gelu(x))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.w_out(self.norm(x))
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+class BorealisForConditionalGeneration(PreTrainedModel):
+    """encoder.* (Whisper), adapter.* (ours), llm.* (Qwen3). Build it from a config (random weights), from_parts
+    (two pretrained models) or from_pretrained (a checkpoint of train.py)."""
+    config_class = BorealisConfig
+    _supports_sdpa = True
+    _no_split_modules = ["WhisperEncoderLayer", "Qwen3DecoderLayer"]
+
+    def __init__(self, config, encoder=None, llm=None):
+        super().__init__(config)
+        self.encoder = WhisperEncoder(config.encoder_config) if encoder is None else encoder
+        self.adapter = Adapter(config)
+        self.llm = Qwen3ForCausalLM(config.llm_config) if llm is None else llm
+        self._tokenizer = None
+        self.post_init()
+        self.freeze(*config.frozen)
+
+    def _init_weights(self, module):
+        if isinstance(module, Adapter):  # the other parts come with their own initialisers
+            for m in module.modules():
+                if isinstance(m, nn.Linear):
+                    nn.init.xavier_uniform_(m.weight)
+
+    @classmethod
+    def from_parts(cls, encoder, llm, tokenizer, **config):
+        """Whisper and Qwen3 by hub name or local path (any size of each), a fresh adapter between them."""
+        whisper = WhisperModel.from_pretrained(encoder).encoder
+        qwen = Qwen3ForCausalLM.from_pretrained(llm)
+        qwen.resize_token_embeddings(len(tokenizer))  # shrinks Qwen3's padded 151,936 rows to 151,671
+        ids = tokenizer.convert_tokens_to_ids
+        model = cls(BorealisConfig(encoder_config=whisper.config, llm_config=qwen.config, audio_token_id=ids(AUDIO),
+                                   audio_start_id=ids(MARKER), audio_end_id=ids(MARKER), **config), whisper, qwen)
+        model.tokenizer = tokenizer
+        return model
+
+    @property
+    def tokenizer(self):
+        if self._tokenizer is None:  # it lies beside the weights
+            self._tokenizer = AutoTokenizer.from_pretrained(self.config._name_or_path)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    # ---- frozen hard: no gradient, no graph, and eval mode survives model.train()
+
+    def freeze(self, *parts):
+        self.config.frozen = list(parts)
+        for part in parts:
+            getattr(self, part).requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for part in self.config.frozen:
+            getattr(self, part).eval()
+        return self
+
+    # ---- forward
+
+    def encode_audio(self, input_features):
+        """(W, M, F) log-mel -> (W, N, D) embeddings; W is 0 for a text-only batch."""
+        frozen, shape = "encoder" in self.config.frozen, self.config.encoder_config
+        x = input_features.to(self.encoder.conv1.weight)                  # device and dtype of the weights
+        if len(x) == 0:
+            # Adding to nothing is nothing, but it keeps the encoder's weights in the graph: DDP waits for a gradient
+            # from every trained parameter, and a text-only batch must send its zeros.
+            x = x.new_zeros(0, shape.max_source_positions, shape.d_model)
+            x = x + sum(p.sum() for p in self.encoder.parameters() if p.requires_grad)
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                x = self.encoder(x).last_hidden_state                     # (W, T, E)  [W, 1500, 1280]
+        x = downsample(x, self.config.downsample_factor)                  # (W, N, kE) [W, 375, 5120]
+        return self.adapter(x.to(self.adapter.w_in.weight.dtype))         # (W, N, D)  [W, 375, 2560]
+
+    def embed(self, input_ids, input_features):
+        """The one splice: token embeddings (B, L, D), with the audio slots filled in reading order."""
+        embeds = self.llm.get_input_embeddings()(input_ids)               # (B, L, D)
+        if input_features is None:
+            return embeds
+        audio = self.encode_audio(input_features)                         # (W, N, D)
+        slots = input_ids == self.config.audio_token_id                   # (B, L)
+        assert slots.sum() == audio.shape[0] * audio.shape[1], \
+            f"{slots.sum()} audio slots in the prompts for {audio.shape[0]} windows of {audio.shape[1]} tokens"
+        return embeds.masked_scatter(slots.unsqueeze(-1), audio.to(embeds.dtype))
+
+    def forward(self, input_ids, input_features=None, attention_mask=None, labels=None, num_items_in_batch=None,
+                **kwargs):
+        """Logits everywhere; or, with labels, the summed cross-entropy over num_items_in_batch (default: this
+        batch's label tokens) and logits (labels, V) at the label positions only: a 30 s clip would otherwise pay for
+        ~400 x 151,671 logits that nobody reads.
+
+        Training pads on the right and passes no attention_mask: under causal attention no real token sees what
+        comes after it, and the mask-free path is the fast one."""
+        hidden = self.llm.model(inputs_embeds=self.embed(input_ids, input_features), attention_mask=attention_mask,
+                                **kwargs).last_hidden_state               # (B, L, D)
+        if labels is None:
+            return CausalLMOutputWithPast(logits=self.llm.lm_head(hidden))
+        targets = labels[:, 1:]                                           # position t predicts token t+1
+        keep = targets != -100                                            # (B, L-1)
+        logits = self.llm.lm_head(hidden[:, :-1][keep])                   # (labels, V)
+        loss = F.cross_entropy(logits.float(), targets[keep], reduction="sum")
+        return CausalLMOutputWithPast(loss=loss / (keep.sum() if num_items_in_batch is None else num_items_in_batch),
+                                      logits=logits)
+
+    # ---- generation
+
+    def generate(self, audio=None, user_prompt=ASR_PROMPT, system_prompt=ASR_SYSTEM, **settings):
+        """Answer about recordings; returns the new token ids only, (B, <= max_new_tokens), padded at the end.
+
+        audio: 1-D float array or tensor at 16 kHz, [-1, 1]; or a list of them, one a prompt (a prompt with several
+        <|AUDIO|> takes as many); or a list of lists; or None for text only. user_prompt: a string for all or a list.
+        settings: see chat. Raises ValueError on unusable audio or prompts."""
+        groups, prompts = pair_up(audio, user_prompt)
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        return self.chat([[*system, {"role": "user", "content": place_audio(p, len(g))}]
+                          for g, p in zip(groups, prompts)], groups, **settings)
+
+    @torch.no_grad()
+    def chat(self, conversations, recordings, max_new_tokens=256, do_sample=False, **sampling):
+        """B lists of messages that end with the user's, and B lists of recordings for their <|AUDIO|> slots -> new ids.
+
+        Greedy unless do_sample; then temperature, top_p, ... go to transformers. Batched = single, to the token, in
+        float32: rows are padded on the left, and no padding is attended to."""
+        rows, pieces = [], []
+        for messages, waves in zip(conversations, recordings):
+            windows = [cut_windows(check_wave(w), self.config) for w in waves]
+            rows.append(build_ids(self.tokenizer, self.config, messages, map(len, windows))[0])
+            pieces += sum(windows, [])
+        pad, L = self.config.llm_config.pad_token_id, max(map(len, rows))
+        ids = torch.tensor([[pad] * (L - len(r)) + r for r in rows], device=self.device)
+        mask = torch.tensor([[0] * (L - len(r)) + [1] * len(r) for r in rows], device=self.device)
+        settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=do_sample, pad_token_id=pad,
+                                    eos_token_id=self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]),
+                                    **sampling)
+        embeds = self.embed(ids, log_mel(pieces, self.config) if pieces else None)
+        return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=settings)
+
+    def decode(self, ids):
+        """1-D ids -> str; 2-D -> list of str. Special tokens and padding are dropped."""
+        if torch.as_tensor(ids).dim() == 2:
+            return [self.decode(row) for row in ids]
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def pair_up(audio, user_prompt):
+    """audio and user_prompt as generate takes them -> (list of lists of recordings, list of prompts)."""
+    shared = isinstance(user_prompt, str)
+    if audio is None:
+        groups = [[]] * (1 if shared else len(user_prompt))
+    elif not isinstance(audio, (list, tuple)):
+        groups = [[audio]]
+    elif any(isinstance(a, (list, tuple)) or a is None for a in audio):
+        groups = [list(a) if isinstance(a, (list, tuple)) else [] if a is None else [a] for a in audio]
+    else:  # flat: as many a sample as the prompt has placeholders
+        k = max(1, user_prompt.replace(TAG_PAIR, AUDIO).count(AUDIO)) if shared else 1
+        groups = [list(audio[i:i + k]) for i in range(0, len(audio), k)]
+    prompts = [user_prompt] * len(groups) if shared else list(user_prompt)
+    if not groups or len(groups) != len(prompts):
+        raise ValueError(f"{len(groups)} samples for {len(prompts)} prompts: give one prompt, or one a sample")
+    return groups, prompts
+
+
+AutoConfig.register(BorealisConfig.model_type, BorealisConfig, exist_ok=True)  # so that AutoTokenizer knows a checkpoint
+
+
+# -----------------------------------------------------------------------------
+
+def count(module, trained_only=False):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
+
+
+if __name__ == "__main__":
+    for adapter in ("simple", "deep"):
+        with torch.device("meta"):  # shapes without memory
+            model = BorealisForConditionalGeneration(BorealisConfig(adapter=adapter))
+        print(f"adapter={adapter}: " + ", ".join(f"{n} {count(m):,}" for n, m in model.named_children())
+              + f", total {count(model):,}, trained {count(model, trained_only=True):,}")

@@ -1,0 +1,739 @@
+"""
+test_all.py -- one property a test, literal numbers where a number is claimed, equality to a reference where one exists.
+
+    make test            # or: python -m pytest -q test_all.py -k labels
+"""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, WhisperConfig, WhisperModel
+
+import data
+import eval as evaluation
+import model as nb
+import train
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent / "shared"  # real data beside the project; users do not have it, so its tests skip
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared/ folder beside the project")
+A, M = nb.AUDIO, nb.MARKER
+
+
+# -----------------------------------------------------------------------------
+# Fixtures: a tokenizer, a random model, a folder of recordings
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    texts = ["анна купила девять конфет", "сейчас семь часов двадцать минут", "the cat sleeps under the table"]
+    return data.train_tokenizer(data.texts_of([data.Sample(t, question=nb.ASR_PROMPT.replace(A, "")) for t in texts]), 600)
+
+
+@pytest.fixture(scope="session")
+def net(tokenizer):
+    torch.manual_seed(0)
+    net = nb.BorealisForConditionalGeneration(nb.tiny_config(tokenizer)).eval()
+    net.tokenizer = tokenizer
+    return net
+
+
+def tone(seconds, seed=0):
+    """Not speech, but not silence: a noisy chirp, float32 at 16 kHz."""
+    t = torch.arange(round(seconds * 16000)) / 16000
+    noise = torch.randn(len(t), generator=torch.Generator().manual_seed(seed))
+    return 0.3 * torch.sin(2 * torch.pi * (200 + 300 * seed + 400 * t) * t) + 0.05 * noise
+
+
+@pytest.fixture(scope="session")
+def corpus():
+    return data.embedded("ru", "train", 60)
+
+
+@pytest.fixture(scope="session")
+def manifest(tmp_path_factory, corpus):
+    """32 rows: recordings of one and of several windows, and text-only conversations."""
+    folder, rows = tmp_path_factory.mktemp("own"), []
+    for i, s in enumerate(corpus[:26]):
+        wave = s.audio[0] if i % 5 else np.concatenate([s.audio[0]] * 3)
+        soundfile.write(folder / f"{i}.wav", wave, 16000)
+        rows.append({"audio": f"{i}.wav", "text": s.answer} if i % 4 else
+                    {"audio": f"{i}.wav", "question": "что слышно на аудио?", "answer": s.answer})
+    rows += [{"conversation": [{"role": "user", "content": f"скажи {s.answer}"},
+                               {"role": "assistant", "content": s.answer}]} for s in corpus[26:32]]
+    return write_manifest(folder / "own.jsonl", rows)
+
+
+def write_manifest(path, rows):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in rows))
+    return str(path)
+
+
+def train_now(monkeypatch, *flags):
+    """train.main() in this process -> (exit code, rows of metrics.jsonl)."""
+    flags = [str(f) for f in flags]
+    out = Path(flags[flags.index("--out") + 1])
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = train.main()
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    return code, train.read_metrics(out / "metrics.jsonl", 10**9)
+
+
+def exit_of(main, monkeypatch, capsys, *argv):
+    """What a user sees: (exit code, stdout, stderr) of a script's main."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        data.run(main)
+    text = capsys.readouterr()
+    return e.value.code or 0, text.out, text.err
+
+
+def losses(rows):
+    return np.array([r["loss"] for r in rows])
+
+
+# -----------------------------------------------------------------------------
+# model.py
+
+@pytest.mark.parametrize("seconds, tokens", [([0.1], 38), ([3.0], 38), ([3.0 + 1 / 16000], 76), ([7.5], 114),
+                                             ([1.0, 4.0], 38 + 76), ([], 0)])
+def test_token_counts(net, tokenizer, seconds, tokens):
+    waves = [tone(s) for s in seconds]
+    windows = [nb.cut_windows(w, net.config) for w in waves]
+    message = {"role": "user", "content": nb.place_audio("что?", len(waves))}
+    ids, _ = nb.build_ids(tokenizer, net.config, [message], map(len, windows))
+    assert ids.count(net.config.audio_token_id) == tokens
+    assert ids.count(net.config.audio_start_id) == 2 * len(waves)  # one marker on both sides of each recording
+    assert nb.log_mel(sum(windows, []), net.config).shape == (tokens // 38, 80, 300)
+
+
+def test_token_counts_at_full_size():
+    config = nb.BorealisConfig()
+    assert (config.window_samples, config.tokens_per_window) == (480_000, 375)
+    for seconds, n in [(1, 375), (30, 375), (30.001, 750), (61, 1125)]:
+        assert len(nb.cut_windows(torch.zeros(round(seconds * 16000)), config)) * config.tokens_per_window == n
+
+
+def test_real_sizes_on_meta():
+    """The numbers the README states, from the published shapes, without a byte of weights."""
+    for adapter, ours in [("simple", 19_660_800), ("deep", 78_643_200 + 4 * 2 * 2560)]:
+        with torch.device("meta"):
+            net = nb.BorealisForConditionalGeneration(nb.BorealisConfig(adapter=adapter))
+        assert nb.count(net.encoder) == 636_968_960
+        assert nb.count(net.llm) == 4_021_789_696
+        assert nb.count(net.adapter) == ours
+        assert nb.count(net) == 636_968_960 + 4_021_789_696 + ours
+        assert net.llm.get_input_embeddings().weight.shape == (151671, 2560)
+    assert nb.count(net.encoder, trained_only=True) == 0
+
+
+def test_downsample_is_a_concat():
+    x = torch.randn(2, 10, 3)
+    by_hand = torch.zeros(2, 3, 12)
+    for w in range(2):
+        for t in range(10):
+            by_hand[w, t // 4, (t % 4) * 3:(t % 4) * 3 + 3] = x[w, t]
+    assert torch.equal(nb.downsample(x, 4), by_hand)
+    assert nb.downsample(torch.zeros(1, 1500, 1280), 4).shape == (1, 375, 5120)
+
+
+@pytest.mark.parametrize("adapter", ["simple", "deep"])
+def test_adapter_state_dict(tokenizer, adapter):
+    keys = nb.BorealisForConditionalGeneration(nb.tiny_config(tokenizer, adapter=adapter)).state_dict()
+    assert {k.split(".")[0] for k in keys} == {"encoder", "adapter", "llm"}
+    assert {"adapter.w_in.weight", "adapter.w_out.weight"} <= set(keys)
+    assert not any("adapter" in k and "w_" in k and k.endswith("bias") for k in keys)
+
+
+def test_splice_fills_the_slots_in_order(net, tokenizer):
+    prompt = f"сравни {A} и {A}"
+    ids, _ = nb.build_ids(tokenizer, net.config, [{"role": "user", "content": prompt}], [2, 1])
+    mel = nb.log_mel([tone(3, 1), tone(2, 2), tone(1, 3)], net.config)
+    embeds = net.embed(torch.tensor([ids]), mel)[0]
+    slots = [i for i, t in enumerate(ids) if t == net.config.audio_token_id]
+    assert torch.equal(embeds[slots], net.encode_audio(mel).flatten(0, 1))
+    rest = [i for i in range(len(ids)) if i not in slots]
+    assert torch.equal(embeds[rest], net.llm.get_input_embeddings()(torch.tensor(ids))[rest])
+    assert slots[76] - slots[75] > 2 and slots[75] - slots[0] == 75  # two recordings, each in one piece
+
+
+@pytest.mark.parametrize("prompt, n, placed", [
+    ("что?", 1, f"{A}\nчто?"), ("что?", 2, f"{A}\n{A}\nчто?"), (f"что? {A}", 1, f"что? {A}"), ("что?", 0, "что?"),
+    ("что? <|start_of_audio|><|end_of_audio|>", 1, f"что? {A}"),
+    (f"{A} или <|start_of_audio|><|end_of_audio|>?", 2, f"{A} или {A}?")])
+def test_placeholders(prompt, n, placed):
+    assert nb.place_audio(prompt, n) == placed
+
+
+def test_placeholders_must_match():
+    with pytest.raises(ValueError, match="2 .* for 1"):
+        nb.place_audio(f"{A} {A}", 1)
+
+
+def test_labels_are_the_answer_and_its_end(net, tokenizer):
+    sample = data.Sample("анна купила девять конфет", [np.full(16000, 99, np.int16)])
+    ids, labels, _ = data.encode(sample, tokenizer, net.config)
+    assert tokenizer.decode([t for t in labels if t != -100]) == "анна купила девять конфет<|im_end|>"
+    prompt, no_labels, _ = data.encode(sample, tokenizer, net.config, with_answer=False)
+    assert ids[:len(prompt)] == prompt and len(prompt) < len(ids) and set(no_labels) == {-100}
+    assert set(labels[:len(prompt)]) == {-100}
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_labels_of_a_conversation(net, tokenizer):
+    turns = [{"role": "user", "content": "раз"}, {"role": "assistant", "content": "два"}]
+    sample = data.Sample("четыре", question="три", system="", history=turns)
+    ids, labels, windows = data.encode(sample, tokenizer, net.config)
+    assert windows == [] and net.config.audio_token_id not in ids
+    assert tokenizer.decode([t for t in labels if t != -100]) == "два<|im_end|>четыре<|im_end|>"
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(sample.messages(), tokenize=False).rstrip("\n")
+
+
+def test_template_takes_content_parts(tokenizer):
+    def render(content):
+        return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    assert render([{"type": "audio"}, {"type": "text", "text": "\nчто?"}]) == render(f"{A}\nчто?")
+
+
+def test_loss_is_full_cross_entropy(net, tokenizer):
+    """Logits at label rows only, without padding masks: the same loss as all logits with a mask, row by row."""
+    rows = [data.encode(data.Sample(text, audio), tokenizer, net.config) for text, audio in [
+        ("анна купила девять конфет", [(tone(4) * 9999).numpy().astype(np.int16)]),
+        ("семь", [(tone(1) * 9999).numpy().astype(np.int16)])]]
+    batch = data.Dataset([], tokenizer, net.config).collate(rows)
+    batch.pop("seconds")
+    out = net(**batch)
+    total, n = 0, 0
+    for ids, labels, windows in rows:
+        logits = net(torch.tensor([ids]), nb.log_mel(windows, net.config)).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum")
+        n += sum(t != -100 for t in labels)
+    assert out.logits.shape == (n, len(tokenizer))
+    assert out.loss.item() == pytest.approx((total / n).item(), rel=1e-5)
+
+
+def test_frozen_means_frozen(tokenizer):
+    net = nb.BorealisForConditionalGeneration(nb.tiny_config(tokenizer, frozen=["encoder"]))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    net.train()
+    assert not net.encoder.training and not any(m.training for m in net.encoder.modules()) and net.llm.training
+    sample = data.Sample("семь", [(tone(1) * 9999).numpy().astype(np.int16)])
+    batch = data.Dataset([], tokenizer, net.config).collate([data.encode(sample, tokenizer, net.config)])
+    batch.pop("seconds")
+    seen = []
+    net.encoder.register_forward_hook(lambda m, i, o: seen.append(o.last_hidden_state.requires_grad))
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    net(**batch).loss.backward()
+    assert seen == [False]  # no graph through the encoder
+    assert all(p.grad is None for p in net.encoder.parameters())
+    optimizer.step()
+    after = net.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("encoder."))
+    assert not any(torch.equal(before[k], after[k]) for k in before if k.startswith("adapter."))
+
+
+def test_batched_generation_is_single_generation(net):
+    """Short, long, two recordings, text only; greedy tokens of the batch equal each row's own, to the token."""
+    audio = [[tone(1, 1)], [tone(7, 2)], [tone(2, 3), tone(4, 4)], [], [tone(0.1, 5)]]
+    prompts = ["что?", f"слушай {A} и скажи", f"{A} или {A}?", "сколько будет семь", "<|start_of_audio|><|end_of_audio|>"]
+    together = net.generate(audio, prompts, max_new_tokens=24)
+    for i in range(len(audio)):
+        alone = net.generate([audio[i]], [prompts[i]], max_new_tokens=24)[0]
+        assert together[i][:len(alone)].tolist() == alone.tolist()
+    assert together.shape[1] <= 24  # new tokens only, no prompt
+
+
+def test_generate_takes_what_users_have(net):
+    wave = tone(1)
+    reference = net.generate(wave, max_new_tokens=6).tolist()
+    assert net.generate(wave.numpy(), max_new_tokens=6).tolist() == reference
+    assert net.generate([wave, wave], max_new_tokens=6).tolist() == reference * 2
+    both = net.generate([wave, tone(2)], user_prompt=f"{A} {A}", max_new_tokens=6)
+    assert both.shape[0] == 1  # a prompt with two placeholders takes both recordings
+    assert isinstance(net.decode(both[0]), str) and len(net.decode(both)) == 1
+    assert net.generate(user_prompt="семь", system_prompt=None, max_new_tokens=6).shape[0] == 1
+
+
+@pytest.mark.parametrize("audio, says", [
+    (torch.zeros(2, 100), "1-D"), (torch.zeros(0), "empty"), (torch.tensor([0.1, float("nan")]), "NaN"),
+    (np.zeros(100, np.int16), "float"), (torch.full((100,), 1e30), "scale"), (torch.full((99,), -np.inf), "Inf")])
+def test_generate_refuses(net, audio, says):
+    with pytest.raises(ValueError, match=says):
+        net.generate(audio)
+
+
+def test_from_parts_keeps_pretrained_weights(tokenizer, parts):
+    net = nb.BorealisForConditionalGeneration.from_parts(parts["encoder"], parts["llm"],
+                                                         nb.add_audio_tokens(AutoTokenizer.from_pretrained(parts["llm"])))
+    encoder = WhisperModel.from_pretrained(parts["encoder"]).encoder.state_dict()
+    assert all(torch.equal(v, net.encoder.state_dict()[k]) for k, v in encoder.items())
+    llm = Qwen3ForCausalLM.from_pretrained(parts["llm"]).state_dict()
+    for k, v in llm.items():  # the padded vocabulary shrinks to the tokenizer's, all else stays
+        assert torch.equal(v[:len(net.tokenizer)] if v.shape[0] == 1500 else v, net.llm.state_dict()[k]), k
+    assert net.config.llm_config.vocab_size == len(net.tokenizer) < 1500
+
+
+@needs_shared
+def test_real_tokenizer_ids():
+    real = AutoTokenizer.from_pretrained(SHARED / "qwen3_tokenizer")
+    stock = real.chat_template
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    theirs = real.apply_chat_template(chat, tokenize=False)
+    prompt = real.apply_chat_template(chat[:2], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    tok = nb.add_audio_tokens(real)
+    assert tok.convert_tokens_to_ids([A, M]) == [151669, 151670] and len(tok) == 151671 and stock != tok.chat_template
+    assert tok.apply_chat_template(chat, tokenize=False) == theirs
+    assert tok.apply_chat_template(chat[:2], tokenize=False, add_generation_prompt=True) == prompt
+    ids, labels = nb.build_ids(tok, nb.BorealisConfig(), [{"role": "user", "content": f"Что? {A}"}, chat[2]], [2])
+    assert ids.count(151669) == 750 and ids.count(151670) == 2
+    assert tok.decode([t for t in labels if t != -100]) == "a<|im_end|>"
+
+
+# -----------------------------------------------------------------------------
+# data.py
+
+@pytest.mark.parametrize("name, rate, channels", [
+    ("a.wav", 8000, 1), ("a.wav", 44100, 2), ("a.flac", 48000, 3), ("a.ogg", 16000, 1), ("a.mp3", 22050, 2),
+    ("a.wav", 15999, 1), ("a.wav", 11025, 1)])
+def test_audio_of_any_rate_and_channels(tmp_path, name, rate, channels):
+    t = np.arange(rate) / rate
+    wave = np.stack([np.sin(2 * np.pi * 440 * t)] + [np.zeros(rate)] * (channels - 1), 1) * 0.5
+    soundfile.write(tmp_path / name, wave, rate)
+    x = data.load_audio(str(tmp_path / name))
+    assert x.dim() == 1 and abs(len(x) - 16000) <= 16000 * 0.1  # mp3 pads its ends
+    spectrum = torch.fft.rfft(x[2000:14000])
+    assert abs(spectrum.abs().argmax().item() * 16000 / 12000 - 440) < 2
+    assert x[2000:14000].abs().max().item() == pytest.approx(0.5 / channels, rel=0.1)  # the mean of the channels
+
+
+def test_corpus_same_seed_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 12)
+    runs = []
+    for folder, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path / folder))
+        runs.append(data.embedded("ru", "train", 20, seed) + data.embedded("en", "eval", 5, seed))
+    pcm = [[s.audio[0].tobytes() for s in r] for r in runs]
+    assert pcm[0] == pcm[1] != pcm[2]
+    assert [s.answer for s in runs[0]] == [s.answer for s in runs[1]]
+    assert all(0.5 < len(s.audio[0]) / 16000 < 6 and np.abs(s.audio[0]).max() > 1000 for s in runs[0])
+
+
+def test_corpus_holds_out_voices_and_sentences():
+    assert not set(data.TRAIN_VOICES) & set(data.EVAL_VOICES)
+    for lang in ("ru", "en"):
+        train_set, held_out = data.embedded(lang, "train", 250), data.embedded(lang, "eval", 250)
+        assert not {s.answer for s in train_set} & {s.answer for s in held_out}
+        assert len({s.answer for s in held_out}) == 250
+        assert {s.name.split("/")[2] for s in held_out} == set(data.EVAL_VOICES)
+        assert {s.name.split("/")[2] for s in train_set} <= set(data.TRAIN_VOICES)
+        words = " ".join(re.sub(r"\{\w+\}", " ", line) for lines in data.GRAMMAR[lang].values() for line in lines)
+        assert len(set(words.split())) >= 150
+
+
+def test_tokenizer_round_trip(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = f"анна купила 9 конфет, ё-й! {A}<|im_end|> hello\n\n<think>"
+    ids = loaded(text).input_ids
+    assert ids == tokenizer(text).input_ids and loaded.decode(ids) == text
+    assert loaded.chat_template == nb.CHAT_TEMPLATE
+    assert len(tokenizer("анна").input_ids) == 1  # a known word is a token
+
+
+def bad_manifest(folder, good=60):
+    """Good rows, and three bad ones in a hundred of different kinds."""
+    soundfile.write(folder / "good.wav", tone(1).numpy(), 16000)
+    return [{"audio": "good.wav", "text": "семь"}] * good
+
+
+BAD = [('{"audio": "good.wav", "text": ', "broken JSON"), ({"audio": "nowhere.wav", "text": "семь"}, "missing file"),
+       ({"audio": "noise.wav", "text": "семь"}, "not audio"), ({"audio": "good.wav", "text": "  "}, "empty text"),
+       ({"audio": "nan.wav", "text": "семь"}, "audio holds NaN or Inf"), ({"audio": "short.wav", "text": "семь"}, "shorter than 0.1 s"),
+       ({"audio": "silent.wav", "text": "семь"}, "silent"), ({"text": "семь"}, "no audio field"), ("[1]", "not a JSON object"),
+       ({"audio": "good.wav", "text": "семь " * 2000}, "does not fit into 2048 tokens"),
+       ({"audio": "good.wav", "text": "семь<|im_end|>"}, "control token in the text"),
+       ({"audio": "good.wav", "question": f"{A} {A}", "answer": "семь"}, "placeholders and recordings differ in number"),
+       ({"conversation": [{"role": "user", "content": "раз"}]}, "conversation does not end with a question and its answer")]
+
+
+@pytest.fixture
+def bad_files(tmp_path):
+    (tmp_path / "noise.wav").write_bytes(b"RIFF this is no recording" * 9)
+    soundfile.write(tmp_path / "nan.wav", np.array([0.1, np.nan] * 4000, np.float32), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "short.wav", tone(0.09).numpy(), 16000)
+    soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 16000)
+    return tmp_path
+
+
+def check_manifest(path, tokenizer, config, strict=False):
+    bad = data.BadRows(strict)
+    samples, total = data.read_manifest(path, bad)
+    kept = data.usable(samples, tokenizer, config, 2048, bad, progress=False)
+    bad.report(total, path)
+    return kept, bad
+
+
+@pytest.mark.parametrize("row, reason", BAD, ids=[r for _, r in BAD])
+def test_bad_rows_are_counted_by_reason(bad_files, tokenizer, net, capsys, row, reason):
+    good = bad_manifest(bad_files)
+    path = write_manifest(bad_files / "m.jsonl", good[:30] + [row] + good[30:])
+    kept, bad = check_manifest(path, tokenizer, net.config)
+    assert len(kept) == 60 and dict(bad.reasons) == {reason: 1}
+    assert f"left out 1 of 61 rows: 1 {reason} (first: m.jsonl:31)" in capsys.readouterr().err
+    with pytest.raises(data.UserError, match="m.jsonl:31"):
+        check_manifest(path, tokenizer, net.config, strict=True)
+
+
+def test_too_many_bad_rows_stop_the_run(bad_files, tokenizer, net):
+    path = write_manifest(bad_files / "m.jsonl", bad_manifest(bad_files, 100) + [r for r, _ in BAD])
+    with pytest.raises(data.UserError, match="13 of 113 rows are unusable"):
+        check_manifest(path, tokenizer, net.config)
+
+
+def test_schedule_does_not_depend_on_ranks():
+    one = [b for b in data.Schedule(10, 0, range(3, 6), 8, 8)]
+    for batch_size, world in [(1, 2), (2, 2), (4, 2), (2, 1), (1, 8)]:
+        ranks = [list(data.Schedule(10, 0, range(3, 6), 8, batch_size, r, world)) for r in range(world)]
+        micro = 8 // batch_size // world
+        for step in range(3):
+            dealt = [i for m in range(micro) for r in ranks for i in r[step * micro + m]]
+            assert dealt == one[step]
+    everything = [i for b in data.Schedule(10, 0, range(5), 8, 8) for i in b]
+    assert all(sorted(everything[e * 10:e * 10 + 10]) == list(range(10)) for e in range(4))  # each sample once an epoch
+
+
+def test_data_script_shows_a_sample(tmp_path, monkeypatch, capsys):
+    code, out, _ = exit_of(data.main, monkeypatch, capsys, "--wav", tmp_path / "s.wav")
+    assert code == 0 and "labels decode to" in out and "x 38" in out
+    assert soundfile.info(tmp_path / "s.wav").samplerate == 16000
+
+
+# -----------------------------------------------------------------------------
+# train.py
+
+FAST = ["--preset", "tiny", "--workers", "0", "--save_every", "1000"]
+
+
+def test_accumulation_is_one_big_batch(manifest, tmp_path, monkeypatch):
+    """Mixed lengths and text-only rows; a mean of micro-batch means would fail this."""
+    runs = [train_now(monkeypatch, *FAST, "--train_manifest", manifest, "--steps", 4, "--batch_size", b,
+                      "--out", tmp_path / str(b))[1] for b in (16, 4, 1)]
+    assert np.abs(losses(runs[0]) - losses(runs[1])).max() < 1e-5
+    assert np.abs(losses(runs[0]) - losses(runs[2])).max() < 1e-5
+
+
+def torchrun(processes, *flags):
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
+                           "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(HERE / "train.py"), *map(str, flags)],
+                          capture_output=True, text=True, env=env, timeout=300)
+
+
+def test_two_processes_are_one(manifest, tmp_path, monkeypatch):
+    """torchrun, gloo, DDP: the losses of one process to 1e-5, text-only micro-batches on one rank included."""
+    flags = [*FAST, "--train_manifest", manifest, "--steps", 6, "--batch_size", 2]
+    code, alone = train_now(monkeypatch, *flags, "--out", tmp_path / "one")
+    result = torchrun(2, *flags, "--out", tmp_path / "two")
+    assert result.returncode == 0, result.stderr[-2000:]
+    together = train.read_metrics(tmp_path / "two" / "metrics.jsonl", 99)
+    assert [r["step"] for r in together] == [1, 2, 3, 4, 5, 6]
+    assert np.abs(losses(alone) - losses(together)).max() < 1e-5
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("adapter", ["simple", "deep"])  # deep has dropout: its randomness resumes too
+def test_resume_is_bit_for_bit(manifest, tmp_path, monkeypatch, adapter):
+    flags = ["--preset", "tiny", "--workers", "0", "--train_manifest", manifest, "--steps", 6, "--save_every", 3,
+             "--adapter", adapter]
+    _, whole = train_now(monkeypatch, *flags, "--out", tmp_path / "whole")
+    real_step, steps = torch.optim.AdamW.step, []
+
+    def dies_in_step_five(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 5:
+            raise Killed
+        return real_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", dies_in_step_five)
+        with pytest.raises(Killed):
+            train_now(monkeypatch, *flags, "--out", tmp_path / "parts")
+    assert torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == 3
+    _, rest = train_now(monkeypatch, "--resume", "--out", tmp_path / "parts")
+    assert [r["step"] for r in rest] == [1, 2, 3, 4, 5, 6]
+    assert losses(rest).tolist() == losses(whole).tolist()
+    a, b = (load_file(tmp_path / d / "model.safetensors") for d in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_save_first(manifest, tmp_path, number, code):
+    out = tmp_path / "out"
+    with subprocess.Popen([sys.executable, HERE / "train.py", "--preset", "tiny", "--train_manifest", manifest, "--steps",
+                           "5000", "--out", out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.time() + 120
+        while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()) and time.time() < deadline:
+            assert process.poll() is None, process.stderr.read()[-2000:]
+            time.sleep(0.2)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == code and "--resume" in stdout and "Traceback" not in stderr
+    step = torch.load(out / "state.pt", weights_only=True)["step"]
+    assert step == len(train.read_metrics(out / "metrics.jsonl", 10**9)) > 0
+    evaluation.load_model(out, torch.device("cpu"))
+
+
+def test_divergence_keeps_the_last_checkpoint(manifest, tmp_path, monkeypatch, capsys):
+    flags = ["--preset", "tiny", "--workers", "0", "--train_manifest", manifest, "--steps", 9, "--save_every", 1]
+    real = torch.nn.functional.cross_entropy
+    calls = []
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) * (float("nan") if len(calls) == 3 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "cross_entropy", poisoned)
+        code, rows = train_now(monkeypatch, *flags, "--out", tmp_path / "out")
+    err = capsys.readouterr().err
+    assert code == 1 and "loss nan" in err and "step 3" in err and "stays in" in err
+    assert torch.load(tmp_path / "out" / "state.pt", weights_only=True)["step"] == 2 == len(rows)
+    assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "out" / "model.safetensors").values())
+
+
+def test_run_folder(manifest, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    train_now(monkeypatch, *FAST, "--train_manifest", manifest, "--steps", 2, "--out", out)
+    assert {p.name for p in out.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", "train_config.json",
+                                               "state.pt", "metrics.jsonl", "loss.png"}
+    assert not [p for p in out.iterdir() if p.suffix == ".tmp" or p.name == ".saving"]
+    assert set(train.read_metrics(out / "metrics.jsonl", 9)[0]) == {"step", "loss", "lr", "grad_norm", "ms", "tokens_per_s",
+                                                                    "audio_s_per_s"}
+    assert json.loads((out / "train_config.json").read_text())["lr"] == train.PRESETS["tiny"]["lr"]
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory, tokenizer):
+    """A tiny Whisper and a tiny Qwen3 saved as the hub has them: one window is 2 s, the vocabulary is padded."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(1)
+    WhisperModel(WhisperConfig(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=128,
+                               decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=100,
+                               vocab_size=50, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+                               decoder_start_token_id=0)).save_pretrained(folder / "whisper")
+    ids = tokenizer.convert_tokens_to_ids
+    llm = Qwen3ForCausalLM(Qwen3Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                                       head_dim=32, intermediate_size=96, vocab_size=1500, tie_word_embeddings=True,
+                                       max_position_embeddings=4096, eos_token_id=ids("<|im_end|>"),
+                                       pad_token_id=ids("<|endoftext|>")))
+    llm.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95, top_k=20)  # as Qwen3-4B ships it
+    llm.save_pretrained(folder / "qwen")
+    tokenizer.save_pretrained(folder / "qwen")
+    return {"encoder": str(folder / "whisper"), "llm": str(folder / "qwen")}
+
+
+def test_full_size_path_on_stand_ins(manifest, parts, tmp_path, monkeypatch, capsys):
+    """The default preset: pretrained parts by path, only the adapter learns, and the result evaluates greedily."""
+    out = tmp_path / "out"
+    code, rows = train_now(monkeypatch, "--train_manifest", manifest, "--encoder", parts["encoder"], "--llm", parts["llm"],
+                           "--steps", 2, "--effective_batch", 4, "--workers", 0, "--out", out)
+    assert code == 0 and len(rows) == 2
+    weights = load_file(out / "model.safetensors")
+    llm, encoder = load_file(Path(parts["llm"]) / "model.safetensors"), load_file(Path(parts["encoder"]) / "model.safetensors")
+    assert torch.equal(weights["llm.model.layers.1.mlp.up_proj.weight"], llm["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(weights["encoder.conv1.weight"], encoder["encoder.conv1.weight"])
+    assert set(torch.load(out / "state.pt", weights_only=True)["trained"]) == {"adapter.w_in.weight", "adapter.w_out.weight"}
+    for _ in range(2):  # twice the same: Qwen3's sampling defaults are off
+        code, _, _ = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", out, "--manifest", manifest, "--max_new_tokens", 5)
+        assert code == 0
+    heard = [json.loads(line)["hypothesis"] for line in (out / "hypotheses.jsonl").read_text().splitlines()]
+    net = evaluation.load_model(out, torch.device("cpu"))
+    folder = Path(manifest).parent
+    assert net.decode(net.generate(data.load_audio(str(folder / "1.wav")), max_new_tokens=5)[0]) == heard[1]
+
+
+def test_learns_a_manifest_by_heart(corpus, tmp_path, monkeypatch, capsys):
+    """From noise to zero errors on four recordings: gradients reach every part, and evaluation hears what was trained."""
+    for i, s in enumerate(corpus[:4]):
+        soundfile.write(tmp_path / f"{i}.wav", s.audio[0], 16000)
+    path = write_manifest(tmp_path / "four.jsonl", [{"audio": f"{i}.wav", "text": s.answer} for i, s in enumerate(corpus[:4])])
+    train_now(monkeypatch, *FAST, "--train_manifest", path, "--steps", 60, "--effective_batch", 4, "--batch_size", 4,
+              "--out", tmp_path / "out")
+    code, out, _ = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", tmp_path / "out", "--manifest", path)
+    assert code == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["splits"]["four"]["wer"] == 0.0 and results["splits"]["four"]["samples"] == 4
+
+
+# -----------------------------------------------------------------------------
+# eval.py
+
+@pytest.mark.parametrize("text, clean", [
+    ("Ещё, «Ёлка» — 5 шт.!", "еще елка 5 шт"), ("кто-то", "кто то"), ("Мой и\u0306од, е\u0308ж", "мой йод еж"),
+    ("за\u0301мок", "замок"), ("don't  STOP…", "dont stop"), ("тёмно–синий", "темно синий"), ("  ", ""), ("50%", "50")])
+def test_normaliser(text, clean):
+    assert evaluation.normalise(text) == clean
+
+
+@pytest.mark.parametrize("reference, hypothesis, expected", [
+    ("мама мыла раму", "мама мыла раму", (0, 0, 0, 0.0)),
+    ("мама мыла раму", "мама раму", (0, 1, 0, 33.33)),
+    ("мама мыла раму", "мама мыла белую раму вчера", (0, 0, 2, 66.67)),
+    ("мама мыла раму", "папа мыл раму", (2, 0, 0, 66.67)),
+    ("мама мыла раму", "", (0, 3, 0, 100.0)),
+    ("Ёлка кто-то мой", "елка кто то мои", (1, 0, 0, 25.0))])
+def test_wer_by_hand(reference, hypothesis, expected):
+    r = evaluation.score([evaluation.normalise(reference)], [evaluation.normalise(hypothesis)])
+    assert (r["sub"], r["del"], r["ins"], r["wer"]) == expected
+
+
+def test_wer_is_over_the_corpus():
+    """1 error in 1 word and 0 in 9: 10 %, not the mean of 100 % and 0 %. CER: 4 edits (раз -> кот: 3, + 1) of 4 + ..."""
+    r = evaluation.score(["раз", "а б в г д е ж з и"], ["кот", "а б в г д е ж з и"])
+    assert r["wer"] == 10.0 and r["words"] == 10 and r["cer"] == round(100 * 3 / 20, 2)
+    assert r["wer"] == round(100 * jiwer.wer(["раз", "а б в г д е ж з и"], ["кот", "а б в г д е ж з и"]), 2)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, net, tokenizer):
+    """An untrained checkpoint in the layout of train.py."""
+    out = tmp_path_factory.mktemp("ckpt")
+    net.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "train_config.json").write_text(json.dumps(dict(preset="tiny", lang="ru", seed=0, train_manifest=None)))
+    return out
+
+
+def test_eval_writes_what_it_promises(checkpoint, tmp_path, monkeypatch, capsys):
+    code, out, _ = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--out", tmp_path, "--limit", 5,
+                           "--max_new_tokens", 4)
+    assert code == 0 and "| clean |" in out and "said" in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"run", "splits", "avg_wer"} and results["run"] == "tiny"
+    assert set(results["splits"]["clean"]) == {"wer", "cer", "sub", "del", "ins", "words", "samples", "failed", "rtfx"}
+    rows = [json.loads(line) for line in (tmp_path / "hypotheses.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 and all(r["reference_normalised"] == evaluation.normalise(r["reference"]) for r in rows)
+    assert (tmp_path / "wer.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_failed_utterances_count_as_empty(checkpoint, bad_files, tmp_path, monkeypatch, capsys):
+    """One file does not decode, one generation raises: both stay in the score, the rest is untouched."""
+    soundfile.write(bad_files / "good.wav", tone(1).numpy(), 16000)
+    soundfile.write(bad_files / "long.wav", tone(8).numpy(), 16000)
+    path = write_manifest(bad_files / "m.jsonl", [{"audio": f"{n}.wav", "text": "раз два"} for n in ("good", "nan", "long")])
+    real = nb.BorealisForConditionalGeneration.chat
+
+    def fragile(self, conversations, recordings, **settings):
+        if any(len(w) > 100_000 for waves in recordings for w in waves):
+            raise RuntimeError("out of memory")
+        return real(self, conversations, recordings, **settings)
+
+    monkeypatch.setattr(nb.BorealisForConditionalGeneration, "chat", fragile)
+    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--manifest", path, "--out",
+                           tmp_path / "e", "--max_new_tokens", 3)
+    assert code == 0 and "2 of 3 utterances failed" in err and "m.jsonl:2" in err and "out of memory" in err
+    result = json.loads((tmp_path / "e" / "results.json").read_text())["splits"]["m"]
+    assert result["words"] == 6 and result["failed"] == 2 and result["samples"] == 3
+    monkeypatch.setattr(nb.BorealisForConditionalGeneration, "chat", lambda *a, **k: 1 / 0)
+    assert exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--manifest", path, "--out",
+                   tmp_path / "e")[0] == 1
+
+
+@needs_shared
+def test_a_real_recording_takes_several_windows(checkpoint, monkeypatch, capsys):
+    code, out, err = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--audio",
+                             SHARED / "audio" / "jfk.flac", "--max_new_tokens", 5)
+    assert code == 0 and "11.00 s, 4 window(s), 152 audio tokens" in err
+
+
+# -----------------------------------------------------------------------------
+# What a user can get wrong: one line, exit code 2, nothing touched
+
+@pytest.mark.parametrize("argv, says", [
+    (["--presett", "tiny"], "did you mean --preset"), (["--preset", "huge"], "choose from"), (["--lr", "fast"], "--lr"),
+    (["--preset", "tiny", "--lr", "0"], "must be positive"), (["--preset", "tiny", "--steps", "0"], "at least 1"),
+    (["--preset", "tiny", "--train_manifest", "nowhere.jsonl"], "no manifest at"), ([], "--train_manifest"),
+    (["--resume"], "nothing to resume"), (["--preset", "tiny", "--batch_size", "5"], "multiple"),
+    (["--preset", "tiny", "--lang", "fr"], "speaks ru, en"), (["--preset", "tiny", "stray"], "stray"),
+    (["--preset", "tiny", "--device", "cuda"], "no GPU"),
+    (["--train_manifest", "OWN", "--encoder", "nowhere/a", "--llm", "nowhere/b"], "--encoder")])
+def test_wrong_training_flags(tmp_path, manifest, monkeypatch, capsys, argv, says):
+    if "cuda" in argv and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    argv = [manifest if a == "OWN" else a for a in argv]
+    code, out, err = exit_of(train.main, monkeypatch, capsys, *argv, "--out", tmp_path / "out")
+    message = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(message) == 1 and says in message[0] and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_overwritten(manifest, tmp_path, monkeypatch, capsys):
+    flags = [*FAST, "--train_manifest", manifest, "--steps", 1, "--out", tmp_path / "out"]
+    train_now(monkeypatch, *flags)
+    before = (tmp_path / "out" / "state.pt").read_bytes()
+    code, _, err = exit_of(train.main, monkeypatch, capsys, *flags)
+    assert code == 2 and "already holds a run" in err
+    code, _, err = exit_of(train.main, monkeypatch, capsys, "--resume", "--lr", 1, "--out", tmp_path / "out")
+    assert code == 2 and "--lr was" in err
+    assert (tmp_path / "out" / "state.pt").read_bytes() == before
+    assert train_now(monkeypatch, *flags, "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--ckpt", "nowhere"], "no checkpoint in"), (["--manifest", "nowhere.jsonl"], "no manifest at"),
+    (["--audio", "nowhere.wav"], "no file at"), (["--audio", "noise.wav"], "not audio"), (["--audio", "silent.wav"], "silent"),
+    (["--audio", "short.wav"], "shorter"), (["--audio", "nan.wav"], "NaN"), (["--prompt", "что?"], "--audio"),
+    (["--audio", "good.wav", "--prompt", f"{A} {A}"], "placeholders"), (["--manifest", "empty.jsonl"], "is empty"),
+    (["--batch_size", "0"], "at least 1"), (["--nonsense"], "--nonsense")])
+def test_wrong_evaluation_flags(checkpoint, bad_files, monkeypatch, capsys, argv, says):
+    (bad_files / "empty.jsonl").write_text("\n")
+    soundfile.write(bad_files / "good.wav", tone(1).numpy(), 16000)
+    monkeypatch.chdir(bad_files)
+    argv = argv if "--ckpt" in argv else [*argv, "--ckpt", checkpoint]
+    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *argv)
+    message = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(message) == 1 and says in message[0] and "Traceback" not in err
+
+
+@pytest.mark.parametrize("harm, says", [
+    ("shape", "mismatched"), ("missing", "missing keys"), ("unexpected", "unexpected keys"), ("truncated", "cannot load"),
+    ("other", "another kind"), ("config", "cannot load"), ("weights", "cannot load")])
+def test_broken_checkpoints(checkpoint, tmp_path, monkeypatch, capsys, harm, says):
+    import shutil
+    out = shutil.copytree(checkpoint, tmp_path / "ckpt")
+    weights, config = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+    if harm == "shape":
+        config["llm_config"]["intermediate_size"] = 256
+    elif harm == "other":
+        config["model_type"] = "whisper"
+    elif harm == "missing":
+        del weights["adapter.w_in.weight"]
+    elif harm == "unexpected":
+        weights["adapter.lora_A.weight"] = torch.zeros(2, 2)
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text("{" if harm == "config" else json.dumps(config))
+    if harm == "truncated":
+        (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:1000])
+    if harm == "weights":
+        (out / "model.safetensors").unlink()
+    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", out)
+    message = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(message) == 1 and says in message[0] and "Traceback" not in err
