@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -67,16 +68,12 @@ def run(main):
         sys.exit(2)
 
 
-class OneLineParser:
-    """Mixed into an argparse parser: a wrong flag is one line too, not a page of usage."""
+class ArgumentParser(argparse.ArgumentParser):
+    """A wrong flag is one line too, not a page of usage."""
 
     def error(self, message):
         print(f"error: {message}; see python {self.prog} --help", file=sys.stderr)
         sys.exit(2)
-
-
-class ArgumentParser(OneLineParser, argparse.ArgumentParser):
-    pass
 
 
 class BadRows:
@@ -306,88 +303,77 @@ class Schedule(torch.utils.data.Sampler):
 
 
 # -----------------------------------------------------------------------------
-# The embedded corpus, 1: two small languages. {name} draws a line from that list.
+# The embedded corpus, 1: two small languages. {name} draws an alternative from the line of that name.
 
-GRAMMAR = {
-    "ru": {
-        "sentence": [
-            "сейчас {hour} часов {minutes} минут", "{man} купил {count} {goods}", "{woman} купила {count} {goods}",
-            "{day} в {city} {weather}", "{woman} живёт в {city} {day}", "{switch} {device} {room}",
-            "{adj_m} {noun_m} {does} {place}", "{adj_f} {noun_f} {does} {place}", "напомни мне {day} {todo}",
-            "позвони {whom} в {hour} часов", "мой номер {digit} {digit} {digit} {digit}",
-            "мы едем {to} на {transport}", "сегодня {weekday} {ordinal} {month}",
-            "{man} говорит по-русски {day}", "{whom} нужно {todo}"],
-        "hour": "пять шесть семь восемь девять десять".split(),
-        "minutes": ["десять", "пятнадцать", "{tens}", "{tens} пять", "{tens} восемь"],
-        "tens": "двадцать тридцать сорок пятьдесят".split(),
-        "count": "пять шесть семь восемь девять десять двадцать сорок сто".split(),
-        "digit": "ноль один два три четыре пять шесть семь восемь девять".split(),
-        "goods": "яблок книг билетов огурцов конфет лимонов чашек цветов".split(),
-        "man": "иван пётр сергей андрей николай олег".split(),
-        "woman": "анна мария ольга елена татьяна светлана".split(),
-        "city": "москве казани самаре туле омске сочи".split(),
-        "day": "сегодня завтра утром вечером ночью днём".split(),
-        "weather": ["идёт дождь", "идёт снег", "тепло", "холодно", "ветрено", "сильный мороз", "густой туман"],
-        "switch": ["включи", "выключи", "проверь"],
-        "device": "свет телевизор радио чайник компьютер музыку".split(),
-        "room": ["на кухне", "в спальне", "в гостиной", "в коридоре", "на балконе"],
-        "adj_m": "старый молодой большой белый чёрный весёлый".split(),
-        "noun_m": "кот пёс мальчик медведь учитель врач".split(),
-        "adj_f": "старая молодая большая белая чёрная весёлая".split(),
-        "noun_f": "кошка собака девочка птица лошадь бабушка".split(),
-        "does": "спит сидит лежит гуляет играет поёт".split(),
-        "place": ["под столом", "на окне", "у двери", "в саду", "за домом", "возле реки", "в парке"],
-        "todo": ["купить {food}", "полить цветы", "забрать посылку", "сделать уроки", "вынести мусор"],
-        "food": "хлеб молоко сыр сахар чай кофе".split(),
-        "whom": "маме папе брату сестре другу".split(),
-        "to": ["в лес", "на дачу", "в театр", "на работу", "на море", "в деревню"],
-        "transport": "поезде автобусе машине метро такси".split(),
-        "weekday": "понедельник вторник среда четверг пятница суббота воскресенье".split(),
-        "ordinal": "первое второе третье пятое шестое восьмое десятое".split(),
-        "month": "января февраля марта апреля мая июня июля августа сентября октября ноября декабря".split(),
-    },
-    "en": {
-        "sentence": [
-            "it is {hour} {minutes} now", "the train leaves at {hour} {minutes}", "{name} bought {count} {goods}",
-            "{day} in {city} {weather}", "{name} is going to {city} {day}", "{name} lives in {city}",
-            "turn {switch} the {device} in the {room}", "the {adj} {noun} {does} {place}", "remind me to {todo} {day}",
-            "call {whom} at {hour} {minutes}", "my number is {digit} {digit} {digit} {digit} {digit}",
-            "we are going {to} by {transport}", "today is {weekday} the {ordinal} of {month}",
-            "the ticket costs {digit} hundred and {tens} dollars", "{name} speaks english {day}", "{whom} needs to {todo}"],
-        "hour": "one two three four five six seven eight nine ten eleven twelve".split(),
-        "minutes": ["ten", "fifteen", "{tens}", "{tens} five", "{tens} two", "{tens} eight"],
-        "tens": "twenty thirty forty fifty".split(),
-        "count": ("two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-                  "seventeen eighteen nineteen twenty thirty forty").split(),
-        "digit": "one two three four five six seven eight nine".split(),
-        "goods": "apples books tickets cucumbers notebooks candies lemons cups pears eggs postcards flowers".split(),
-        "name": ("john peter george andrew david michael james thomas anna mary olivia helen susan laura kate "
-                 "emily").split(),
-        "city": "london paris boston chicago dublin oxford denver seattle madrid berlin".split(),
-        "day": ["today", "tomorrow", "this morning", "this evening", "tonight", "next week"],
-        "weather": ["it is raining", "it is snowing", "it is warm", "it is cold", "it is windy", "it is cloudy",
-                    "it is sunny", "there is a storm", "there is heavy fog"],
-        "switch": ["on", "off", "down"],
-        "device": "light television radio kettle computer music fan lamp stove".split(),
-        "room": ["kitchen", "bedroom", "hall", "corridor", "bathroom", "garage", "office"],
-        "adj": "old young big small white black brown happy quiet grey".split(),
-        "noun": "cat dog boy girl bear rabbit neighbor teacher doctor bird horse fox".split(),
-        "does": "sleeps sits lies stands walks plays waits sings".split(),
-        "place": ["under the table", "at the window", "near the door", "in the garden", "behind the house",
-                  "by the river", "in the park", "on the roof", "under the tree", "at school"],
-        "todo": ["buy {food}", "call {whom}", "water the flowers", "pick up the parcel", "do the homework",
-                 "cook dinner", "take out the trash", "fix the tap"],
-        "food": "bread milk cheese butter sugar tea coffee rice".split(),
-        "whom": ["mother", "father", "my brother", "my sister", "the doctor", "the director", "my friend"],
-        "to": ["to the forest", "to the theater", "to the museum", "to work", "to the airport", "to the sea",
-               "to the village"],
-        "transport": "train bus car metro tram taxi bicycle".split(),
-        "weekday": "monday tuesday wednesday thursday friday saturday sunday".split(),
-        "ordinal": "first second third fourth fifth sixth seventh eighth ninth tenth".split(),
-        "month": ("january february march april may june july august september october november "
-                  "december").split(),
-    },
-}
+GRAMMAR = {"ru": """
+sentence: сейчас {hour} часов {minutes} минут | {man} купил {count} {goods} | {woman} купила {count} {goods} |
+    {day} в {city} {weather} | {woman} живёт в {city} {day} | {switch} {device} {room} | {adj_m} {noun_m} {does} {place} |
+    {adj_f} {noun_f} {does} {place} | напомни мне {day} {todo} | позвони {whom} в {hour} часов | мы едем {to} на {vehicle} |
+    мой номер {digit} {digit} {digit} {digit} | сегодня {weekday} {ordinal} {month} | {man} говорит по-русски {day} |
+    {whom} нужно {todo}
+hour: пять | шесть | семь | восемь | девять | десять
+minutes: десять | пятнадцать | {tens} | {tens} пять | {tens} восемь
+tens: двадцать | тридцать | сорок | пятьдесят
+count: пять | шесть | семь | восемь | девять | десять | двадцать | сорок | сто
+digit: ноль | один | два | три | четыре | пять | шесть | семь | восемь | девять
+goods: яблок | книг | билетов | огурцов | конфет | лимонов | чашек | цветов
+man: иван | пётр | сергей | андрей | николай | олег
+woman: анна | мария | ольга | елена | татьяна | светлана
+city: москве | казани | самаре | туле | омске | сочи
+day: сегодня | завтра | утром | вечером | ночью | днём
+weather: идёт дождь | идёт снег | тепло | холодно | ветрено | сильный мороз | густой туман
+switch: включи | выключи | проверь
+device: свет | телевизор | радио | чайник | компьютер | музыку
+room: на кухне | в спальне | в гостиной | в коридоре | на балконе
+adj_m: старый | молодой | большой | белый | чёрный | весёлый
+noun_m: кот | пёс | мальчик | медведь | учитель | врач
+adj_f: старая | молодая | большая | белая | чёрная | весёлая
+noun_f: кошка | собака | девочка | птица | лошадь | бабушка
+does: спит | сидит | лежит | гуляет | играет | поёт
+place: под столом | на окне | у двери | в саду | за домом | возле реки | в парке
+todo: купить {food} | полить цветы | забрать посылку | сделать уроки | вынести мусор
+food: хлеб | молоко | сыр | сахар | чай | кофе
+whom: маме | папе | брату | сестре | другу
+to: в лес | на дачу | в театр | на работу | на море | в деревню
+vehicle: поезде | автобусе | машине | метро | такси
+weekday: понедельник | вторник | среда | четверг | пятница | суббота | воскресенье
+ordinal: первое | второе | третье | пятое | шестое | восьмое | десятое
+month: января | февраля | марта | апреля | мая | июня | июля | августа | сентября | октября | ноября | декабря
+""", "en": """
+sentence: it is {hour} {minutes} now | {name} bought {count} {goods} | {day} in {city} {weather} |
+    {name} lives in {city} {day} | turn {switch} the {device} in the {room} | the {adj} {noun} {does} {place} |
+    remind me to {todo} {day} | call {whom} at {hour} {minutes} | my number is {digit} {digit} {digit} {digit} |
+    we are going {to} by {vehicle} | today is {weekday} the {ordinal} of {month} | {name} speaks english {day} |
+    {whom} needs to {todo}
+hour: five | six | seven | eight | nine | ten
+minutes: ten | fifteen | {tens} | {tens} five | {tens} eight
+tens: twenty | thirty | forty | fifty
+count: five | six | seven | eight | nine | ten | twenty | forty
+digit: zero | one | two | three | four | five | six | seven | eight | nine
+goods: apples | books | tickets | candies | lemons | cups | flowers | eggs
+name: john | peter | george | andrew | anna | mary | olivia | helen | david | susan
+city: london | paris | boston | chicago | dublin | madrid
+day: today | tomorrow | this morning | this evening | tonight
+weather: it is raining | it is snowing | it is warm | it is cold | it is windy | there is a storm | there is fog
+switch: on | off | down
+device: light | television | radio | kettle | computer | music
+room: kitchen | bedroom | hall | garage | office | bathroom
+adj: old | young | big | white | black | happy | small | quiet
+noun: cat | dog | boy | girl | bear | horse | teacher | doctor | bird | rabbit
+does: sleeps | sits | lies | walks | plays | sings
+place: under the table | at the window | near the door | in the garden | behind the house | by the river | in the park
+todo: buy {food} | water the flowers | pick up the parcel | do the homework | take out the trash | cook dinner
+food: bread | milk | cheese | sugar | tea | coffee
+whom: mother | father | my brother | my sister | my friend
+to: to the forest | to the theater | to work | to the sea | to the village | to the airport
+vehicle: train | bus | car | metro | taxi
+weekday: monday | tuesday | wednesday | thursday | friday | saturday | sunday
+ordinal: first | second | third | fifth | sixth | eighth | tenth
+month: january | february | march | april | may | june | july | august | september | october | november | december
+"""}
+GRAMMAR = {lang: {name: [line.strip() for line in lines.replace("\n", " ").split("|")]
+                  for name, lines in re.findall(r"^(\w+): (.*(?:\n    .*)*)", text, re.MULTILINE)}
+           for lang, text in GRAMMAR.items()}
 
 
 def sentence(lang, rng):
@@ -398,14 +384,26 @@ def sentence(lang, rng):
     return text
 
 
+@lru_cache
+def vocabulary(lang):
+    """All words of a grammar, sorted."""
+    return sorted({w for lines in GRAMMAR[lang].values() for line in lines for w in re.sub(r"\{\w+\}", "", line).split()})
+
+
+def dictation(lang, rng):
+    """One to four words in any order. Half of the training set is made of these: a sentence can be half guessed from its
+    beginning, a list of words has to be listened to."""
+    return " ".join(rng.choices(vocabulary(lang), k=rng.randint(1, 4)))
+
+
 # -----------------------------------------------------------------------------
 # The embedded corpus, 2: who speaks it. espeak-ng's voice variants; the evaluation voices are never trained on.
-# Left out: whispers, robots and Klatt voices, which nobody would call a speaker.
+# Left out: whispers, robots, Klatt voices, and formants (1 to 3) outside 80..140 % of the plain voice: not people.
 
 TRAIN_VOICES = (
-    "m1 m2 m3 m5 m6 m8 f1 f3 f5 Alex Annie Denis Diogo Gene Hugo Jacky Lee Michael Mario anika boris caleb ed edward "
-    "gustave ian john max michel quincy rob robert sandro shelby steph travis zac grandpa").split()
-EVAL_VOICES = "m4 m7 f2 f4 Alicia Mike linda miguel belinda victor".split()
+    "m1 m2 m3 m5 m6 m8 f1 f3 f5 Alex Andrea Annie Denis Diogo Gene Gene2 Henrique Hugo Mario Nguyen Storm anika antonio "
+    "aunty ed grandma grandpa ian iven john max michel paul pedro quincy rob robert sandro shelby steph").split()
+EVAL_VOICES = "m4 m7 f2 f4 Mike belinda linda miguel pablo victor".split()
 EVAL_UTTERANCES = 250    # sentences of the held-out set, none of which is ever a training sentence
 CHUNK = 250              # utterances synthesised by one process; fixed, so that bytes do not depend on the machine
 
@@ -464,7 +462,8 @@ def synthesise(job):
             text, voice = evaluation[(k * CHUNK + i) % len(evaluation)], EVAL_VOICES[i % len(EVAL_VOICES)]
         else:
             voice = rng.choice(TRAIN_VOICES)
-            while (text := sentence(lang, rng)) in evaluation:
+            draw = rng.choice([sentence, dictation])
+            while (text := draw(lang, rng)) in evaluation:
                 pass
         pcm = espeak.say(text, f"{lang}+{voice}", rng.randint(190, 240), rng.randint(35, 65))
         wave = resample(torch.from_numpy(pcm.astype(np.float32) / 32768))
@@ -484,7 +483,7 @@ def cache_dir():
 def embedded(lang, split, n, seed=0):
     """The first n Samples of the embedded corpus ("train" or "eval"), spoken now if they are not in the cache.
     Equal seeds give equal bytes."""
-    recipe = json.dumps([GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, CHUNK, EVAL_UTTERANCES])  # a new recipe, a new folder
+    recipe = json.dumps([2, GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, CHUNK, EVAL_UTTERANCES])  # a new recipe, a new folder
     folder = cache_dir() / f"{lang}-{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{split}-{k:03d}.npz" for k in range(-(-n // CHUNK))]
@@ -559,20 +558,15 @@ def main():
         raise UserError(f"{sample.name}: {e}") from None
     batch = dataset.collate([(ids, labels, windows)])
 
-    print(f"sample      {sample.name}: {sum(map(len, windows)) / SAMPLE_RATE:.2f} s in {len(windows)} window(s) of "
+    print(f"{sample.name}: {sum(map(len, windows)) / SAMPLE_RATE:.2f} s, {len(windows)} window(s) of "
           f"{config.window_samples / SAMPLE_RATE:g} s")
     for key in ("input_features", "input_ids", "labels"):
-        print(f"{key:14s}{tuple(batch[key].shape)}")
-    print("tokens, runs of equal ones folded; * marks a label:")
-    runs = []
-    for token, label in zip(ids, labels):
-        if runs and runs[-1][0] == token and token == config.audio_token_id:
-            runs[-1][2] += 1
-        else:
-            runs.append([token, label != -100, 1])
-    for token, is_label, n in runs:
-        print(f"  {'*' if is_label else ' '} {token:6d}  {tokenizer.decode([token])!r}{f' x {n}' if n > 1 else ''}")
-    print("labels decode to:", repr(tokenizer.decode([t for t in labels if t != -100])))
+        print(f"{key:14s} {tuple(batch[key].shape)}")
+    print("tokens (* has a label):")
+    for (token, label), run_ in groupby(zip(ids, labels)):  # equal neighbours on one line
+        n = len(list(run_))
+        print(f"  {' ' if label == -100 else '*'} {token:6d}  {tokenizer.decode([token])!r}{f' x {n}' if n > 1 else ''}")
+    print("the labels say:", repr(tokenizer.decode([t for t in labels if t != -100])))
     if windows:
         soundfile.write(args.wav, torch.cat(windows).numpy(), SAMPLE_RATE)
         print(f"wrote {args.wav}")

@@ -57,15 +57,24 @@ def score(references, hypotheses):
 # -----------------------------------------------------------------------------
 # Model and data
 
-def load_model(folder, device):
-    """A checkpoint of train.py, strictly: whatever is missing or does not fit is a UserError that names it."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
+def check_folder(folder):
+    """Is there a checkpoint of ours at all? Cheap, so that it comes before anything slow. Raises UserError."""
+    config = Path(folder) / "config.json"
+    if not config.is_file():
         raise UserError(f"no checkpoint in {folder}: it holds no config.json; train one with "
                         "python train.py --preset tiny")
     try:
-        if json.loads((folder / "config.json").read_text()).get("model_type") != "borealis":
-            raise UserError(f"{folder} holds another kind of model: eval.py wants a checkpoint of train.py")
+        kind = json.loads(config.read_text())["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"cannot load {folder}: its config.json is broken; train again or fetch it again") from None
+    if kind != BorealisForConditionalGeneration.config_class.model_type:
+        raise UserError(f"{folder} holds a {kind} model: eval.py wants a checkpoint of train.py")
+
+
+def load_model(folder, device):
+    """A checkpoint of train.py, strictly: whatever is missing or does not fit is a UserError that names it."""
+    folder = Path(folder)
+    try:
         model, info = BorealisForConditionalGeneration.from_pretrained(
             folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True, local_files_only=True)  # mismatches are refused here, with a better message
@@ -214,6 +223,7 @@ def main():
         raise UserError("--audio answers for one file, --manifest measures many: give one of the two")
     if args.audio and not Path(args.audio).is_file():
         raise UserError(f"no file at {args.audio}")
+    check_folder(args.ckpt)
     splits = {} if args.audio else load_splits(args)
     model = load_model(args.ckpt, torch.device(args.device))
     if args.audio:

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the hub, and a wrong name shall fail at once
+
 import jiwer
 import numpy as np
 import pytest
@@ -110,8 +112,8 @@ def losses(rows):
 # -----------------------------------------------------------------------------
 # model.py
 
-@pytest.mark.parametrize("seconds, tokens", [([0.1], 38), ([3.0], 38), ([3.0 + 1 / 16000], 76), ([7.5], 114),
-                                             ([1.0, 4.0], 38 + 76), ([], 0)])
+@pytest.mark.parametrize("seconds, tokens", [([0.1], 25), ([2.0], 25), ([2.0 + 1 / 16000], 50), ([7.5], 100),
+                                             ([1.0, 4.0], 25 + 50), ([], 0)])
 def test_token_counts(net, tokenizer, seconds, tokens):
     waves = [tone(s) for s in seconds]
     windows = [nb.cut_windows(w, net.config) for w in waves]
@@ -119,7 +121,7 @@ def test_token_counts(net, tokenizer, seconds, tokens):
     ids, _ = nb.build_ids(tokenizer, net.config, [message], map(len, windows))
     assert ids.count(net.config.audio_token_id) == tokens
     assert ids.count(net.config.audio_start_id) == 2 * len(waves)  # one marker on both sides of each recording
-    assert nb.log_mel(sum(windows, []), net.config).shape == (tokens // 38, 80, 300)
+    assert nb.log_mel(sum(windows, []), net.config).shape == (tokens // 25, 80, 200)
 
 
 def test_token_counts_at_full_size():
@@ -163,13 +165,13 @@ def test_adapter_state_dict(tokenizer, adapter):
 def test_splice_fills_the_slots_in_order(net, tokenizer):
     prompt = f"сравни {A} и {A}"
     ids, _ = nb.build_ids(tokenizer, net.config, [{"role": "user", "content": prompt}], [2, 1])
-    mel = nb.log_mel([tone(3, 1), tone(2, 2), tone(1, 3)], net.config)
+    mel = nb.log_mel([tone(2, 1), tone(1.5, 2), tone(1, 3)], net.config)
     embeds = net.embed(torch.tensor([ids]), mel)[0]
     slots = [i for i, t in enumerate(ids) if t == net.config.audio_token_id]
     assert torch.equal(embeds[slots], net.encode_audio(mel).flatten(0, 1))
     rest = [i for i in range(len(ids)) if i not in slots]
     assert torch.equal(embeds[rest], net.llm.get_input_embeddings()(torch.tensor(ids))[rest])
-    assert slots[76] - slots[75] > 2 and slots[75] - slots[0] == 75  # two recordings, each in one piece
+    assert slots[50] - slots[49] > 2 and slots[49] - slots[0] == 49  # two recordings, each in one piece
 
 
 @pytest.mark.parametrize("prompt, n, placed", [
@@ -419,7 +421,7 @@ def test_schedule_does_not_depend_on_ranks():
 
 def test_data_script_shows_a_sample(tmp_path, monkeypatch, capsys):
     code, out, _ = exit_of(data.main, monkeypatch, capsys, "--wav", tmp_path / "s.wav")
-    assert code == 0 and "labels decode to" in out and "x 38" in out
+    assert code == 0 and "the labels say" in out and "x 25" in out
     assert soundfile.info(tmp_path / "s.wav").samplerate == 16000
 
 
@@ -661,7 +663,7 @@ def test_failed_utterances_count_as_empty(checkpoint, bad_files, tmp_path, monke
 def test_a_real_recording_takes_several_windows(checkpoint, monkeypatch, capsys):
     code, out, err = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--audio",
                              SHARED / "audio" / "jfk.flac", "--max_new_tokens", 5)
-    assert code == 0 and "11.00 s, 4 window(s), 152 audio tokens" in err
+    assert code == 0 and "11.00 s, 6 window(s), 150 audio tokens" in err
 
 
 # -----------------------------------------------------------------------------
@@ -715,7 +717,7 @@ def test_wrong_evaluation_flags(checkpoint, bad_files, monkeypatch, capsys, argv
 
 @pytest.mark.parametrize("harm, says", [
     ("shape", "mismatched"), ("missing", "missing keys"), ("unexpected", "unexpected keys"), ("truncated", "cannot load"),
-    ("other", "another kind"), ("config", "cannot load"), ("weights", "cannot load")])
+    ("other", "whisper model"), ("config", "cannot load"), ("weights", "cannot load")])
 def test_broken_checkpoints(checkpoint, tmp_path, monkeypatch, capsys, harm, says):
     import shutil
     out = shutil.copytree(checkpoint, tmp_path / "ckpt")

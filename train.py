@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -29,9 +30,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from data import GRAMMAR, BadRows, Dataset, OneLineParser, Schedule, UserError, embedded, read_manifest, \
+from data import GRAMMAR, ArgumentParser, BadRows, Dataset, Schedule, UserError, embedded, read_manifest, \
     replace_file, run, texts_of, train_tokenizer, usable
-from model import BorealisForConditionalGeneration, add_audio_tokens, count, tiny_config
+from model import BorealisForConditionalGeneration, add_audio_tokens, count, init_from_scratch, tiny_config
 
 # -----------------------------------------------------------------------------
 # Configuration: the defaults are the full-size run, a preset changes some, flags change any
@@ -46,7 +47,7 @@ class TrainConfig:
     train_manifest: Optional[str] = HfArg(default=None, help="JSONL with your own data (see data.py)")
     strict: bool = HfArg(default=False, help="stop at the first unusable row instead of counting it")
     lang: str = HfArg(default="ru", help="language of the embedded corpus: ru, en, or ru,en")
-    utterances: int = HfArg(default=5000, help="how many the embedded corpus speaks, over all languages")
+    utterances: int = HfArg(default=8000, help="how many the embedded corpus speaks, over all languages")
     max_tokens: int = HfArg(default=2048, help="rows longer than this, audio included, are left out and counted")
     # model
     encoder: str = HfArg(default="openai/whisper-large-v3", help="any Whisper, hub name or path")
@@ -73,25 +74,24 @@ class TrainConfig:
 
 PRESETS = {
     "borealis": {},  # stage one of the post: transcription, only the adapter learns
-    "tiny": dict(train="scratch", encoder="", llm="", steps=1500, effective_batch=16, batch_size=16, lr=2e-3,
+    "tiny": dict(train="scratch", encoder="", llm="", steps=2400, effective_batch=16, batch_size=16, lr=1.2e-3,
                  min_lr=0.02, warmup=0.06, workers=1, save_every=250),
 }
 MACHINE_ONLY = {"out", "resume", "overwrite", "strict", "batch_size", "device", "workers", "save_every"}  # free on --resume
 
 
-class ConfigParser(OneLineParser, HfArgumentParser):
-    pass
+class ConfigParser(HfArgumentParser):
+    error = ArgumentParser.error
 
 
 def parse_config(argv):
     """Flags over preset (or, with --resume, over the saved configuration) over defaults. Raises UserError."""
     parser = ConfigParser(TrainConfig, prog="train.py", allow_abbrev=False, description=__doc__.split("\n")[1])
     first, unknown = parser.parse_known_args(argv)
-    for flag in unknown:
-        if flag.startswith("-"):
-            close = difflib.get_close_matches(flag.split("=")[0].lstrip("-"), [f.name for f in fields(TrainConfig)], 1)
-            raise UserError(f"unknown flag {flag}" + (f", did you mean --{close[0]}?" if close else "")
-                            + "; python train.py --help lists all")
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), [f.name for f in fields(TrainConfig)], 1)
+        raise UserError(f"unknown flag {unknown[0]}" + (f", did you mean --{close[0]}?" if close else "")
+                        + "; python train.py --help lists all")
     if first.preset not in PRESETS:
         raise UserError(f"unknown preset {first.preset!r}: choose from {', '.join(PRESETS)}")
     saved = Path(first.out) / "train_config.json"
@@ -128,7 +128,7 @@ def parse_config(argv):
 # -----------------------------------------------------------------------------
 # Data and model
 
-def load_samples(cfg, rank):
+def load_samples(cfg):
     """The embedded corpus, or the rows of a manifest whose text is usable -> (samples, BadRows, number of rows)."""
     bad = BadRows(cfg.strict)
     if cfg.train_manifest:
@@ -147,7 +147,7 @@ def build(cfg, samples, device):
     torch.manual_seed(cfg.seed)
     if cfg.train == "scratch":
         tokenizer = train_tokenizer(texts_of(samples))
-        model = BorealisForConditionalGeneration(tiny_config(tokenizer, adapter=cfg.adapter))
+        model = init_from_scratch(BorealisForConditionalGeneration(tiny_config(tokenizer, adapter=cfg.adapter)))
         model.tokenizer = tokenizer
         return model.to(device), tokenizer
     try:
@@ -245,15 +245,15 @@ def main():
                         f"{world} processes")
     accumulation = cfg.effective_batch // (cfg.batch_size * world)
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))  # rank 0 may read for long
     chief = rank == 0
 
     # Rank 0 looks at the data first (speaks the corpus, checks every recording), the others take over its verdict.
-    samples, bad, total = load_samples(cfg, rank) if chief else (None, None, None)
+    samples, bad, total = load_samples(cfg) if chief else (None, None, None)
     if world > 1:
         dist.barrier()
     if not chief:
-        samples, _, _ = load_samples(cfg, rank)
+        samples, _, _ = load_samples(cfg)
     model, tokenizer = build(cfg, samples, device)
     if cfg.train_manifest:
         verdict = [None]
