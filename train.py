@@ -47,7 +47,7 @@ class TrainConfig:
     train_manifest: Optional[str] = HfArg(default=None, help="JSONL with your own data (see data.py)")
     strict: bool = HfArg(default=False, help="stop at the first unusable row instead of counting it")
     lang: str = HfArg(default="ru", help="language of the embedded corpus: ru, en, or ru,en")
-    utterances: int = HfArg(default=8000, help="how many the embedded corpus speaks, over all languages")
+    utterances: int = HfArg(default=12000, help="how many the embedded corpus speaks, over all languages")
     max_tokens: int = HfArg(default=2048, help="rows longer than this, audio included, are left out and counted")
     # model
     encoder: str = HfArg(default="openai/whisper-large-v3", help="any Whisper, hub name or path")
@@ -74,8 +74,8 @@ class TrainConfig:
 
 PRESETS = {
     "borealis": {},  # stage one of the post: transcription, only the adapter learns
-    "tiny": dict(train="scratch", encoder="", llm="", steps=2500, effective_batch=16, batch_size=16, lr=1.2e-3,
-                 min_lr=0.02, warmup=0.06, workers=0, save_every=250),
+    "tiny": dict(train="scratch", encoder="", llm="", steps=2700, effective_batch=16, batch_size=16, lr=1.2e-3,
+                 min_lr=0.02, warmup=0.06, workers=0, save_every=500),
 }
 KEEP = 20_000  # spectrograms of the tiny preset held in memory, 64 KB each
 MACHINE_ONLY = {"out", "resume", "overwrite", "strict", "batch_size", "device", "workers", "save_every"}  # free on --resume
