@@ -47,7 +47,7 @@ class TrainConfig:
     train_manifest: Optional[str] = HfArg(default=None, help="JSONL with your own data (see data.py)")
     strict: bool = HfArg(default=False, help="stop at the first unusable row instead of counting it")
     lang: str = HfArg(default="ru", help="language of the embedded corpus: ru, en, or ru,en")
-    utterances: int = HfArg(default=12000, help="how many the embedded corpus speaks, over all languages")
+    utterances: int = HfArg(default=10000, help="how many the embedded corpus speaks, over all languages")
     max_tokens: int = HfArg(default=2048, help="rows longer than this, audio included, are left out and counted")
     # model
     encoder: str = HfArg(default="openai/whisper-large-v3", help="any Whisper, hub name or path")
@@ -74,7 +74,7 @@ class TrainConfig:
 
 PRESETS = {
     "borealis": {},  # stage one of the post: transcription, only the adapter learns
-    "tiny": dict(train="scratch", encoder="", llm="", steps=2700, effective_batch=16, batch_size=16, lr=1.2e-3,
+    "tiny": dict(train="scratch", encoder="", llm="", steps=2100, effective_batch=16, batch_size=16, lr=1.2e-3,
                  min_lr=0.02, warmup=0.06, workers=0, save_every=500),
 }
 KEEP = 20_000  # spectrograms of the tiny preset held in memory, 64 KB each
@@ -259,12 +259,11 @@ def main():
     if cfg.train_manifest:
         verdict = [None]
         if chief:
-            kept = usable(samples, tokenizer, model.config, cfg.max_tokens, bad)
+            verdict = [{s.name for s in usable(samples, tokenizer, model.config, cfg.max_tokens, bad)}]
             bad.report(total, cfg.train_manifest)
-            verdict = [[s.name for s in kept]]
         if world > 1:
             dist.broadcast_object_list(verdict)
-        samples = [s for s in samples if s.name in set(verdict[0])]
+        samples = [s for s in samples if s.name in verdict[0]]
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -292,7 +291,7 @@ def main():
     if chief:
         replace_file(out / "metrics.jsonl", lambda tmp: Path(tmp).write_text("".join(json.dumps(r) + "\n" for r in rows)))
         log = open(out / "metrics.jsonl", "a", buffering=1)
-    stop = catch_signals()
+    stop, stopping = catch_signals(), False
     # A file or pipe gets a line every ten seconds, a terminal a live bar.
     bar = tqdm(total=cfg.steps, initial=start, desc="training", unit="step", disable=not chief,
                mininterval=0.1 if sys.stderr.isatty() else 10)
@@ -359,11 +358,11 @@ def main():
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if stop and chief:
+    if stopping and chief:
         print(f"stopped at step {rows[-1]['step']}, saved; go on with: python train.py --resume --out {cfg.out}")
     elif chief:
         print(f"done: {cfg.out} holds the model; next: python eval.py --ckpt {cfg.out}")
-    return 130 if signal.SIGINT in stop else 0
+    return 130 if stopping and signal.SIGINT in stop else 0
 
 
 def catch_signals():
