@@ -103,6 +103,21 @@ class BadRows:
         print(f"{name}: left out {bad} of {total} rows: {reasons}", file=sys.stderr)
 
 
+def pick_device(name):
+    """"cpu", "cuda" or "auto" -> "cpu" or "cuda"; raises UserError."""
+    if name not in ("cpu", "cuda", "auto"):
+        raise UserError(f"--device {name}: choose cpu, cuda or auto")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but no GPU is visible: use --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def check_out(folder):
+    """A folder to write into may be new, but not a file. Raises UserError."""
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise UserError(f"{folder} is a file: results need a folder")
+
+
 def replace_file(path, write):
     """write(temporary name), then rename: whoever looks finds the old file or the new one, never half of one."""
     write(f"{path}.tmp")

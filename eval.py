@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import EVAL_UTTERANCES, ArgumentParser, BadRow, BadRows, Sample, UserError, embedded, load_audio, \
-    read_manifest, replace_file, run
+from data import EVAL_UTTERANCES, ArgumentParser, BadRow, BadRows, Sample, UserError, check_out, embedded, \
+    load_audio, pick_device, read_manifest, replace_file, run
 from model import ASR_PROMPT, SAMPLE_RATE, BorealisForConditionalGeneration, place_audio
 
 # -----------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def main():
     parser.add_argument("--limit", type=int, help="at most so many utterances a split")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--strict", action="store_true", help="stop at the first unusable row of the manifest")
     args = parser.parse_args()
     for name in ("batch_size", "max_new_tokens", "limit"):
@@ -224,8 +224,10 @@ def main():
     if args.audio and not Path(args.audio).is_file():
         raise UserError(f"no file at {args.audio}")
     check_folder(args.ckpt)
+    check_out(args.out or args.ckpt)
+    device = torch.device(pick_device(args.device))
     splits = {} if args.audio else load_splits(args)
-    model = load_model(args.ckpt, torch.device(args.device))
+    model = load_model(args.ckpt, device)
     if args.audio:
         return answer_one(model, args.audio, args.prompt, args.max_new_tokens)
 

@@ -702,7 +702,8 @@ def test_a_run_is_not_overwritten(manifest, tmp_path, monkeypatch, capsys):
     (["--audio", "nowhere.wav"], "no file at"), (["--audio", "noise.wav"], "not audio"), (["--audio", "silent.wav"], "silent"),
     (["--audio", "short.wav"], "shorter"), (["--audio", "nan.wav"], "NaN"), (["--prompt", "что?"], "--audio"),
     (["--audio", "good.wav", "--prompt", f"{A} {A}"], "placeholders"), (["--manifest", "empty.jsonl"], "is empty"),
-    (["--batch_size", "0"], "at least 1"), (["--nonsense"], "--nonsense")])
+    (["--batch_size", "0"], "at least 1"), (["--nonsense"], "--nonsense"), (["--device", "tpu"], "choose cpu"),
+    (["--out", "good.wav"], "is a file")])
 def test_wrong_evaluation_flags(checkpoint, bad_files, monkeypatch, capsys, argv, says):
     (bad_files / "empty.jsonl").write_text("\n")
     soundfile.write(bad_files / "good.wav", tone(1).numpy(), 16000)

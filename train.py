@@ -30,8 +30,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from data import GRAMMAR, ArgumentParser, BadRows, Dataset, Schedule, UserError, embedded, read_manifest, \
-    replace_file, run, texts_of, train_tokenizer, usable
+from data import GRAMMAR, ArgumentParser, BadRows, Dataset, Schedule, UserError, check_out, embedded, \
+    pick_device, read_manifest, replace_file, run, texts_of, train_tokenizer, usable
 from model import BorealisForConditionalGeneration, add_audio_tokens, count, init_from_scratch, tiny_config
 
 # -----------------------------------------------------------------------------
@@ -47,7 +47,7 @@ class TrainConfig:
     train_manifest: Optional[str] = HfArg(default=None, help="JSONL with your own data (see data.py)")
     strict: bool = HfArg(default=False, help="stop at the first unusable row instead of counting it")
     lang: str = HfArg(default="ru", help="language of the embedded corpus: ru, en, or ru,en")
-    utterances: int = HfArg(default=10000, help="how many the embedded corpus speaks, over all languages")
+    utterances: int = HfArg(default=12000, help="how many the embedded corpus speaks, over all languages")
     max_tokens: int = HfArg(default=2048, help="rows longer than this, audio included, are left out and counted")
     # model
     encoder: str = HfArg(default="openai/whisper-large-v3", help="any Whisper, hub name or path")
@@ -74,7 +74,7 @@ class TrainConfig:
 
 PRESETS = {
     "borealis": {},  # stage one of the post: transcription, only the adapter learns
-    "tiny": dict(train="scratch", encoder="", llm="", steps=2100, effective_batch=16, batch_size=16, lr=1.2e-3,
+    "tiny": dict(train="scratch", encoder="", llm="", steps=2700, effective_batch=16, batch_size=16, lr=1.2e-3,
                  min_lr=0.02, warmup=0.06, workers=0, save_every=500),
 }
 KEEP = 20_000  # spectrograms of the tiny preset held in memory, 64 KB each
@@ -113,6 +113,7 @@ def parse_config(argv):
     elif (Path(cfg.out) / "state.pt").exists() and not cfg.overwrite:
         raise UserError(f"{cfg.out} already holds a run: --resume goes on with it, --out DIR starts beside it, "
                         "--overwrite replaces it")
+    check_out(cfg.out)
     for name in ("steps", "effective_batch", "batch_size", "utterances", "save_every", "max_tokens"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(cfg, name)}")
@@ -234,9 +235,7 @@ def plot_loss(rows, path):
 def main():
     cfg = parse_config(sys.argv[1:])
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-    if cuda and not torch.cuda.is_available():
-        raise UserError("--device cuda, but no GPU is visible: use --device cpu")
+    cuda = pick_device(cfg.device) == "cuda"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
