@@ -167,8 +167,13 @@ def load_audio(source):
         # The sinc kernel grows with the reduced ratio (977 MiB for 15999 -> 16000 Hz). Every usual rate is exact
         # below 1000; for the odd ones a ratio wrong by less than one in a million is not heard.
         ratio = Fraction(SAMPLE_RATE, rate).limit_denominator(1000)
-        wave = torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
+        wave = resampler(ratio.denominator, ratio.numerator)(wave)
     return wave
+
+
+@lru_cache(maxsize=16)  # computing a kernel costs more than using it
+def resampler(rate, new_rate):
+    return torchaudio.transforms.Resample(rate, new_rate)
 
 
 # -----------------------------------------------------------------------------
@@ -469,7 +474,7 @@ def synthesise(job):
     torch.set_num_threads(1)
     rng, texts, voices, waves = random.Random(f"{seed} {lang} {split} {k}"), [], [], []
     espeak = Espeak(rng.randrange(1 << 30))
-    resample = torchaudio.transforms.Resample(espeak.rate, SAMPLE_RATE)
+    resample = resampler(espeak.rate, SAMPLE_RATE)
     for i in range(CHUNK):
         if split == "eval":
             voice, draw = EVAL_VOICES[i % len(EVAL_VOICES)], sentence
