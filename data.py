@@ -483,7 +483,7 @@ def synthesise(job):
         while held_out(text := draw(lang, rng)) != (split == "eval") or (split == "eval" and text in texts):
             pass
         pcm = espeak.say(text, f"{lang}+{voice}", rng.randint(190, 230), rng.randint(40, 60))
-        wave = resample(torch.from_numpy(pcm.astype(np.float32) / 32768))
+        wave = resample(load_audio(pcm))
         wave = torch.nn.functional.pad(wave, (rng.randrange(SAMPLE_RATE // 10), 0))  # speech starts 0-0.1 s in
         texts.append(text), voices.append(voice)
         waves.append((wave.clamp(-1, 1) * 32767).round().to(torch.int16).numpy())

@@ -176,6 +176,10 @@ def learning_rate(cfg, step):
 # -----------------------------------------------------------------------------
 # What a run leaves behind. Everything is written under another name first: a kill leaves the old file or the new.
 
+def trained_weights(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def save(cfg, model, tokenizer, optimizer, step):
     out, fresh = Path(cfg.out), Path(cfg.out) / ".saving"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -186,15 +190,14 @@ def save(cfg, model, tokenizer, optimizer, step):
         os.replace(file, out / file.name)
     fresh.rmdir()
     # The weights once more, in state.pt: a kill between two renames must not pair new weights with an old optimizer.
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     replace_file(out / "state.pt", lambda tmp: torch.save(
-        dict(step=step, trained=trained, optimizer=optimizer.state_dict()), tmp))
+        dict(step=step, trained=trained_weights(model), optimizer=optimizer.state_dict()), tmp))
 
 
 def restore(cfg, model, optimizer, device):
     """Load state.pt into model and optimizer -> the step to go on with."""
     state = torch.load(Path(cfg.out) / "state.pt", map_location=device, weights_only=True)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = trained_weights(model)
     if {k: v.shape for k, v in trained.items()} != {k: v.shape for k, v in state["trained"].items()}:
         raise UserError(f"the checkpoint in {cfg.out} holds another model than its train_config.json describes")
     with torch.no_grad():
