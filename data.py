@@ -16,7 +16,9 @@ Paths are relative to the manifest's folder. wav, flac, ogg and mp3 of any rate 
 import argparse
 import ctypes
 import hashlib
+import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -38,7 +40,7 @@ import torchaudio
 import transformers
 from tqdm import tqdm
 
-from model import ASR_PROMPT, ASR_SYSTEM, AUDIO, SAMPLE_RATE, TAG_PAIR, add_audio_tokens, build_ids, check_wave, \
+from model import ASR_PROMPT, ASR_SYSTEM, AUDIO, HOP, SAMPLE_RATE, TAG_PAIR, add_audio_tokens, build_ids, check_wave, \
     cut_windows, log_mel, place_audio, tiny_config
 
 transformers.utils.logging.disable_progress_bar()  # a bar for writing one file is noise
@@ -131,7 +133,7 @@ def replace_file(path, write):
 class Sample:
     """A question about zero or more recordings, and its answer."""
     answer: str
-    audio: list = field(default_factory=list)    # each a path, or int16 samples at 16 kHz; empty for text only
+    audio: list = field(default_factory=list)    # of what load_audio takes; empty for text only
     question: str = ASR_PROMPT
     system: str = ASR_SYSTEM
     history: list = field(default_factory=list)  # earlier turns of a text-only conversation
@@ -145,29 +147,31 @@ class Sample:
 
 
 def load_audio(source):
-    """Path or int16 array -> 1-D float32 tensor at 16 kHz, channels averaged. Raises BadRow with the reason."""
+    """A path, the bytes of a file, or int16 samples at 16 kHz -> 1-D float32 tensor at 16 kHz, channels averaged, peak at
+    most 1. Raises BadRow with the reason."""
     if isinstance(source, np.ndarray):
         return torch.from_numpy(source.astype(np.float32) / 32768)
-    if not os.path.isfile(source):
+    if isinstance(source, str) and not os.path.isfile(source):
         raise BadRow("missing file")
     try:
-        wave, rate = soundfile.read(source, dtype="float32", always_2d=True)
+        wave, rate = soundfile.read(io.BytesIO(source) if isinstance(source, bytes) else source, dtype="float32",
+                                    always_2d=True)
     except (soundfile.LibsndfileError, TypeError, ValueError):
         raise BadRow("not audio") from None
     wave = torch.from_numpy(wave.mean(axis=1))
     if len(wave) < MIN_SECONDS * rate:
         raise BadRow(f"shorter than {MIN_SECONDS} s")
-    try:
-        check_wave(wave)
-    except ValueError as e:
-        raise BadRow(str(e)) from None
-    if wave.abs().max() < 1e-6:
-        raise BadRow("silent")
     if rate != SAMPLE_RATE:
         # The sinc kernel grows with the reduced ratio (977 MiB for 15999 -> 16000 Hz). Every usual rate is exact
         # below 1000; for the odd ones a ratio wrong by less than one in a million is not heard.
         ratio = Fraction(SAMPLE_RATE, rate).limit_denominator(1000)
         wave = resampler(ratio.denominator, ratio.numerator)(wave)
+    try:
+        wave = check_wave(wave)
+    except ValueError as e:
+        raise BadRow(str(e)) from None
+    if wave.abs().max() < 1e-6:
+        raise BadRow("silent")
     return wave
 
 
@@ -273,44 +277,64 @@ def usable(samples, tokenizer, config, max_tokens, bad, progress=True):
 # -----------------------------------------------------------------------------
 # Batches
 
-def encode(sample, tokenizer, config, with_answer=True):
-    """Sample -> (ids, labels, waveform windows). Raises BadRow if a recording cannot be used."""
-    windows = [cut_windows(load_audio(a), config) for a in sample.audio]
+def encode(sample, tokenizer, config, with_answer=True, change=lambda wave, part: wave):
+    """Sample -> (ids, labels, waveform windows). change(wave, number) alters each recording on its way. Raises BadRow if a
+    recording cannot be used."""
+    windows = [cut_windows(change(load_audio(a), part), config) for part, a in enumerate(sample.audio)]
     ids, labels = build_ids(tokenizer, config, sample.messages(with_answer), map(len, windows))
     return ids, labels, sum(windows, [])
 
 
 class Dataset(torch.utils.data.Dataset):
-    """Samples as (ids, labels, mel (W, M, F), seconds). `keep` of them stay in memory, so that a small model that sees
-    its data several times pays for each spectrogram once."""
+    """Samples as (ids, labels, mel (W, M, F), samples in each window).
 
-    def __init__(self, samples, tokenizer, config, keep=0):
+    augment: an Augmenter; a recording that it slows down so much that the row passes max_tokens is taken as it was.
+    `keep` of the unchanged ones stay in memory, so that a small model that sees its data several times pays for each
+    spectrogram once."""
+
+    def __init__(self, samples, tokenizer, config, keep=0, augment=None, max_tokens=math.inf):
         self.samples, self.tokenizer, self.config, self.keep, self.kept = samples, tokenizer, config, keep, {}
+        self.augment, self.max_tokens = augment, max_tokens
 
     def __len__(self):
         return len(self.samples)
 
-    def __getitem__(self, i):
-        if i in self.kept:
-            return self.kept[i]
-        ids, labels, windows = encode(self.samples[i], self.tokenizer, self.config)
-        item = ids, labels, log_mel(windows, self.config), sum(map(len, windows)) / SAMPLE_RATE
+    def item(self, i, **settings):
+        ids, labels, windows = encode(self.samples[i], self.tokenizer, self.config, **settings)
+        return ids, labels, log_mel(windows, self.config), list(map(len, windows))
+
+    def unchanged(self, i):
+        item = self.kept.get(i) or self.item(i)
         if len(self.kept) < self.keep:
             self.kept[i] = item
         return item
 
+    def __getitem__(self, key):
+        """key: an index, or (index, epoch with its fraction) as Schedule deals them."""
+        i, epoch = key if isinstance(key, tuple) else (key, 0)
+        if self.augment is None:
+            return self.unchanged(i)
+        item = None
+        if self.augment.touches(epoch, i):
+            item = self.item(i, change=lambda wave, part: self.augment.wave(wave, epoch, i, part))
+        if item is None or len(item[0]) > self.max_tokens:
+            item = self.unchanged(i)
+        ids, labels, mel, lengths = item
+        return ids, labels, self.augment.masked(mel, [-(-n // HOP) for n in lengths], epoch, i), lengths
+
     def collate(self, items):
         """List of B items -> dict of input_ids (B, L) and labels (B, L), padded on the right, and input_features
         (W, M, F): the windows of all samples in reading order, none at all for text only."""
-        ids, labels, mels, seconds = zip(*items)
+        ids, labels, mels, lengths = zip(*items)
         L, pad = max(map(len, ids)), self.config.llm_config.pad_token_id
         return dict(input_ids=torch.tensor([r + [pad] * (L - len(r)) for r in ids]),
                     labels=torch.tensor([r + [-100] * (L - len(r)) for r in labels]),
-                    input_features=torch.cat(mels), seconds=sum(seconds))
+                    input_features=torch.cat(mels), seconds=sum(map(sum, lengths)) / SAMPLE_RATE)
 
 
 class Schedule(torch.utils.data.Sampler):
-    """The order of training: an endless shuffled walk through n samples that depends on (seed, position) only.
+    """The order of training: an endless shuffled walk through n samples that depends on (seed, position) only. Deals
+    batches of (index, epoch), the epoch with its fraction.
 
     Step s takes positions s*E ... (s+1)*E - 1, E the effective batch, dealt out over micro-steps and ranks. So
     a run can stop at any step and go on, on another number of GPUs too, and sees what it would have seen."""
@@ -323,7 +347,7 @@ class Schedule(torch.utils.data.Sampler):
 
     def at(self, position):
         epoch, i = divmod(position, self.n)
-        return self.order(epoch)[i]
+        return self.order(epoch)[i], position / self.n
 
     def __iter__(self):
         for step in self.steps:
@@ -423,7 +447,8 @@ TRAIN_VOICES = (
     "m1 m2 m3 m5 m6 m8 f1 f3 f5 Alex Andrea Annie Denis Diogo Gene Gene2 Henrique Hugo Mario Storm anika "
     "aunty ed grandma grandpa ian iven john max michel paul pedro quincy rob robert sandro shelby steph").split()
 EVAL_VOICES = "m4 m7 f2 f4 Mike Nguyen belinda linda miguel victor".split()
-EVAL_UTTERANCES = 250    # the held-out set
+EVAL_UTTERANCES = 250    # in each held-out split
+EVAL_SPLITS = "clean voices books speak".split()  # augment.py makes webinars and devices out of clean
 SENTENCE_SHARE = 0.7     # of the training set; the rest is dictation
 CHUNK = 250              # utterances synthesised by one process; fixed, so that bytes do not depend on the machine
 
@@ -467,6 +492,24 @@ def held_out(text):
     return zlib.crc32(text.encode()) % 6 == 0
 
 
+def script(lang, split, rng, done):
+    """What is said next in a split -> a list of parts with pauses between them. Only evaluation says held-out sentences,
+    and none twice."""
+    def fresh():
+        draw = sentence if split != "train" or rng.random() < SENTENCE_SHARE else dictation
+        while held_out(text := draw(lang, rng)) != (split != "train") or (split != "train" and text in done):
+            pass
+        return text
+    if split == "books":  # read on and on: longer than a window
+        return [fresh() for _ in range(3)]
+    text = fresh()
+    if split == "speak":  # stops and says a word again
+        words = text.split()
+        i = rng.randrange(len(words) - 1)
+        return [" ".join(words[:i + 1]), " ".join(words[i:])]
+    return [text]
+
+
 def synthesise(job):
     """Speak chunk number k of a split and write it to `path`. Runs in a process of its own: espeak-ng keeps state
     from one utterance to the next, so equal bytes need an equal history."""
@@ -476,17 +519,16 @@ def synthesise(job):
     espeak = Espeak(rng.randrange(1 << 30))
     resample = resampler(espeak.rate, SAMPLE_RATE)
     for i in range(CHUNK):
-        if split == "eval":
-            voice, draw = EVAL_VOICES[i % len(EVAL_VOICES)], sentence
-        else:
-            voice, draw = rng.choice(TRAIN_VOICES), sentence if rng.random() < SENTENCE_SHARE else dictation
-        while held_out(text := draw(lang, rng)) != (split == "eval") or (split == "eval" and text in texts):
-            pass
-        pcm = espeak.say(text, f"{lang}+{voice}", rng.randint(190, 230), rng.randint(40, 60))
-        wave = resample(load_audio(pcm))
-        wave = torch.nn.functional.pad(wave, (rng.randrange(SAMPLE_RATE // 10), 0))  # speech starts 0-0.1 s in
-        texts.append(text), voices.append(voice)
-        waves.append((wave.clamp(-1, 1) * 32767).round().to(torch.int16).numpy())
+        voice = rng.choice(TRAIN_VOICES) if split == "train" else EVAL_VOICES[i % len(EVAL_VOICES)]
+        parts, pieces = script(lang, split, rng, texts), []
+        speed, pitch = ((150, 260), (15, 85)) if split == "voices" else ((190, 230), (40, 60))
+        speed, pitch = rng.randint(*speed), rng.randint(*pitch)
+        for part in parts:  # the pause in front of each; the first is 0 to 0.1 s
+            silence = torch.zeros(rng.randrange(*(3000, 8000) if pieces else (0, SAMPLE_RATE // 10)))
+            level = 10 ** (rng.uniform(-9, 0) / 20) if split == "speak" else 1
+            pieces += [silence, level * resample(load_audio(espeak.say(part, f"{lang}+{voice}", speed, pitch)))]
+        texts.append(" ".join(parts)), voices.append(voice)
+        waves.append((torch.cat(pieces).clamp(-1, 1) * 32767).round().to(torch.int16).numpy())
     def write(tmp):
         with open(tmp, "wb") as f:  # given a name, savez would append .npz to it
             np.savez(f, pcm=np.concatenate(waves), ends=np.cumsum([len(w) for w in waves]), texts=texts, voices=voices)
@@ -498,9 +540,9 @@ def cache_dir():
 
 
 def embedded(lang, split, n, seed=0):
-    """The first n Samples of the embedded corpus ("train" or "eval"), spoken now if they are not in the cache.
+    """The first n Samples of the embedded corpus ("train" or one of EVAL_SPLITS), spoken now if they are not in the cache.
     Equal seeds give equal bytes."""
-    recipe = json.dumps([GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, SENTENCE_SHARE, CHUNK])  # a new recipe, a new folder
+    recipe = json.dumps([GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, SENTENCE_SHARE, CHUNK, 2])  # a new recipe, a new folder
     folder = cache_dir() / f"{lang}-{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{split}-{k:03d}.npz" for k in range(-(-n // CHUNK))]

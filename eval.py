@@ -12,14 +12,17 @@ import json
 import sys
 import time
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import jiwer
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import EVAL_UTTERANCES, ArgumentParser, BadRow, BadRows, Sample, UserError, check_out, embedded, \
+from augment import HARD, augment, open_bank
+from data import EVAL_SPLITS, EVAL_UTTERANCES, ArgumentParser, BadRow, BadRows, Sample, UserError, check_out, embedded, \
     load_audio, pick_device, read_manifest, replace_file, run
 from model import ASR_PROMPT, SAMPLE_RATE, BorealisForConditionalGeneration, place_audio
 
@@ -96,6 +99,19 @@ def training_config(folder):
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def embedded_splits(lang, seed):
+    """The post's ladder of difficulty, made here -> {split: samples}. Voices and sentences were never trained on; webinars
+    and devices are the clean split again, with noises and rooms never trained on."""
+    splits = {name: embedded(lang, name, EVAL_UTTERANCES, seed) for name in EVAL_SPLITS}
+    banks = open_bank("made", "Musan", "clean"), open_bank("made", "Echo", "clean")
+    for k, (name, config) in enumerate(HARD.items()):
+        splits[name] = []
+        for i, s in enumerate(splits["clean"]):
+            x = augment(load_audio(s.audio[0]).numpy(), config, np.random.default_rng([seed % 2 ** 32, k, i]), *banks)
+            splits[name].append(replace(s, audio=[(x * 32767).round().astype(np.int16)], name=f"{s.name}/{name}"))
+    return splits
+
+
 def load_splits(args):
     """-> {split: samples}: the manifest that was given, or the embedded held-out sets of the training languages."""
     if args.manifest:
@@ -106,9 +122,9 @@ def load_splits(args):
     trained_on = training_config(args.ckpt)
     if trained_on.get("train_manifest") or "lang" not in trained_on:
         raise UserError(f"{args.ckpt} was not trained on the embedded corpus: name your recordings with --manifest FILE")
-    languages = trained_on["lang"].split(",")
-    return {"clean" if lang == languages[0] else f"clean_{lang}":
-            embedded(lang, "eval", EVAL_UTTERANCES, trained_on["seed"]) for lang in languages}
+    first, *others = trained_on["lang"].split(",")
+    return embedded_splits(first, trained_on["seed"]) | {
+        f"{name}_{lang}": samples for lang in others for name, samples in embedded_splits(lang, trained_on["seed"]).items()}
 
 
 # -----------------------------------------------------------------------------

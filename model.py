@@ -201,7 +201,10 @@ def build_ids(tokenizer, config, messages, windows=()):
 
 
 def check_wave(wave):
-    """A 1-D float32 tensor from whatever holds one recording at 16 kHz; ValueError says what is wrong with it."""
+    """A 1-D float32 tensor from whatever holds one recording at 16 kHz; ValueError says what is wrong with it.
+
+    The one rule of level, for training, evaluation and serving: a recording that passes 1 is turned down as a whole until
+    it does not, and no other is touched. Nothing is ever clipped, and how loud somebody speaks stays audible."""
     wave = torch.as_tensor(wave)
     if wave.dim() != 1 or not wave.is_floating_point():
         raise ValueError(f"audio must be a 1-D float array at 16 kHz, got {wave.dtype} of shape {tuple(wave.shape)}")
@@ -211,7 +214,7 @@ def check_wave(wave):
         raise ValueError("audio holds NaN or Inf")
     if wave.abs().max() > 100:  # beyond any float recording; squared, it would overflow the mel and poison the batch
         raise ValueError(f"audio reaches {wave.abs().max():.3g}: scale it to [-1, 1]")
-    return wave.float().cpu()
+    return wave.float().cpu() / wave.abs().max().clamp(min=1).float().cpu()
 
 
 def cut_windows(wave, config):

@@ -413,7 +413,7 @@ def test_schedule_does_not_depend_on_ranks():
         for step in range(3):
             dealt = [i for m in range(micro) for r in ranks for i in r[step * micro + m]]
             assert dealt == one[step]
-    everything = [i for b in data.Schedule(10, 0, range(5), 8, 8) for i in b]
+    everything = [i for b in data.Schedule(10, 0, range(5), 8, 8) for i, _ in b]
     assert all(sorted(everything[e * 10:e * 10 + 10]) == list(range(10)) for e in range(4))  # each sample once an epoch
 
 

@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Optional
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from augment import CURRICULUM, Augmenter, open_bank
 from data import GRAMMAR, ArgumentParser, BadRows, Dataset, Schedule, UserError, check_out, embedded, \
     pick_device, read_manifest, replace_file, run, texts_of, train_tokenizer, usable
 from model import BorealisForConditionalGeneration, add_audio_tokens, count, init_from_scratch, tiny_config
@@ -48,6 +49,10 @@ class TrainConfig:
     strict: bool = HfArg(default=False, help="stop at the first unusable row instead of counting it")
     lang: str = HfArg(default="ru", help="language of the embedded corpus: ru, en, or ru,en")
     utterances: int = HfArg(default=12000, help="how many the embedded corpus speaks, over all languages")
+    curriculum: str = HfArg(default="none", help="epochs at which the stages clean, light, intense and heavy of augment.py "
+                            "start, like 0,1,3,4, the original's; fractions allowed; none: audio as it is")
+    noise: str = HfArg(default="made", help="for the curriculum: made, hub (Vikhrmodels/Audio_Noise_Dataset), or a folder")
+    rooms: str = HfArg(default="made", help="impulse responses for the curriculum: made, hub, or a folder")
     max_tokens: int = HfArg(default=2048, help="rows longer than this, audio included, are left out and counted")
     # model
     encoder: str = HfArg(default="openai/whisper-large-v3", help="any Whisper, hub name or path")
@@ -121,6 +126,7 @@ def parse_config(argv):
         raise UserError(f"--lr must be positive, got {cfg.lr}")
     if wrong := [lang for lang in cfg.lang.split(",") if lang not in GRAMMAR]:
         raise UserError(f"--lang {wrong[0]}: the embedded corpus speaks {', '.join(GRAMMAR)}")
+    stages(cfg)
     if cfg.train != "scratch" and not cfg.train_manifest:
         raise UserError(f"preset {cfg.preset} has no data of its own: give it --train_manifest FILE (see data.py), "
                         "or use --preset tiny")
@@ -142,6 +148,26 @@ def load_samples(cfg):
     share = -(-cfg.utterances // len(languages))
     samples = [s for lang in languages for s in embedded(lang, "train", share, cfg.seed)]
     return samples, bad, len(samples)
+
+
+def stages(cfg):
+    """--curriculum -> list of stages, empty for none. Raises UserError."""
+    if cfg.curriculum == "none":
+        return []
+    try:
+        starts = [float(s) for s in cfg.curriculum.split(",")]
+    except ValueError:
+        starts = []
+    if len(starts) != len(CURRICULUM) or starts[0] != 0 or starts != sorted(starts):
+        raise UserError(f"--curriculum {cfg.curriculum}: give {len(CURRICULUM)} ascending epochs, the first 0, such as "
+                        "0,1,3,4, or none")
+    return [replace(stage, start_epoch=start) for stage, start in zip(CURRICULUM, starts)]
+
+
+def make_augmenter(cfg):
+    if not stages(cfg):
+        return None
+    return Augmenter(stages(cfg), open_bank(cfg.noise, "Musan"), open_bank(cfg.rooms, "Echo"), cfg.seed)
 
 
 def build(cfg, samples, device):
@@ -252,11 +278,14 @@ def main():
     chief = rank == 0
 
     # Rank 0 looks at the data first (speaks the corpus, checks every recording), the others take over its verdict.
-    samples, bad, total = load_samples(cfg) if chief else (None, None, None)
+    if chief:
+        samples, bad, total = load_samples(cfg)
+        augment = make_augmenter(cfg)
     if world > 1:
         dist.barrier()
     if not chief:
         samples, _, _ = load_samples(cfg)
+        augment = make_augmenter(cfg)
     model, tokenizer = build(cfg, samples, device)
     if cfg.train_manifest:
         verdict = [None]
@@ -277,7 +306,7 @@ def main():
     # gradient_as_bucket_view saves a copy of the gradients; the encoder's frozen buffers need no broadcast.
     net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else model
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
-    dataset = Dataset(samples, tokenizer, model.config, keep=KEEP if cfg.train == "scratch" else 0)
+    dataset = Dataset(samples, tokenizer, model.config, KEEP if cfg.train == "scratch" else 0, augment, cfg.max_tokens)
     batches = iter(torch.utils.data.DataLoader(
         dataset, collate_fn=dataset.collate, num_workers=cfg.workers, pin_memory=cuda, worker_init_fn=quiet_worker,
         batch_sampler=Schedule(len(samples), cfg.seed, range(start, cfg.steps), cfg.effective_batch, cfg.batch_size,
@@ -298,8 +327,14 @@ def main():
     bar = tqdm(total=cfg.steps, initial=start, desc="training", unit="step", disable=not chief,
                mininterval=0.1 if sys.stderr.isatty() else 10)
 
+    stage = None
     for step in range(start, cfg.steps):
         began = time.perf_counter()
+        epoch = step * cfg.effective_batch / len(samples)
+        if augment and chief and stage != augment.stage(epoch):
+            stage = augment.stage(epoch)
+            bar.write(f"epoch {epoch:.2f}, step {step + 1}: stage {stage.name}, {stage.config.touched:.0%} of the clips are "
+                      "changed", file=sys.stderr)
         # Dropout's randomness is a function of (seed, step, rank): resuming needs no generator state.
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + rank)
         lr = learning_rate(cfg, step)
