@@ -1,5 +1,6 @@
 # make demo   train the tiny preset, evaluate it, show what it heard      (a few minutes on two CPU cores)
 # make test   the test suite
+# make bench  speeds, beside other libraries
 # make clean  remove the environment, the spoken corpus and the demo's checkpoint
 
 PYTHON ?= python3
@@ -8,13 +9,17 @@ PY     := $(VENV)/bin/python
 REQS   := $(if $(shell command -v nvidia-smi),requirements.txt,requirements-cpu.txt)
 READY  := $(VENV)/.ready
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 demo: $(READY)
 	$(PY) train.py --preset tiny --out out $(if $(wildcard out/state.pt),--resume)
 	$(PY) eval.py --ckpt out
 
 test: $(READY)
 	$(PY) -m pytest -q --durations=8 test_all.py
+
+bench: $(READY) requirements-bench.txt
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-bench.txt
+	$(PY) bench.py augment
 
 # PyPI has torchaudio and torchvision for CUDA only. Beside a CPU torch their libraries fail to load and take
 # `import transformers` down with them; in pure Python torchaudio resamples just as well. Where they load, nothing

@@ -449,6 +449,7 @@ TRAIN_VOICES = (
 EVAL_VOICES = "m4 m7 f2 f4 Mike Nguyen belinda linda miguel victor".split()
 EVAL_UTTERANCES = 250    # in each held-out split
 EVAL_SPLITS = "clean voices books speak".split()  # augment.py makes webinars and devices out of clean
+TRAIN_MANNERS = 0.7, 0.15, 0.15  # shares of the training set spoken like clean, books and speak
 SENTENCE_SHARE = 0.7     # of the training set; the rest is dictation
 CHUNK = 250              # utterances synthesised by one process; fixed, so that bytes do not depend on the machine
 
@@ -500,14 +501,14 @@ def script(lang, split, rng, done):
         while held_out(text := draw(lang, rng)) != (split != "train") or (split != "train" and text in done):
             pass
         return text
-    if split == "books":  # read on and on: longer than a window
-        return [fresh() for _ in range(3)]
-    text = fresh()
-    if split == "speak":  # stops and says a word again
-        words = text.split()
-        i = rng.randrange(len(words) - 1)
-        return [" ".join(words[:i + 1]), " ".join(words[i:])]
-    return [text]
+    manner = rng.choices(["clean", "books", "speak"], TRAIN_MANNERS)[0] if split == "train" else split
+    if manner == "books":  # reads on: longer than a window
+        return [fresh() for _ in range(rng.randint(2, 3))]
+    words = fresh().split()
+    i = rng.randrange(len(words))
+    if manner == "speak" and i:  # stops, and says a word again
+        return [" ".join(words[:i]), " ".join(words[i - 1:])]
+    return [" ".join(words)]
 
 
 def synthesise(job):
@@ -525,7 +526,7 @@ def synthesise(job):
         speed, pitch = rng.randint(*speed), rng.randint(*pitch)
         for part in parts:  # the pause in front of each; the first is 0 to 0.1 s
             silence = torch.zeros(rng.randrange(*(3000, 8000) if pieces else (0, SAMPLE_RATE // 10)))
-            level = 10 ** (rng.uniform(-9, 0) / 20) if split == "speak" else 1
+            level = 10 ** (rng.uniform(-9, 0) / 20) if len(parts) > 1 else 1
             pieces += [silence, level * resample(load_audio(espeak.say(part, f"{lang}+{voice}", speed, pitch)))]
         texts.append(" ".join(parts)), voices.append(voice)
         waves.append((torch.cat(pieces).clamp(-1, 1) * 32767).round().to(torch.int16).numpy())
@@ -542,7 +543,7 @@ def cache_dir():
 def embedded(lang, split, n, seed=0):
     """The first n Samples of the embedded corpus ("train" or one of EVAL_SPLITS), spoken now if they are not in the cache.
     Equal seeds give equal bytes."""
-    recipe = json.dumps([GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, SENTENCE_SHARE, CHUNK, 2])  # a new recipe, a new folder
+    recipe = json.dumps([GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, SENTENCE_SHARE, TRAIN_MANNERS, CHUNK])  # a new recipe, a new folder
     folder = cache_dir() / f"{lang}-{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{split}-{k:03d}.npz" for k in range(-(-n // CHUNK))]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the hub, and a wrong name shall fail at once
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, WhisperConfig, WhisperModel
 
+import augment
 import data
 import eval as evaluation
 import model as nb
@@ -326,7 +328,7 @@ def test_corpus_same_seed_same_bytes(tmp_path, monkeypatch):
     runs = []
     for folder, seed in [("a", 0), ("b", 0), ("c", 1)]:
         monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path / folder))
-        runs.append(data.embedded("ru", "train", 20, seed) + data.embedded("en", "eval", 5, seed))
+        runs.append(data.embedded("ru", "train", 20, seed) + data.embedded("en", "books", 5, seed))
     pcm = [[s.audio[0].tobytes() for s in r] for r in runs]
     assert pcm[0] == pcm[1] != pcm[2]
     assert [s.answer for s in runs[0]] == [s.answer for s in runs[1]]
@@ -336,7 +338,7 @@ def test_corpus_same_seed_same_bytes(tmp_path, monkeypatch):
 def test_corpus_holds_out_voices_and_sentences():
     assert not set(data.TRAIN_VOICES) & set(data.EVAL_VOICES)
     for lang in ("ru", "en"):
-        train_set, held_out = data.embedded(lang, "train", 250), data.embedded(lang, "eval", 250)
+        train_set, held_out = data.embedded(lang, "train", 250), data.embedded(lang, "clean", 250)
         assert not {s.answer for s in train_set} & {s.answer for s in held_out}
         assert len({s.answer for s in held_out}) == 250
         assert set(" ".join(s.answer for s in held_out).split()) <= set(data.vocabulary(lang))
@@ -424,9 +426,345 @@ def test_data_script_shows_a_sample(tmp_path, monkeypatch, capsys):
 
 
 # -----------------------------------------------------------------------------
+# augment.py
+
+RATE = 16000
+RANGES = {name: effect[1:] for name, effect in ((f.name, f.default) for f in fields(augment.AugmentConfig))
+          if isinstance(effect, tuple)}
+
+
+@pytest.fixture(scope="session")
+def banks():
+    return augment.open_bank("made", "Musan"), augment.open_bank("made", "Echo")
+
+
+@pytest.fixture(scope="session")
+def speech(corpus):
+    return np.concatenate([s.audio[0] for s in corpus[:8]]).astype(np.float32) / 32768 * 0.1  # far from full scale
+
+
+def change(wave, banks=(None, None), seed=0, **effects):
+    """A wave through effects with fixed parameters: change(w, gain=3) or change(w, band_pass=(300, 3400))."""
+    fixed = {k: v if k == "opus" else (1, *np.repeat(np.atleast_1d(v), 2)) for k, v in effects.items()}
+    return augment.augment(wave, augment.AugmentConfig(**fixed), np.random.default_rng(seed), *banks)
+
+
+def sine(hz, seconds=2.0):
+    return (0.3 * np.sin(2 * np.pi * hz * np.arange(round(seconds * RATE)) / RATE)).astype(np.float32)
+
+
+def pitch_of(wave):
+    """Frequency of the strongest component, by a parabola through the peak of a windowed spectrum."""
+    level = np.log(np.abs(np.fft.rfft(wave * np.hanning(len(wave)), 1 << 18)) + 1e-12)
+    k = level[1:-1].argmax() + 1
+    a, b, c = level[k - 1:k + 2]
+    return (k + (a - c) / (2 * (a - 2 * b + c))) * RATE / (1 << 18)
+
+
+def power(wave, low=0, high=8000):
+    """Mean square between two frequencies."""
+    f = np.fft.rfftfreq(len(wave), 1 / RATE)
+    return (np.abs(np.fft.rfft(wave)[(f >= low) & (f < high)]) ** 2).sum() / len(wave) ** 2
+
+
+WHITE = (0.05 * np.random.default_rng(0).standard_normal(4 * RATE)).astype(np.float32)
+
+
+def test_published_ranges():
+    """The post's table, and the original's stages: literal numbers, and nothing is drawn outside."""
+    assert RANGES["noise"] == (18, 28) and RANGES["eq"] == 7 * (-6, 6) and RANGES["gain"] == (-3, 3)
+    assert RANGES["band_pass"] == (150, 350, 3200, 5200) and RANGES["resample"] == (14000, 16000)
+    assert RANGES["telephony"] == (8000, 12000, 180, 180, 4200, 4200) and RANGES["codec"] == (96, 160)
+    assert RANGES["clipping"] == (0.82, 0.95) and RANGES["pitch"] == (-4, 4) and RANGES["speed"] == (0.8, 1.2)
+    assert RANGES["mask"] == (0, 2, 0, 2) and augment.AugmentConfig().mask_width == (27, 100)
+    assert [(s.start_epoch, s.name, s.config.touched) for s in augment.CURRICULUM] == [
+        (0, "clean", 0), (1, "light", 0.40), (3, "intense", 0.65), (4, "heavy", 0.72)]
+    heavy = augment.CURRICULUM[3].config
+    assert heavy.telephony == (.5, 6000, 9600, 220, 360, 2500, 3600) and heavy.codec == (.35, 56, 128)
+    rng = np.random.default_rng(0)
+    for effect in (heavy.telephony, heavy.eq, heavy.noise, heavy.speed):
+        drawn = [d for d in (augment.draw(effect, rng) for _ in range(2000)) if d]
+        assert abs(len(drawn) / 2000 - effect[0]) < 0.05
+        assert (np.min(drawn, 0) >= effect[1::2]).all() and (np.max(drawn, 0) <= effect[2::2]).all()
+        assert (np.ptp(drawn, 0) > 0.98 * np.subtract(effect[2::2], effect[1::2])).all()
+
+
+@pytest.mark.parametrize("snr", [-5, 0, 10, 18, 28])
+def test_noise_reaches_its_snr(speech, banks, snr):
+    for seed in range(10):
+        noise = change(speech, banks, seed, noise=snr) - speech
+        assert 10 * np.log10(np.mean(speech ** 2) / np.mean(noise ** 2)) == pytest.approx(snr, abs=0.5)
+
+
+def test_more_noise_and_rooms(speech, banks):
+    one, three = (change(speech, banks, 3, noise=20, more_noise=n) - speech for n in (1, 2))
+    assert np.mean(one ** 2) < np.mean(three ** 2)
+    assert not np.allclose(change(speech, banks, 3, room=(), more_room=1), change(speech, banks, 3, room=()))
+
+
+@pytest.mark.parametrize("low, high", [(150, 3200), (350, 5200), (120, 2400), (300, 3400)])
+def test_band_pass(low, high):
+    out, inside = change(WHITE, band_pass=(low, high)), (low * 1.5, high / 1.5)
+    assert 10 * np.log10(power(out, *inside) / power(WHITE, *inside)) == pytest.approx(0, abs=0.3)
+    for edges in ((1, low / 2), (min(2 * high, 7999), 8000)) if 2 * high < 7900 else ((1, low / 2),):
+        assert 10 * np.log10(power(out, *edges) / power(WHITE, *edges)) < -20
+
+
+def test_eq_at_its_centres():
+    gains = [6, -6, 3, -4, 5, -2, 1]
+    for hz, gain in zip(augment.EQ_HZ, gains):
+        wave = sine(hz, 4)
+        out = change(wave, eq=gains)
+        assert 10 * np.log10(power(out, hz - 5, hz + 5) / power(wave, hz - 5, hz + 5)) == pytest.approx(gain, abs=1)
+
+
+@pytest.mark.parametrize("effect, rate", [("resample", 14000), ("resample", 8800), ("telephony", 8000), ("telephony", 6000)])
+def test_nothing_is_left_above_a_lower_rate(effect, rate):
+    out = change(WHITE, **{effect: rate if effect == "resample" else (rate, 180, 4200)})
+    assert power(out, rate / 2 + 50, 8000) < 1e-5 * power(WHITE, rate / 2 + 50, 8000)
+    assert power(out, 500, rate / 2 * 0.6) > 0.8 * power(WHITE, 500, rate / 2 * 0.6) and len(out) == len(WHITE)
+
+
+@pytest.mark.parametrize("db", [-5, -3, 0, 3])
+def test_gain(speech, db):
+    assert np.allclose(change(speech, gain=db), speech * 10 ** (db / 20), atol=1e-5)
+
+
+def test_gaussian_and_clipping(speech):
+    assert np.std(change(speech, gaussian=0.01) - speech) == pytest.approx(0.01, rel=0.02)
+    out, top = change(speech, clipping=0.85), np.abs(speech).max()
+    loud = np.abs(speech) >= 0.85 * top
+    assert np.allclose(np.abs(out[loud]), top, rtol=1e-5) and np.allclose(out[~loud], speech[~loud] / 0.85, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.8, 0.9, 1.1, 1.2])
+@pytest.mark.parametrize("n", [1600, 16001, 160000])
+def test_speed(factor, n):
+    wave = sine(440, n / RATE)
+    out = change(wave, speed=factor)
+    assert abs(len(out) - n / factor) <= max(1, n / factor / 1000)
+    if n > 1600:
+        assert pitch_of(out) == pytest.approx(440 * factor, rel=0.002)
+    body = slice(len(out) // 4, 3 * len(out) // 4)
+    assert np.std(out[body]) == pytest.approx(np.std(wave), rel=0.03)
+
+
+@pytest.mark.parametrize("semitones", [-4, -2.5, -1, 1, 3, 4])
+@pytest.mark.parametrize("hz", [110, 440, 1500])
+def test_pitch(semitones, hz):
+    wave = sine(hz)
+    out = change(wave, pitch=semitones)
+    assert len(out) == len(wave) and pitch_of(out) == pytest.approx(hz * 2 ** (semitones / 12), rel=0.01)
+    assert np.std(out) == pytest.approx(np.std(wave), rel=0.05)
+
+
+def test_pitch_keeps_time(speech):
+    """The words stay where they were: loudness over time correlates."""
+    def loudness(x):
+        return np.sqrt(np.convolve(x ** 2, np.ones(800) / 800, "same"))
+    for semitones in (-4, 4):
+        assert np.corrcoef(loudness(speech), loudness(change(speech, pitch=semitones)))[0, 1] > 0.9
+    both = change(speech, pitch=3, speed=1.2)
+    assert len(both) == round(len(speech) / 1.2)
+
+
+@pytest.mark.parametrize("kind", ["mp3", "opus"])
+@pytest.mark.parametrize("rate, kbps", [(16000, 128), (16000, 56), (12000, 64), (8000, 48)])
+def test_codec(speech, kind, rate, kbps, monkeypatch):
+    written = []
+    real = soundfile.write
+    monkeypatch.setattr(soundfile, "write", lambda f, *a, **k: (real(f, *a, **k), written.append(f.tell()))[0])
+    out = augment.codec(speech, kbps, kind, rate)
+    assert written[0] * 8 / 1000 / (len(speech) / RATE) == pytest.approx(kbps, rel=0.15)
+    assert len(out) == len(speech) and not np.allclose(out, speech, atol=1e-4)
+    low = augment.spectral(speech, responses=[lambda f: augment.resample_response(f, rate * 0.9)])
+    out = augment.spectral(out, responses=[lambda f: augment.resample_response(f, rate * 0.9)])
+    assert np.corrcoef(low, out)[0, 1] > 0.97  # any delay would show here
+
+
+def test_the_linear_effects_commute_into_one_fft(speech, banks):
+    """All at once is one after another, and a room is a plain convolution."""
+    gains, tail = [3, -2, 4, -5, 1, 2, -3], 2048
+    wave = np.pad(speech, (tail, 4 * tail))
+    together = change(wave, banks, eq=gains, band_pass=(200, 4000), gain=-2, telephony=(9000, 200, 3500))
+    one_by_one = wave
+    for effect in (dict(eq=gains), dict(band_pass=(200, 4000)), dict(gain=-2), dict(telephony=(9000, 200, 3500))):
+        one_by_one = change(one_by_one, banks, **effect)
+    assert np.abs(together - one_by_one).max() < 2e-3 * np.abs(together).max()
+    ir = banks[1].clips[0]
+    assert np.allclose(augment.spectral(speech, irs=[ir]), np.convolve(speech, ir)[:len(speech)], atol=1e-4)
+
+
+@pytest.mark.parametrize("name, config", [*augment.examples().items()])
+@pytest.mark.parametrize("n", [1, 1600, 24000])
+def test_any_sound_passes(name, config, n, banks):
+    """Silence, 0.1 s, one sample, full scale: finite, no longer or shorter than the speed says, never beyond full scale."""
+    full = np.sign(np.sin(np.arange(n) / 20)).astype(np.float32)
+    for wave in (np.zeros(n, np.float32), full, 1e-6 * full):
+        for seed in range(3):
+            out = augment.augment(wave, config, np.random.default_rng(seed), *banks)
+            assert out.dtype == np.float32 and np.isfinite(out).all() and np.abs(out).max() <= 1
+            assert len(out) == n or (config.speed[0] and n / 1.25 - 1 <= len(out) <= n / 0.79 + 1)
+
+
+def test_silence_stays_silent(banks):
+    for name in ("pitch", "speed", "noise", "room", "eq", "band_pass", "gain", "clipping", "resample", "telephony"):
+        out = augment.augment(np.zeros(8000, np.float32), augment.examples()[name], np.random.default_rng(0), *banks)
+        assert np.abs(out).max() == 0
+
+
+def test_no_clipping_by_accident(speech, banks):
+    """A result beyond full scale is turned down as a whole: its shape stays."""
+    loud = speech / np.abs(speech).max()
+    out = change(loud, gain=6)
+    assert np.abs(out).max() == pytest.approx(1) and np.allclose(out, loud, atol=1e-3)
+
+
+def test_level_rule_is_one(tmp_path):
+    """A float file beyond full scale is turned down, a quiet one is not turned up."""
+    for peak, expected in ((3.0, 1.0), (0.2, 0.2)):
+        soundfile.write(tmp_path / "a.wav", peak * sine(440) / 0.3, RATE, subtype="FLOAT")
+        wave = data.load_audio(str(tmp_path / "a.wav"))
+        assert wave.abs().max().item() == pytest.approx(expected, rel=1e-3)
+        assert torch.equal(nb.check_wave(wave), wave)
+    assert nb.check_wave(torch.tensor([0.5, -4.0])).tolist() == [0.125, -1.0]
+
+
+def test_a_clip_is_a_function_of_seed_epoch_and_index(speech, banks):
+    stage = [augment.AugmentationStage(0, augment.CURRICULUM[3].config)]
+    wave = torch.from_numpy(speech)
+    one, two = (augment.Augmenter(stage, *banks, seed=5) for _ in range(2))
+    one.wave(wave, 0, 99, 0)  # what came before does not matter
+    assert all(torch.equal(one.wave(wave, e, i, 0), two.wave(wave, e, i, 0)) for e in (0, 1) for i in range(4))
+    variants = [one.wave(wave, *key) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    variants.append(augment.Augmenter(stage, *banks, seed=6).wave(wave, 0, 0, 0))
+    assert len({(len(v), round(v.abs().sum().item(), 3)) for v in variants}) == 5
+    assert torch.equal(one.wave(wave, 0.1, 3, 0), one.wave(wave, 0.9, 3, 0))  # within an epoch, a sample comes once
+    touched = [i for i in range(3000) if one.touches(0, i)]
+    assert len(touched) / 3000 == pytest.approx(0.72, abs=0.03)
+    slow = augment.Augmenter([augment.AugmentationStage(0, augment.AugmentConfig(touched=.72, speed=(.4, .5, .5)))], *banks)
+    assert np.mean([len(slow.wave(wave[:9], 0, i, 0)) > 9 for i in touched]) == pytest.approx(0.4, abs=0.04)
+
+
+def test_stages_by_epoch():
+    config = augment.AugmentConfig()
+    stages = [augment.AugmentationStage(start, config, str(start)) for start in (2.5, 0, 1)]
+    augmenter = augment.Augmenter(stages, None, None)
+    assert [augmenter.stage(e).start_epoch for e in (0, 0.99, 1, 2, 2.49, 2.5, 100)] == [0, 0, 1, 1, 1, 2.5, 2.5]
+    default = augment.Augmenter(augment.CURRICULUM, None, None)
+    assert [default.stage(e).name for e in range(6)] == ["clean", "light", "light", "intense", "heavy", "heavy"]
+
+
+def test_spec_augment():
+    mel, config = torch.randn(128, 3000), augment.AugmentConfig(mask=(1, 2, 2, 2, 2))
+    sizes = []
+    for seed in range(200):
+        out = augment.mask(mel, 2000, config, np.random.default_rng(seed))
+        changed = out != mel
+        assert (out[changed] == mel[:, :2000].mean()).all()
+        bands, times = changed.all(1).sum().item(), changed.all(0).sum().item()
+        assert bands <= 2 * 27 and times <= 2 * 100 and not changed[:, 2000:][~changed.all(1)].any()
+        sizes.append((bands, times))
+    assert np.max(sizes, 0).tolist() > [40, 150]
+    short = augment.mask(mel, 100, config, np.random.default_rng(0)) != mel
+    assert short.all(0).sum() <= 20  # at most a tenth of a short clip a mask
+    assert augment.mask(mel, 0, config, np.random.default_rng(0)) is mel
+    assert augment.mask(mel, 2000, augment.AugmentConfig(), np.random.default_rng(0)) is mel
+
+
+def test_augmented_data_does_not_depend_on_workers(corpus, tokenizer, net, banks):
+    samples = [*corpus[:11], data.Sample("два", question="раз", system="")]
+    stages = [replace(s, start_epoch=i / 2) for i, s in enumerate(augment.CURRICULUM)]
+    def batches(workers):
+        dataset = data.Dataset(samples, tokenizer, net.config, 100, augment.Augmenter(stages, *banks))
+        schedule = data.Schedule(12, 0, range(7), 4, 4)
+        return list(torch.utils.data.DataLoader(dataset, batch_sampler=schedule, num_workers=workers,
+                                                collate_fn=dataset.collate))
+    alone, two = batches(0), batches(2)
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(alone, two) for k in ("input_ids", "labels", "input_features"))
+    plain = data.Dataset(samples, tokenizer, net.config)
+    dealt = list(data.Schedule(12, 0, range(7), 4, 4))
+    same = [torch.equal(alone[s]["input_features"], plain.collate([plain[i] for i, _ in dealt[s]])["input_features"])
+            for s in range(7)]
+    assert same[0] and not all(same[3:])  # clean first, changed later
+
+
+def test_a_slowed_row_still_fits(corpus, tokenizer, net, banks):
+    """Half the speed would be a window more, and too long: the clip is taken as it was."""
+    sample = data.Sample("семь", [np.resize(corpus[0].audio[0], 30000)])
+    slow = augment.Augmenter([augment.AugmentationStage(0, augment.AugmentConfig(speed=(1, .5, .5)))], *banks)
+    n = len(data.encode(sample, tokenizer, net.config)[0])
+    lengths = [data.Dataset([sample], tokenizer, net.config, 0, slow, limit)[0, 0.0][3] for limit in (n + 25, n)]
+    assert list(map(sum, lengths)) == [60000, 30000]
+
+
+def test_made_banks_are_the_same_every_time(banks):
+    again = augment.open_bank("made", "Musan"), augment.open_bank("made", "Echo")
+    for a, b in zip(banks, again):
+        assert len(a.clips) == augment.MADE and all(np.array_equal(x, y) for x, y in zip(a.clips, b.clips))
+    other = augment.open_bank("made", "Echo", "clean")
+    assert not np.array_equal(other.clips[0], banks[1].clips[0])  # evaluation has rooms of its own
+    assert all(np.sum(ir ** 2) == pytest.approx(1, rel=1e-4) and np.abs(ir).argmax() == 0 for ir in banks[1].clips)
+
+
+def test_banks_from_a_folder(tmp_path, capsys):
+    (tmp_path / "sub").mkdir()
+    for i in range(30):
+        soundfile.write(tmp_path / "sub" / f"{i}.flac", np.stack([sine(200 + i, 0.5)] * 2, 1), 8000 if i % 2 else 44100)
+    (tmp_path / "broken.wav").write_bytes(b"no sound")
+    (tmp_path / "notes.txt").write_text("not a recording at all")
+    bank = augment.open_bank(str(tmp_path), "Musan")
+    assert len(bank.clips) == 30 and "broken.wav" in capsys.readouterr().err
+    rng = np.random.default_rng(0)
+    assert [len(bank.crop(rng, n)) for n in (1, 1000, 16000, 50000)] == [1, 1000, 16000, 50000]
+    assert all(ir.dtype == np.float32 for ir in augment.open_bank(str(tmp_path), "Echo").clips)
+    for source, says in ((tmp_path / "nowhere", "no folder"), (tmp_path / "empty", "no audio in")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(data.UserError, match=says):
+            augment.open_bank(str(source), "Musan")
+
+
+def test_banks_from_the_hub(tmp_path, monkeypatch):
+    """The dataset's layout, parquet with a struct of bytes and path, in a local folder; and no hub at all."""
+    import io
+    import datasets
+    monkeypatch.setattr(augment, "NOISE_DATASET", str(tmp_path / "hub"))
+    with pytest.raises(data.UserError, match="give a folder of audio"):
+        augment.open_bank("hub", "Musan")
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for split in ("Musan", "Echo"):
+        rows = []
+        for i in range(3):
+            soundfile.write(buffer := io.BytesIO(), sine(300 + i, 1), RATE, format="WAV")
+            rows.append({"audio": {"bytes": buffer.getvalue(), "path": f"{i}.wav"}})
+        table = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(sampling_rate=RATE, decode=False))
+        table.to_parquet(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet")
+    assert [len(augment.open_bank("hub", split).clips) for split in ("Musan", "Echo")] == [3, 3]
+
+
+def test_augment_script(tmp_path, monkeypatch, capsys):
+    soundfile.write(tmp_path / "in.wav", np.stack([sine(300), sine(500)], 1), 22050)
+    code, out, _ = exit_of(augment.main, monkeypatch, capsys, tmp_path / "in.wav", tmp_path / "out")
+    assert code == 0 and {f"{n}.wav" for n in augment.examples()} | {"spectrograms.png"} == {
+        p.name for p in (tmp_path / "out").iterdir()}
+    assert {"pitch", "speed", "noise", "room", "eq", "band_pass", "gain", "gaussian", "clipping", "resample", "telephony", "mp3",
+            "opus", "mask", "stage_clean", "stage_light", "stage_intense", "stage_heavy"} <= set(augment.examples())
+    before, _ = soundfile.read(tmp_path / "out" / "before.wav")
+    clean, _ = soundfile.read(tmp_path / "out" / "stage_clean.wav")
+    assert np.array_equal(before, clean)
+    (tmp_path / "text.wav").write_text("no")
+    for argv, says in (([tmp_path / "no.wav", tmp_path / "o"], "missing"), ([tmp_path / "text.wav", tmp_path / "o"], "not audio"),
+                       ([tmp_path / "in.wav", tmp_path / "in.wav"], "is a file"), ([tmp_path / "in.wav"], "required"),
+                       ([tmp_path / "in.wav", tmp_path / "o", "--noise", "nowhere"], "no folder nowhere")):
+        code, _, err = exit_of(augment.main, monkeypatch, capsys, *argv)
+        assert code == 2 and says in err and err.startswith("error:") and err.count("\n") == 1 and not (tmp_path / "o").exists()
+
+
+# -----------------------------------------------------------------------------
 # train.py
 
 FAST = ["--preset", "tiny", "--workers", "0", "--save_every", "1000"]
+NOISY = ["--curriculum", "0,0,0.5,1.5"]  # light from the start, intense and heavy within the first two epochs
 
 
 def test_accumulation_is_one_big_batch(manifest, tmp_path, monkeypatch):
@@ -446,7 +784,7 @@ def torchrun(processes, *flags):
 
 def test_two_processes_are_one(manifest, tmp_path, monkeypatch):
     """torchrun, gloo, DDP: the losses of one process to 1e-5, text-only micro-batches on one rank included."""
-    flags = [*FAST, "--train_manifest", manifest, "--steps", 6, "--batch_size", 2]
+    flags = [*FAST, "--train_manifest", manifest, "--steps", 6, "--batch_size", 2, *NOISY]
     code, alone = train_now(monkeypatch, *flags, "--out", tmp_path / "one")
     result = torchrun(2, *flags, "--out", tmp_path / "two")
     assert result.returncode == 0, result.stderr[-2000:]
@@ -459,10 +797,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("adapter", ["simple", "deep"])  # deep has dropout: its randomness resumes too
-def test_resume_is_bit_for_bit(manifest, tmp_path, monkeypatch, adapter):
-    flags = ["--preset", "tiny", "--workers", "0", "--train_manifest", manifest, "--steps", 6, "--save_every", 3,
-             "--adapter", adapter]
+@pytest.mark.parametrize("more", [["--adapter", "deep"], NOISY])  # deep has dropout: its randomness resumes too
+def test_resume_is_bit_for_bit(manifest, tmp_path, monkeypatch, more):
+    flags = ["--preset", "tiny", "--workers", "0", "--train_manifest", manifest, "--steps", 6, "--save_every", 3, *more]
     _, whole = train_now(monkeypatch, *flags, "--out", tmp_path / "whole")
     real_step, steps = torch.optim.AdamW.step, []
 
@@ -672,7 +1009,9 @@ def test_a_real_recording_takes_several_windows(checkpoint, monkeypatch, capsys)
     (["--preset", "tiny", "--lr", "0"], "must be positive"), (["--preset", "tiny", "--steps", "0"], "at least 1"),
     (["--preset", "tiny", "--train_manifest", "nowhere.jsonl"], "no manifest at"), ([], "--train_manifest"),
     (["--resume"], "nothing to resume"), (["--preset", "tiny", "--batch_size", "5"], "multiple"),
-    (["--preset", "tiny", "--lang", "fr"], "speaks ru, en"), (["--preset", "tiny", "stray"], "stray"),
+    (["--preset", "tiny", "--lang", "fr"], "speaks ru, en"),
+    (["--preset", "tiny", "--curriculum", "0,1,2"], "4 ascending epochs"),
+    (["--preset", "tiny", "--curriculum", "0,0,0,0", "--noise", "nowhere"], "no folder nowhere"), (["--preset", "tiny", "stray"], "stray"),
     (["--preset", "tiny", "--device", "cuda"], "no GPU"),
     (["--train_manifest", "OWN", "--encoder", "nowhere/a", "--llm", "nowhere/b"], "--encoder")])
 def test_wrong_training_flags(tmp_path, manifest, monkeypatch, capsys, argv, says):
