@@ -203,6 +203,10 @@ def stretch(wave, factor):
 TAPE = np.random.default_rng(0).standard_normal(60 * SAMPLE_RATE, np.float32)
 
 
+def pick(bank, rng):
+    return bank[rng.integers(len(bank))]
+
+
 def crop(tape, rng, n):
     """n samples from a random place on; a shorter tape starts again."""
     start = rng.integers(max(1, len(tape) - n + 1))
@@ -210,7 +214,8 @@ def crop(tape, rng, n):
 
 
 def noise_at(noise, power, snr_db):
-    """Noise, scaled to lie snr_db below `power`, the speech's mean square."""
+    """int16 noise -> float32, scaled to lie snr_db below `power`, the speech's mean square."""
+    noise = noise.astype(np.float32)
     own = np.mean(np.square(noise))
     return noise * np.float32(math.sqrt(power / own * 10 ** (-snr_db / 10)) if own > 0 else 0)
 
@@ -235,7 +240,7 @@ def codec(wave, kbps, kind, rate=SAMPLE_RATE):
 def augment(wave, config, rng, noises, rooms):
     """Draw a clip's fate and carry it out: float32 (n,) -> (n,), or about n / speed where the speed changes.
 
-    noises, rooms: Banks. Silence stays finite, and the peak never passes 1: a louder result is turned down as a whole,
+    noises, rooms: banks, see below. Silence stays finite, and the peak never passes 1: a louder result is turned down as a whole,
     never cut."""
     x, ratio, length = np.asarray(wave, np.float32), 1.0, None
     if speed := draw(config.speed, rng):
@@ -246,13 +251,13 @@ def augment(wave, config, rng, noises, rooms):
     if snr := draw(config.noise, rng):
         power, more = np.mean(np.square(x)), draw(config.more_noise, rng)
         for _ in range(1 + round(more[0]) if more else 1):
-            x = x + noise_at(noises.crop(rng, len(x)), power, *snr)
+            x = x + noise_at(crop(pick(noises, rng), rng, len(x)), power, *snr)
             snr = draw((1, *config.noise[1:]), rng)        # of the next source
 
     edge, irs, responses = config.codec_rate / 2, [], []   # no frequency above edge outlives the codec
     if draw(config.room, rng) is not None:
         more = draw(config.more_room, rng)
-        irs = [rooms.pick(rng) for _ in range(1 + round(more[0]) if more else 1)]
+        irs = [pick(rooms, rng) for _ in range(1 + round(more[0]) if more else 1)]
     if gains := draw(config.eq, rng):
         responses.append(lambda f: eq_response(f, gains))
     if band := draw(config.band_pass, rng):
@@ -324,25 +329,11 @@ class Augmenter:
 
 
 # -----------------------------------------------------------------------------
-# Banks of noises and rooms: a folder, the hub, or made here
+# Banks of noises (a list of int16 arrays) and of rooms (float32): a folder, the hub, or made here
 
 NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (impulse responses)
 BANK_SECONDS = 4 * 3600                            # in memory at most (int16: 460 MB), a minute of each recording
 MADE = 48                                          # noises, or rooms, in a bank that is made here
-
-
-class Bank:
-    """Recordings in memory: noises as int16, rooms as float32."""
-
-    def __init__(self, clips):
-        self.clips = clips
-
-    def pick(self, rng):
-        return self.clips[rng.integers(len(self.clips))]
-
-    def crop(self, rng, n):
-        """n samples of a random noise, float32."""
-        return crop(self.pick(rng), rng, n).astype(np.float32) / 32768
 
 
 def as_room(wave):
@@ -365,7 +356,7 @@ def make_noises(speech, rng):
         if i % 3 == 2:
             x *= 1.2 + np.sin(2 * np.pi * rng.uniform(0.1, 3) * np.arange(n) / SAMPLE_RATE)
         clips.append((x / np.abs(x).max() * 32767).astype(np.int16))
-    return Bank(clips)
+    return clips
 
 
 def make_rooms(rng):
@@ -375,7 +366,7 @@ def make_rooms(rng):
         tail = rng.standard_normal(len(t)) * 10 ** (-3 * t / rng.uniform(0.15, 0.8)) * (t > rng.uniform(0.002, 0.01))
         tail *= 10 ** (-rng.uniform(0, 10) / 20) / np.sqrt(np.sum(np.square(tail)))
         clips.append(as_room(np.concatenate([[1.0], tail])))
-    return Bank(clips)
+    return clips
 
 
 def recordings(source, split):
@@ -396,25 +387,27 @@ def recordings(source, split):
 
 
 def open_bank(source, split, voices="train"):
-    """source: a folder, "hub", or "made", with babble of these voices; split: "Musan" for noises, "Echo" for rooms."""
+    """A bank from a folder, from the "hub", or "made", with babble of a split's voices. split: "Musan" for noises, "Echo"
+    for rooms. Raises UserError."""
     if source == "made":
         rng = np.random.default_rng([split == "Echo", voices == "train"])
         return make_rooms(rng) if split == "Echo" else make_noises(
             [s.audio[0] for s in embedded("ru", voices, CHUNK)], rng)
-    clips, bad, total = [], BadRows(), 0
+    clips, bad, total, samples = [], BadRows(), 0, 0
     for name, audio in recordings(source, split):
         total += 1
         try:
             wave = load_audio(audio).numpy()[:60 * SAMPLE_RATE]
             clips.append(as_room(wave) if split == "Echo" else (wave * 32767).astype(np.int16))
+            samples += len(clips[-1])
         except BadRow as e:
             bad.add(str(e), name)
-        if sum(map(len, clips)) > BANK_SECONDS * SAMPLE_RATE:
+        if samples > BANK_SECONDS * SAMPLE_RATE:
             break
     bad.report(total, source)
     if not clips:
         raise UserError(f"no audio in {source}: give a folder of audio, or hub, or made")
-    return Bank(clips)
+    return clips
 
 
 # -----------------------------------------------------------------------------

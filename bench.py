@@ -102,7 +102,7 @@ def bench_augment():
     with tempfile.TemporaryDirectory() as folder:
         for name, bank in (("noises", noises), ("rooms", rooms)):
             os.mkdir(f"{folder}/{name}")
-            for i, clip in enumerate(bank.clips):
+            for i, clip in enumerate(bank):
                 soundfile.write(f"{folder}/{name}/{i}.wav", clip, SAMPLE_RATE)
         for name, (config, rounds) in configs.items():
             chain = theirs(config, f"{folder}/noises", f"{folder}/rooms")

@@ -503,10 +503,10 @@ def script(lang, split, rng, done):
         return text
     manner = rng.choices(["clean", "books", "speak"], TRAIN_MANNERS)[0] if split == "train" else split
     if manner == "books":  # reads on: longer than a window
-        return [fresh() for _ in range(rng.randint(2, 3))]
+        return [fresh(), fresh()]
     words = fresh().split()
-    i = rng.randrange(len(words))
-    if manner == "speak" and i:  # stops, and says a word again
+    if manner == "speak" and len(words) > 1:  # stops, and says a word again
+        i = rng.randrange(1, len(words))
         return [" ".join(words[:i]), " ".join(words[i - 1:])]
     return [" ".join(words)]
 

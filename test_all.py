@@ -591,7 +591,7 @@ def test_the_linear_effects_commute_into_one_fft(speech, banks):
     for effect in (dict(eq=gains), dict(band_pass=(200, 4000)), dict(gain=-2), dict(telephony=(9000, 200, 3500))):
         one_by_one = change(one_by_one, banks, **effect)
     assert np.abs(together - one_by_one).max() < 2e-3 * np.abs(together).max()
-    ir = banks[1].clips[0]
+    ir = banks[1][0]
     assert np.allclose(augment.spectral(speech, irs=[ir]), np.convolve(speech, ir)[:len(speech)], atol=1e-4)
 
 
@@ -701,10 +701,10 @@ def test_a_slowed_row_still_fits(corpus, tokenizer, net, banks):
 def test_made_banks_are_the_same_every_time(banks):
     again = augment.open_bank("made", "Musan"), augment.open_bank("made", "Echo")
     for a, b in zip(banks, again):
-        assert len(a.clips) == augment.MADE and all(np.array_equal(x, y) for x, y in zip(a.clips, b.clips))
+        assert len(a) == augment.MADE and all(np.array_equal(x, y) for x, y in zip(a, b))
     other = augment.open_bank("made", "Echo", "clean")
-    assert not np.array_equal(other.clips[0], banks[1].clips[0])  # evaluation has rooms of its own
-    assert all(np.sum(ir ** 2) == pytest.approx(1, rel=1e-4) and np.abs(ir).argmax() == 0 for ir in banks[1].clips)
+    assert not np.array_equal(other[0], banks[1][0])  # evaluation has rooms of its own
+    assert all(np.sum(ir ** 2) == pytest.approx(1, rel=1e-4) and np.abs(ir).argmax() == 0 for ir in banks[1])
 
 
 def test_banks_from_a_folder(tmp_path, capsys):
@@ -714,10 +714,10 @@ def test_banks_from_a_folder(tmp_path, capsys):
     (tmp_path / "broken.wav").write_bytes(b"no sound")
     (tmp_path / "notes.txt").write_text("not a recording at all")
     bank = augment.open_bank(str(tmp_path), "Musan")
-    assert len(bank.clips) == 30 and "broken.wav" in capsys.readouterr().err
+    assert len(bank) == 30 and "broken.wav" in capsys.readouterr().err
     rng = np.random.default_rng(0)
-    assert [len(bank.crop(rng, n)) for n in (1, 1000, 16000, 50000)] == [1, 1000, 16000, 50000]
-    assert all(ir.dtype == np.float32 for ir in augment.open_bank(str(tmp_path), "Echo").clips)
+    assert [len(augment.crop(bank[0], rng, n)) for n in (1, 1000, 16000, 50000)] == [1, 1000, 16000, 50000]
+    assert all(ir.dtype == np.float32 for ir in augment.open_bank(str(tmp_path), "Echo"))
     for source, says in ((tmp_path / "nowhere", "no folder"), (tmp_path / "empty", "no audio in")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(data.UserError, match=says):
@@ -739,7 +739,7 @@ def test_banks_from_the_hub(tmp_path, monkeypatch):
             rows.append({"audio": {"bytes": buffer.getvalue(), "path": f"{i}.wav"}})
         table = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(sampling_rate=RATE, decode=False))
         table.to_parquet(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet")
-    assert [len(augment.open_bank("hub", split).clips) for split in ("Musan", "Echo")] == [3, 3]
+    assert [len(augment.open_bank("hub", split)) for split in ("Musan", "Echo")] == [3, 3]
 
 
 def test_augment_script(tmp_path, monkeypatch, capsys):
@@ -950,6 +950,34 @@ def test_wer_is_over_the_corpus():
 
 
 @pytest.fixture(scope="session")
+def splits():
+    return evaluation.embedded_splits("ru", 0)
+
+
+def test_six_splits_climb_the_ladder(splits):
+    assert list(splits) == ["clean", "voices", "books", "speak", "webinars", "devices"]
+    assert all(len(s) == 250 and {x.name.split("/")[2] for x in s} == set(data.EVAL_VOICES) for s in splits.values())
+    def waves(name):
+        return [data.load_audio(s.audio[0]).numpy() for s in splits[name]]
+    assert np.mean([len(w) > 32000 for w in waves("books")]) > 0.9  # longer than a window of 2 s
+    seconds = {name: np.array([len(w) / 16000 for w in waves(name)]) for name in ("clean", "voices")}
+    assert seconds["voices"].std() > 1.2 * seconds["clean"].std()
+    words = [s.answer.split() for s in splits["speak"]]
+    assert all(any(a == b for a, b in zip(w, w[1:])) for w in words)  # says a word again
+    assert [s.answer for s in splits["webinars"]] == [s.answer for s in splits["devices"]] == [s.answer for s in splits["clean"]]
+    high = {name: np.mean([power(w, 5500, 8000) / power(w) for w in waves(name)]) for name in ("clean", "webinars", "devices")}
+    assert high["webinars"] < high["clean"] / 3 and high["devices"] < high["clean"] / 3
+    for s in (s for split in splits.values() for s in split):
+        assert 4000 < len(s.audio[0]) and np.abs(s.audio[0].astype(int)).max() <= 32767
+
+
+def test_hard_splits_are_the_same_every_time(splits):
+    again = evaluation.embedded_splits("ru", 0)
+    assert all(np.array_equal(a.audio[0], b.audio[0]) for name in ("webinars", "devices")
+               for a, b in zip(splits[name], again[name]))
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, net, tokenizer):
     """An untrained checkpoint in the layout of train.py."""
     out = tmp_path_factory.mktemp("ckpt")
@@ -962,12 +990,13 @@ def checkpoint(tmp_path_factory, net, tokenizer):
 def test_eval_writes_what_it_promises(checkpoint, tmp_path, monkeypatch, capsys):
     code, out, _ = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--out", tmp_path, "--limit", 5,
                            "--max_new_tokens", 4)
-    assert code == 0 and "| clean |" in out and "said" in out
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"run", "splits", "avg_wer"} and results["run"] == "tiny"
+    assert code == 0 and "said" in out and all(f"| {name} |" in out for name in evaluation.embedded_splits("ru", 0))
+    assert results["avg_wer"] == pytest.approx(np.mean([r["wer"] for r in results["splits"].values()]), abs=0.01)
     assert set(results["splits"]["clean"]) == {"wer", "cer", "sub", "del", "ins", "words", "samples", "failed", "rtfx"}
     rows = [json.loads(line) for line in (tmp_path / "hypotheses.jsonl").read_text().splitlines()]
-    assert len(rows) == 5 and all(r["reference_normalised"] == evaluation.normalise(r["reference"]) for r in rows)
+    assert len(rows) == 6 * 5 and all(r["reference_normalised"] == evaluation.normalise(r["reference"]) for r in rows)
     assert (tmp_path / "wer.png").read_bytes()[:4] == b"\x89PNG"
 
 

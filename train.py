@@ -158,7 +158,7 @@ def stages(cfg):
         starts = [float(s) for s in cfg.curriculum.split(",")]
     except ValueError:
         starts = []
-    if len(starts) != len(CURRICULUM) or starts[0] != 0 or starts != sorted(starts):
+    if len(starts) != len(CURRICULUM) or starts[0] != 0 or starts != sorted(starts) or not math.isfinite(sum(starts)):
         raise UserError(f"--curriculum {cfg.curriculum}: give {len(CURRICULUM)} ascending epochs, the first 0, such as "
                         "0,1,3,4, or none")
     return [replace(stage, start_epoch=start) for stage, start in zip(CURRICULUM, starts)]
