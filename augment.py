@@ -12,6 +12,7 @@ responses multiply, and a spectrum cut or padded to another length is the clip a
 import io
 import math
 import os
+import sys
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -63,7 +64,8 @@ class AugmentationStage:
 
 
 # The original's table of stages. Its codec is MP3 only; one in twenty is Opus here. And at these bitrates MP3 leaves 16 kHz
-# speech as it was (correlation 0.999), so that the later stages code it at lower rates, as lines do.
+# speech as it was (correlation 0.999), so that the later stages code it at lower rates, as lines do; MP3 has at most 64
+# kbit/s there.
 CURRICULUM = [
     AugmentationStage(0, AugmentConfig(touched=0), "clean"),
     AugmentationStage(1, AugmentConfig(
@@ -136,7 +138,7 @@ def fast_sizes(limit):
 
 
 def fft_sizes(n, ratio):
-    """FFT lengths (N, M): N >= n, and M / N within 1/2000 of ratio, so that going from one to the other is a rate change."""
+    """FFT lengths (N, M): N >= n, and M / N within 1/1000 of ratio: going from one to the other is a rate change."""
     sizes = fast_sizes(1 << max(16, int(4 * n).bit_length()))
     first = np.searchsorted(sizes, n)
     if ratio == 1:
@@ -149,19 +151,23 @@ def fft_sizes(n, ratio):
     return N[i, 0], M[i, j]
 
 
-def spectral(wave, ratio=1.0, length=None, responses=(), irs=()):
-    """Everything linear at once: a rate change (n samples -> n * ratio), responses of frequency, impulse responses.
+def spectral(wave, ratio=1.0, length=None, responses=(), irs=(), noise=None):
+    """Everything linear at once: a rate change (n samples -> n * ratio), noise on top of its result, then responses of
+    frequency and impulse responses.
 
     length: cut the result to it, or fill up with zeros. Filters have no phase, so that nothing moves in time."""
     n, tail = len(wave), max([GUARD, *map(len, irs)])
     N, M = fft_sizes(n + math.ceil(tail / min(ratio, 1)), ratio)
     bins = min(N, M) // 2                                  # Nyquist's own bin is left out
-    spectrum = np.fft.rfft(wave, N)[:bins]
+    spectrum = np.fft.rfft(wave, N)[:bins] * np.float32(M / N)
+    if noise is not None:
+        speech, spectrum = spectrum, np.fft.rfft(noise, M)[:M // 2]
+        spectrum[:bins] += speech
     for response in responses:                             # of frequencies in Hz, after the rate change
-        spectrum *= response(np.arange(bins, dtype=np.float32) * np.float32(SAMPLE_RATE / M))
+        spectrum *= response(np.arange(len(spectrum), dtype=np.float32) * np.float32(SAMPLE_RATE / M))
     for ir in irs:
-        spectrum *= np.fft.rfft(ir, M)[:bins]
-    out = np.fft.irfft(spectrum * np.float32(M / N), M)
+        spectrum *= np.fft.rfft(ir, M)[:len(spectrum)]
+    out = np.fft.irfft(spectrum, M)
     length = round(n * M / N) if length is None else length
     return out[:length] if length <= M else np.pad(out, (0, length - M))
 
@@ -203,6 +209,11 @@ def stretch(wave, factor):
 TAPE = np.random.default_rng(0).standard_normal(60 * SAMPLE_RATE, np.float32)
 
 
+def limit(wave):
+    """Turned down as a whole if its peak passes 1; nothing is cut."""
+    return wave / max(np.float32(1), np.abs(wave).max())
+
+
 def pick(bank, rng):
     return bank[rng.integers(len(bank))]
 
@@ -222,10 +233,12 @@ def noise_at(noise, power, snr_db):
 
 def codec(wave, kbps, kind, rate=SAMPLE_RATE):
     """Through a real encoder and decoder of libsndfile, in memory, at `rate` (8000, 12000 or 16000 Hz) -> the same length,
-    not delayed. kind: "mp3" (32 to 160 kbit/s, to 64 below 16 kHz) or "opus" (6 to 256)."""
-    x = spectral(wave, rate / SAMPLE_RATE) if rate != SAMPLE_RATE else wave
-    # MP3 reaches down to 8 kbit/s, but below 32 its frames are too small for the note about the encoder's delay.
-    least, low, high = (6, 6, 256) if kind == "opus" else (32, 8, 160 if rate >= 16000 else 64)
+    not delayed. kind: "mp3" (40 to 160 kbit/s, below 16 kHz 32 to 64) or "opus" (6 to 256); kbps is put into that range."""
+    n = len(wave)
+    x = np.pad(wave, (0, max(0, SAMPLE_RATE // 10 - n)))   # MP3 wants a few frames at least
+    x = limit(spectral(x, rate / SAMPLE_RATE) if rate != SAMPLE_RATE else x)  # Opus would cut what passes full scale
+    # MP3 reaches down to 8 kbit/s, but its smallest frames have no room for the note about the encoder's delay.
+    least, low, high = (6, 6, 256) if kind == "opus" else (40, 8, 160) if rate >= 16000 else (32, 8, 64)
     settings = dict(format="OGG", subtype="OPUS") if kind == "opus" else dict(
         format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="CONSTANT")
     buffer = io.BytesIO()
@@ -233,8 +246,8 @@ def codec(wave, kbps, kind, rate=SAMPLE_RATE):
     buffer.seek(0)
     x, _ = soundfile.read(buffer, dtype="float32")
     if rate != SAMPLE_RATE:
-        x = spectral(x, SAMPLE_RATE / rate, len(wave))
-    return np.pad(x[:len(wave)], (0, max(0, len(wave) - len(x))))
+        x = spectral(x, SAMPLE_RATE / rate, n)
+    return np.pad(x[:n], (0, max(0, n - len(x))))
 
 
 def augment(wave, config, rng, noises, rooms):
@@ -242,7 +255,7 @@ def augment(wave, config, rng, noises, rooms):
 
     noises, rooms: banks, see below. Silence stays finite, and the peak never passes 1: a louder result is turned down as a whole,
     never cut."""
-    x, ratio, length = np.asarray(wave, np.float32), 1.0, None
+    x, ratio, length, noise = np.asarray(wave, np.float32), 1.0, None, None
     if speed := draw(config.speed, rng):
         ratio /= speed[0]
     if pitch := draw(config.pitch, rng):                   # slower at equal pitch, then the rate change that undoes it
@@ -251,8 +264,11 @@ def augment(wave, config, rng, noises, rooms):
     if snr := draw(config.noise, rng):
         power, more = np.mean(np.square(x)), draw(config.more_noise, rng)
         for _ in range(1 + round(more[0]) if more else 1):
-            x = x + noise_at(crop(pick(noises, rng), rng, len(x)), power, *snr)
+            new = noise_at(crop(pick(noises, rng), rng, math.ceil(len(x) * ratio * 1.001)), power, *snr)
+            noise = new if noise is None else noise + new
             snr = draw((1, *config.noise[1:]), rng)        # of the next source
+        if ratio == 1:                                     # else it waits for the rate change
+            x, noise = x + noise[:len(x)], None
 
     edge, irs, responses = config.codec_rate / 2, [], []   # no frequency above edge outlives the codec
     if draw(config.room, rng) is not None:
@@ -262,8 +278,6 @@ def augment(wave, config, rng, noises, rooms):
         responses.append(lambda f: eq_response(f, gains))
     if band := draw(config.band_pass, rng):
         responses.append(lambda f: band_response(f, *band))
-    if gain := draw(config.gain, rng):
-        x = x * np.float32(10 ** (gain[0] / 20))           # a factor, so it may come first
     if rate := draw(config.resample, rng):
         edge = min(edge, rate[0] / 2)
         responses.append(lambda f: resample_response(f, *rate))
@@ -271,8 +285,10 @@ def augment(wave, config, rng, noises, rooms):
         edge = min(edge, phone[0] / 2, phone[2])
         responses.append(lambda f: resample_response(f, phone[0]) * band_response(f, *phone[1:]))
     if responses or irs or ratio != 1:
-        x = spectral(x, ratio, length, responses, irs)
+        x = spectral(x, ratio, length, responses, irs, noise)
 
+    if gain := draw(config.gain, rng):
+        x = x * np.float32(10 ** (gain[0] / 20))
     if std := draw(config.gaussian, rng):
         x = x + np.float32(std[0]) * crop(TAPE, rng, len(x))
     if share := draw(config.clipping, rng):
@@ -281,7 +297,7 @@ def augment(wave, config, rng, noises, rooms):
     if kbps := draw(config.codec, rng):                    # at the lowest rate that holds what the line carries
         rate = next(r for r in (8000, 12000, SAMPLE_RATE) if edge <= r / 2)
         x = codec(x, *kbps, "opus" if rng.random() < config.opus else "mp3", rate)
-    return x / max(np.float32(1), np.abs(x).max())
+    return limit(x)
 
 
 def mask(mel, frames, config, rng):
@@ -332,7 +348,7 @@ class Augmenter:
 # Banks of noises (a list of int16 arrays) and of rooms (float32): a folder, the hub, or made here
 
 NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (impulse responses)
-BANK_SECONDS = 4 * 3600                            # in memory at most (int16: 460 MB), a minute of each recording
+BANK_SECONDS, CLIP_SECONDS = 8 * 3600, 10          # in memory at most (int16: 920 MB), and so much of each recording
 MADE = 48                                          # noises, or rooms, in a bank that is made here
 
 
@@ -397,12 +413,13 @@ def open_bank(source, split, voices="train"):
     for name, audio in recordings(source, split):
         total += 1
         try:
-            wave = load_audio(audio).numpy()[:60 * SAMPLE_RATE]
+            wave = load_audio(audio, min_seconds=0).numpy()[:CLIP_SECONDS * SAMPLE_RATE]
             clips.append(as_room(wave) if split == "Echo" else (wave * 32767).astype(np.int16))
             samples += len(clips[-1])
         except BadRow as e:
             bad.add(str(e), name)
         if samples > BANK_SECONDS * SAMPLE_RATE:
+            print(f"{source}: the first {total} recordings are {BANK_SECONDS // 3600} hours, the rest is left out", file=sys.stderr)
             break
     bad.report(total, source)
     if not clips:
@@ -462,6 +479,8 @@ def main():
         wave = load_audio(args.wav)
     except BadRow as e:
         raise UserError(f"{args.wav}: {e}; give a wav, flac, ogg or mp3 file with sound in it") from None
+    if any(Path(args.out, f"{name}.wav").resolve() == Path(args.wav).resolve() for name in examples()):
+        raise UserError(f"{args.out} holds {args.wav} itself, which would be overwritten: give another folder")
     banks = open_bank(args.noise, "Musan"), open_bank(args.rooms, "Echo")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     shown, whisper = {}, BorealisConfig()

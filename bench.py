@@ -7,6 +7,7 @@ Both sides of a comparison take turns, so that a busy machine slows both. The co
 does: pip install -r requirements-bench.txt
 """
 import os
+import random
 import tempfile
 import time
 import warnings
@@ -39,15 +40,18 @@ def take_turns(contestants, clips, rounds):
 # -----------------------------------------------------------------------------
 # augment
 
-def theirs(config, noises, rooms):
-    """The chain of augment.py for this config, built with audiomentations. It has no Opus and no return from a resampling:
-    these are soundfile's and soxr's here. Its pitch and tempo are Signalsmith's, its MP3 is LAME at its fastest setting."""
+def theirs(config, noises, rooms, plain_speed=False):
+    """The chain of augment.py for this config, built with audiomentations. It has no Opus and no resampling there and back:
+    these are soundfile's and soxr's here. Its speed is a time stretch, which keeps the pitch; plain_speed exchanges it for
+    soxr's rate change."""
     import audiomentations as A
     import soxr
 
     def there_and_back(effect, p):
-        back = A.Lambda(lambda x, sample_rate: soxr.resample(x, len(x), SECONDS * SAMPLE_RATE), p=1)
-        return A.Compose([A.Resample(round(effect[1]), round(effect[2]), p=1), back], p=p)
+        def trip(x, sample_rate):
+            rate = random.randint(round(effect[1]), round(effect[2]))
+            return soxr.resample(soxr.resample(x, sample_rate, rate), rate, sample_rate)
+        return A.Lambda(trip, p=p)
 
     def band(effect, p):
         low, high = np.mean(effect[1:3]), np.mean(effect[3:5])
@@ -66,7 +70,8 @@ def theirs(config, noises, rooms):
     room = [A.ApplyImpulseResponse(rooms, p=p) for p in (1, *split(more_room))]
     return A.Compose([
         A.PitchShift(*c.pitch[1:], p=c.pitch[0]),
-        A.TimeStretch(*c.speed[1:], leave_length_unchanged=False, p=c.speed[0]),
+        A.Lambda(lambda x, rate: soxr.resample(x, rate * random.uniform(*c.speed[1:]), rate), p=c.speed[0]) if plain_speed
+        else A.TimeStretch(*c.speed[1:], leave_length_unchanged=False, p=c.speed[0]),
         A.Compose(noise, p=c.noise[0]), A.Compose(room, p=c.room[0]),
         A.SevenBandParametricEQ(*c.eq[1:3], p=c.eq[0]), band(c.band_pass, c.band_pass[0]), A.Gain(*c.gain[1:], p=c.gain[0]),
         A.AddGaussianNoise(*c.gaussian[1:], p=c.gaussian[0]), A.ClippingDistortion(0, 5, p=c.clipping[0]),
@@ -95,8 +100,9 @@ def bench_augment():
     speech = np.concatenate([s.audio[0] for s in embedded("ru", "train", 250)]).astype(np.float32) / 32768
     clips = list(speech[:len(speech) // (SECONDS * SAMPLE_RATE) * SECONDS * SAMPLE_RATE].reshape(-1, SECONDS * SAMPLE_RATE))
     banks = noises, rooms = open_bank("made", "Musan"), open_bank("made", "Echo")
-    configs = {name: (config, 2) for name, config in effects().items() if name != "mask"} | {  # config, rounds
-        f"stage {s.name}": (s.config, 24) for s in CURRICULUM if s.config.touched}
+    configs = {name: (config, 2, False) for name, config in effects().items() if name != "mask"} | {  # rounds, plain_speed
+        f"stage {s.name}": (s.config, 24, False) for s in CURRICULUM if s.config.touched} | {
+        "stage heavy, plain speed on both sides": (CURRICULUM[-1].config, 24, True)}
     print(f"audiomentations {audiomentations.__version__}, one core, {len(clips)} clips of {SECONDS} s of speech\n\n"
           "| effect or stage | x real time | audiomentations | ratio |\n|---|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as folder:
@@ -104,8 +110,8 @@ def bench_augment():
             os.mkdir(f"{folder}/{name}")
             for i, clip in enumerate(bank):
                 soundfile.write(f"{folder}/{name}/{i}.wav", clip, SAMPLE_RATE)
-        for name, (config, rounds) in configs.items():
-            chain = theirs(config, f"{folder}/noises", f"{folder}/rooms")
+        for name, (config, rounds, plain_speed) in configs.items():
+            chain = theirs(config, f"{folder}/noises", f"{folder}/rooms", plain_speed)
 
             def ours(clip, number, config=config):
                 rng = np.random.Generator(np.random.SFC64([0, number]))

@@ -115,15 +115,21 @@ def pick_device(name):
 
 
 def check_out(folder):
-    """A folder to write into may be new, but not a file. Raises UserError."""
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise UserError(f"{folder} is a file: results need a folder")
+    """A folder to write into may be new, but nothing in its path may be a file, or closed to us. Raises UserError."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{place} is a file: results need a folder")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{place} is not writable: name another folder for the results")
 
 
 def replace_file(path, write):
     """write(temporary name), then rename: whoever looks finds the old file or the new one, never half of one."""
-    write(f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    tmp = f"{path}.{os.getpid()}.tmp"  # two processes may be at it
+    write(tmp)
+    os.replace(tmp, path)
 
 
 # -----------------------------------------------------------------------------
@@ -146,7 +152,7 @@ class Sample:
         return [*system, *self.history, user, *answer]
 
 
-def load_audio(source):
+def load_audio(source, min_seconds=MIN_SECONDS):
     """A path, the bytes of a file, or int16 samples at 16 kHz -> 1-D float32 tensor at 16 kHz, channels averaged, peak at
     most 1. Raises BadRow with the reason."""
     if isinstance(source, np.ndarray):
@@ -159,8 +165,8 @@ def load_audio(source):
     except (soundfile.LibsndfileError, TypeError, ValueError):
         raise BadRow("not audio") from None
     wave = torch.from_numpy(wave.mean(axis=1))
-    if len(wave) < MIN_SECONDS * rate:
-        raise BadRow(f"shorter than {MIN_SECONDS} s")
+    if len(wave) < max(1, min_seconds * rate):
+        raise BadRow(f"shorter than {min_seconds} s")
     if rate != SAMPLE_RATE:
         # The sinc kernel grows with the reduced ratio (977 MiB for 15999 -> 16000 Hz). Every usual rate is exact
         # below 1000; for the odd ones a ratio wrong by less than one in a million is not heard.
@@ -494,12 +500,13 @@ def held_out(text):
 
 
 def script(lang, split, rng, done):
-    """What is said next in a split -> a list of parts with pauses between them. Only evaluation says held-out sentences,
-    and none twice."""
+    """What is said next in a split -> a list of parts with pauses between them. Evaluation says held-out sentences only,
+    and none twice: `done` is the set of those said."""
     def fresh():
         draw = sentence if split != "train" or rng.random() < SENTENCE_SHARE else dictation
         while held_out(text := draw(lang, rng)) != (split != "train") or (split != "train" and text in done):
             pass
+        done.add(text)
         return text
     manner = rng.choices(["clean", "books", "speak"], TRAIN_MANNERS)[0] if split == "train" else split
     if manner == "books":  # reads on: longer than a window
@@ -516,12 +523,12 @@ def synthesise(job):
     from one utterance to the next, so equal bytes need an equal history."""
     lang, split, k, seed, path = job
     torch.set_num_threads(1)
-    rng, texts, voices, waves = random.Random(f"{seed} {lang} {split} {k}"), [], [], []
+    rng, texts, voices, waves, done = random.Random(f"{seed} {lang} {split} {k}"), [], [], [], set()
     espeak = Espeak(rng.randrange(1 << 30))
     resample = resampler(espeak.rate, SAMPLE_RATE)
     for i in range(CHUNK):
         voice = rng.choice(TRAIN_VOICES) if split == "train" else EVAL_VOICES[i % len(EVAL_VOICES)]
-        parts, pieces = script(lang, split, rng, texts), []
+        parts, pieces = script(lang, split, rng, done), []
         speed, pitch = ((150, 260), (15, 85)) if split == "voices" else ((190, 230), (40, 60))
         speed, pitch = rng.randint(*speed), rng.randint(*pitch)
         for part in parts:  # the pause in front of each; the first is 0 to 0.1 s
@@ -543,7 +550,7 @@ def cache_dir():
 def embedded(lang, split, n, seed=0):
     """The first n Samples of the embedded corpus ("train" or one of EVAL_SPLITS), spoken now if they are not in the cache.
     Equal seeds give equal bytes."""
-    recipe = json.dumps([GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, SENTENCE_SHARE, TRAIN_MANNERS, CHUNK])  # a new recipe, a new folder
+    recipe = json.dumps([GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, SENTENCE_SHARE, TRAIN_MANNERS, CHUNK, 2])  # a new recipe, a new folder
     folder = cache_dir() / f"{lang}-{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{split}-{k:03d}.npz" for k in range(-(-n // CHUNK))]

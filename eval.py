@@ -186,13 +186,17 @@ def answer_one(model, path, prompt, max_new_tokens):
 # -----------------------------------------------------------------------------
 # Report
 
-def table(splits, average):
-    """The results as a markdown table."""
+def table(run_name, splits, average):
+    """The results as a markdown table; with several splits, their WER once more in the shape of the post's table."""
     lines = ["| split | WER % | CER % | sub | del | ins | words | samples | failed | x real time |",
              "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     lines += [f"| {name} | {r['wer']:.2f} | {r['cer']:.2f} | {r['sub']} | {r['del']} | {r['ins']} | {r['words']} | "
               f"{r['samples']} | {r['failed']} | {r['rtfx']:.1f} |" for name, r in splits.items()]
-    return "\n".join(lines) + (f"\n\naverage WER {average:.2f} %" if len(splits) > 1 else "")
+    if len(splits) > 1:
+        wers = " | ".join(f"{x:.2f}" for x in [*(r["wer"] for r in splits.values()), average])
+        lines += ["", f"| WER % | {' | '.join(splits)} | average |", "|---" + "|--:" * (len(splits) + 1) + "|",
+                  f"| {run_name} | {wers} |"]
+    return "\n".join(lines)
 
 
 def transcripts(rows, n=6):
@@ -268,7 +272,7 @@ def main():
     replace_file(out / "results.json", lambda tmp: Path(tmp).write_text(
         json.dumps(dict(run=run_name, splits=results, avg_wer=average), indent=1)))
     plot_wer(run_name, results, out / "wer.png")
-    print(f"\n{table(results, average)}\n\n{transcripts(rows)}\n\nwrote results.json, hypotheses.jsonl, wer.png to {out}")
+    print(f"\n{table(run_name, results, average)}\n\n{transcripts(rows)}\n\nwrote results.json, hypotheses.jsonl, wer.png to {out}")
     broken = [r for r in rows if r["failed"]]
     if broken:
         print(f"warning: {len(broken)} of {len(rows)} utterances failed and count as empty: "

@@ -496,6 +496,29 @@ def test_noise_reaches_its_snr(speech, banks, snr):
         assert 10 * np.log10(np.mean(speech ** 2) / np.mean(noise ** 2)) == pytest.approx(snr, abs=0.5)
 
 
+@pytest.mark.parametrize("effects", [dict(pitch=4), dict(pitch=-4), dict(speed=1.2), dict(speed=0.8), dict(pitch=-4, speed=0.8)])
+def test_noise_comes_after_pitch_and_speed(speech, banks, effects):
+    """Its SNR and its bandwidth are what was asked for: nothing of the rate change is in it."""
+    white = [(8000 * np.random.default_rng(1).standard_normal(60 * RATE)).astype(np.int16)]
+    noise = change(speech, (white, None), noise=10, **effects) - change(speech, **effects)
+    assert 10 * np.log10(np.mean(change(speech, **effects) ** 2) / np.mean(noise ** 2)) == pytest.approx(10, abs=0.5)
+    assert power(noise, 6500, 7800) / power(noise) == pytest.approx(1300 / 8000, rel=0.1)
+    assert np.std(noise[-400:]) == pytest.approx(np.std(noise), rel=0.2)  # to the very end
+
+
+def test_loud_sound_does_not_clip_in_a_codec(speech):
+    loud = speech / np.abs(speech).max() * 2
+    for kind in ("mp3", "opus"):
+        assert np.corrcoef(augment.codec(loud, 32, kind), augment.codec(loud / 2, 32, kind))[0, 1] > 0.999
+
+
+def test_fft_sizes_are_a_rate():
+    for n in (1, 500, 2049, 3449, 16000, 34048, 160000, 480000):
+        for ratio in np.linspace(0.6, 1.6, 60):
+            N, M = augment.fft_sizes(n + 2048, ratio)
+            assert N >= n + 2048 and N % 2 == M % 2 == 0 and abs(M / N / ratio - 1) < 1e-3
+
+
 def test_more_noise_and_rooms(speech, banks):
     one, three = (change(speech, banks, 3, noise=20, more_noise=n) - speech for n in (1, 2))
     assert np.mean(one ** 2) < np.mean(three ** 2)
@@ -569,7 +592,7 @@ def test_pitch_keeps_time(speech):
 
 
 @pytest.mark.parametrize("kind", ["mp3", "opus"])
-@pytest.mark.parametrize("rate, kbps", [(16000, 128), (16000, 56), (12000, 64), (8000, 48)])
+@pytest.mark.parametrize("rate, kbps", [(16000, 128), (16000, 56), (16000, 40), (12000, 64), (12000, 32), (8000, 48), (8000, 32)])
 def test_codec(speech, kind, rate, kbps, monkeypatch):
     written = []
     real = soundfile.write
@@ -580,6 +603,9 @@ def test_codec(speech, kind, rate, kbps, monkeypatch):
     low = augment.spectral(speech, responses=[lambda f: augment.resample_response(f, rate * 0.9)])
     out = augment.spectral(out, responses=[lambda f: augment.resample_response(f, rate * 0.9)])
     assert np.corrcoef(low, out)[0, 1] > 0.97  # any delay would show here
+    for low_kbps in (8, 16, 24, 30, 36):  # not delayed either, whatever is asked for
+        x = augment.spectral(augment.codec(speech, low_kbps, kind, rate), responses=[lambda f: augment.band_response(f, 300, 3000)])
+        assert np.corrcoef(augment.spectral(speech, responses=[lambda f: augment.band_response(f, 300, 3000)]), x)[0, 1] > 0.8
 
 
 def test_the_linear_effects_commute_into_one_fft(speech, banks):
@@ -665,7 +691,7 @@ def test_spec_augment():
         bands, times = changed.all(1).sum().item(), changed.all(0).sum().item()
         assert bands <= 2 * 27 and times <= 2 * 100 and not changed[:, 2000:][~changed.all(1)].any()
         sizes.append((bands, times))
-    assert np.max(sizes, 0).tolist() > [40, 150]
+    assert (np.max(sizes, 0) > [40, 150]).all()
     short = augment.mask(mel, 100, config, np.random.default_rng(0)) != mel
     assert short.all(0).sum() <= 20  # at most a tenth of a short clip a mask
     assert augment.mask(mel, 0, config, np.random.default_rng(0)) is mel
@@ -710,7 +736,9 @@ def test_made_banks_are_the_same_every_time(banks):
 def test_banks_from_a_folder(tmp_path, capsys):
     (tmp_path / "sub").mkdir()
     for i in range(30):
-        soundfile.write(tmp_path / "sub" / f"{i}.flac", np.stack([sine(200 + i, 0.5)] * 2, 1), 8000 if i % 2 else 44100)
+        short = i < 10  # like the impulse response of a microphone
+        soundfile.write(tmp_path / "sub" / f"{i}.flac", np.stack([sine(200 + i, 0.05 if short else 0.5)] * 2, 1),
+                        8000 if i % 2 else 44100)
     (tmp_path / "broken.wav").write_bytes(b"no sound")
     (tmp_path / "notes.txt").write_text("not a recording at all")
     bank = augment.open_bank(str(tmp_path), "Musan")
@@ -753,8 +781,11 @@ def test_augment_script(tmp_path, monkeypatch, capsys):
     clean, _ = soundfile.read(tmp_path / "out" / "stage_clean.wav")
     assert np.array_equal(before, clean)
     (tmp_path / "text.wav").write_text("no")
+    soundfile.write(tmp_path / "noise.wav", sine(300), RATE)
     for argv, says in (([tmp_path / "no.wav", tmp_path / "o"], "missing"), ([tmp_path / "text.wav", tmp_path / "o"], "not audio"),
-                       ([tmp_path / "in.wav", tmp_path / "in.wav"], "is a file"), ([tmp_path / "in.wav"], "required"),
+                       ([tmp_path / "in.wav", tmp_path / "in.wav"], "is a file"),
+                       ([tmp_path / "in.wav", tmp_path / "in.wav" / "o"], "is a file"),
+                       ([tmp_path / "noise.wav", tmp_path], "overwritten"), ([tmp_path / "in.wav"], "required"),
                        ([tmp_path / "in.wav", tmp_path / "o", "--noise", "nowhere"], "no folder nowhere")):
         code, _, err = exit_of(augment.main, monkeypatch, capsys, *argv)
         assert code == 2 and says in err and err.startswith("error:") and err.count("\n") == 1 and not (tmp_path / "o").exists()
@@ -963,6 +994,7 @@ def test_six_splits_climb_the_ladder(splits):
     seconds = {name: np.array([len(w) / 16000 for w in waves(name)]) for name in ("clean", "voices")}
     assert seconds["voices"].std() > 1.2 * seconds["clean"].std()
     words = [s.answer.split() for s in splits["speak"]]
+    assert all(len({s.answer for s in split}) == 250 for split in splits.values())
     assert all(any(a == b for a, b in zip(w, w[1:])) for w in words)  # says a word again
     assert [s.answer for s in splits["webinars"]] == [s.answer for s in splits["devices"]] == [s.answer for s in splits["clean"]]
     high = {name: np.mean([power(w, 5500, 8000) / power(w) for w in waves(name)]) for name in ("clean", "webinars", "devices")}

@@ -161,6 +161,9 @@ def stages(cfg):
     if len(starts) != len(CURRICULUM) or starts[0] != 0 or starts != sorted(starts) or not math.isfinite(sum(starts)):
         raise UserError(f"--curriculum {cfg.curriculum}: give {len(CURRICULUM)} ascending epochs, the first 0, such as "
                         "0,1,3,4, or none")
+    for source in (cfg.noise, cfg.rooms):
+        if source not in ("made", "hub") and not os.path.isdir(source):
+            raise UserError(f"no folder {source}: give a folder of audio, or hub, or made")
     return [replace(stage, start_epoch=start) for stage, start in zip(CURRICULUM, starts)]
 
 
