@@ -246,10 +246,11 @@ def main():
     check_folder(args.ckpt)
     check_out(args.out or args.ckpt)
     device = torch.device(pick_device(args.device))
-    splits = {} if args.audio else load_splits(args)
+    splits = load_splits(args) if args.manifest else {}  # a wrong row is found sooner than a model is loaded
     model = load_model(args.ckpt, device)
     if args.audio:
         return answer_one(model, args.audio, args.prompt, args.max_new_tokens)
+    splits = splits or load_splits(args)
 
     results, rows = {}, []
     for split, samples in splits.items():
