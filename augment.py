@@ -179,8 +179,7 @@ def stretch(wave, factor):
     """WSOLA (Verhelst and Roelands 1993): `factor` times as long, pitch kept -> round(n * factor) samples.
 
     80 ms frames, half overlapping, are laid out at a new distance; each is taken up to 8 ms beside its place, where it
-    best continues the one before. The search runs at 4 kHz and is then refined to a sample. No phase vocoder: a tenth
-    of the work, and transients stay sharp."""
+    best continues the one before. The search runs at 4 kHz and is then refined to a sample."""
     H, D, q = 640, 128, 4                                  # hop = half a frame, reach of the search, decimation
     length = round(len(wave) * factor)
     count = -(-length // H) + 1
@@ -253,8 +252,8 @@ def codec(wave, kbps, kind, rate=SAMPLE_RATE):
 def augment(wave, config, rng, noises, rooms):
     """Draw a clip's fate and carry it out: float32 (n,) -> (n,), or about n / speed where the speed changes.
 
-    noises, rooms: banks, see below. Silence stays finite, and the peak never passes 1: a louder result is turned down as a whole,
-    never cut."""
+    noises, rooms: banks, see below. Silence stays finite, and the peak never passes 1: a louder result is turned down as a
+    whole, never cut."""
     x, ratio, length, noise = np.asarray(wave, np.float32), 1.0, None, None
     if speed := draw(config.speed, rng):
         ratio /= speed[0]
@@ -419,7 +418,8 @@ def open_bank(source, split, voices="train"):
         except BadRow as e:
             bad.add(str(e), name)
         if samples > BANK_SECONDS * SAMPLE_RATE:
-            print(f"{source}: the first {total} recordings are {BANK_SECONDS // 3600} hours, the rest is left out", file=sys.stderr)
+            print(f"{source}: the first {total} recordings are {BANK_SECONDS // 3600} hours, the rest is left out",
+                  file=sys.stderr)
             break
     bad.report(total, source)
     if not clips:
@@ -488,7 +488,7 @@ def main():
         rng = np.random.default_rng([args.seed % 2 ** 32, i])
         x = torch.from_numpy(augment(wave.numpy(), config, rng, *banks))
         replace_file(f"{args.out}/{name}.wav", lambda tmp: soundfile.write(tmp, x.numpy(), SAMPLE_RATE, format="WAV"))
-        frames = min(len(x) // HOP, 1000)                  # the picture shows the first ten seconds
+        frames = min(-(-len(x) // HOP), 1000)              # the picture shows the first ten seconds
         mel = log_mel(cut_windows(x, whisper)[:1], whisper)[0]
         shown[name] = mask(mel, frames, config, rng)[:, :frames]
     plot(shown, f"{args.out}/spectrograms.png")
