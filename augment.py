@@ -102,6 +102,11 @@ def draw(effect, rng):
     return rng.uniform(ends[::2], ends[1::2]).tolist() if rng.random() < p else None
 
 
+def extra(effect, rng):
+    """How many more of something: 0, or the drawn number."""
+    return round(sum(draw(effect, rng) or [0]))
+
+
 # -----------------------------------------------------------------------------
 # The linear part: one FFT forth, one back
 
@@ -261,8 +266,8 @@ def augment(wave, config, rng, noises, rooms):
         shift, length = 2 ** (pitch[0] / 12), round(len(x) * ratio)
         x, ratio = stretch(x, shift), ratio / shift
     if snr := draw(config.noise, rng):
-        power, more = np.mean(np.square(x)), draw(config.more_noise, rng)
-        for _ in range(1 + round(more[0]) if more else 1):
+        power = np.mean(np.square(x))
+        for _ in range(1 + extra(config.more_noise, rng)):
             new = noise_at(crop(pick(noises, rng), rng, math.ceil(len(x) * ratio * 1.001)), power, *snr)
             noise = new if noise is None else noise + new
             snr = draw((1, *config.noise[1:]), rng)        # of the next source
@@ -271,8 +276,7 @@ def augment(wave, config, rng, noises, rooms):
 
     edge, irs, responses = config.codec_rate / 2, [], []   # no frequency above edge outlives the codec
     if draw(config.room, rng) is not None:
-        more = draw(config.more_room, rng)
-        irs = [pick(rooms, rng) for _ in range(1 + round(more[0]) if more else 1)]
+        irs = [pick(rooms, rng) for _ in range(1 + extra(config.more_room, rng))]
     if gains := draw(config.eq, rng):
         responses.append(lambda f: eq_response(f, gains))
     if band := draw(config.band_pass, rng):
@@ -360,7 +364,7 @@ def as_room(wave):
 
 def make_noises(speech, rng):
     """Coloured noise (power falling as f^0 to f^-2), every other one swelling and fading, and babble of 3 to 7 voices."""
-    clips, n = [], 10 * SAMPLE_RATE
+    clips, n = [], CLIP_SECONDS * SAMPLE_RATE
     for i in range(MADE):
         if i % 3 == 0:
             x = sum(np.resize(np.concatenate([speech[j] for j in rng.integers(len(speech), size=9)]).astype(np.float32), n)
@@ -384,11 +388,16 @@ def make_rooms(rng):
     return clips
 
 
+def check_source(source):
+    """Is there such a source of recordings, as far as a glance tells? Raises UserError."""
+    if source not in ("made", "hub") and not os.path.isdir(source):
+        raise UserError(f"no folder {source}: give a folder of audio, or hub, or made")
+
+
 def recordings(source, split):
     """(name, what load_audio takes) of every file in a folder, or every row of the hub's split. Raises UserError."""
     if source != "hub":
-        if not os.path.isdir(source):
-            raise UserError(f"no folder {source}: give a folder of audio, or hub, or made")
+        check_source(source)
         kinds = {"." + kind.lower() for kind in soundfile.available_formats()} | {".opus"}
         yield from ((p.name, str(p)) for p in sorted(Path(source).rglob("*")) if p.suffix.lower() in kinds)
         return
@@ -427,6 +436,11 @@ def open_bank(source, split, voices="train"):
     return clips
 
 
+def open_banks(noise="made", rooms="made", voices="train"):
+    """(noises, rooms), as augment and Augmenter take them."""
+    return open_bank(noise, "Musan", voices), open_bank(rooms, "Echo", voices)
+
+
 # -----------------------------------------------------------------------------
 # Listen
 
@@ -457,7 +471,7 @@ def plot(mels, path):
         axis.axis("off")
     for axis, (name, mel) in zip(axes.flat, mels.items()):
         axis.imshow(mel.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-1, vmax=1.5,
-                    extent=(0, mel.shape[1] / 100, 0, len(mel)))
+                    extent=(0, mel.shape[1] * HOP / SAMPLE_RATE, 0, len(mel)))
         axis.set_title(name, loc="left", fontsize=10)
         axis.set_yticks([])
     figure.supxlabel("seconds")
@@ -481,7 +495,7 @@ def main():
         raise UserError(f"{args.wav}: {e}; give a wav, flac, ogg or mp3 file with sound in it") from None
     if any(Path(args.out, f"{name}.wav").resolve() == Path(args.wav).resolve() for name in examples()):
         raise UserError(f"{args.out} holds {args.wav} itself, which would be overwritten: give another folder")
-    banks = open_bank(args.noise, "Musan"), open_bank(args.rooms, "Echo")
+    banks = open_banks(args.noise, args.rooms)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     shown, whisper = {}, BorealisConfig()
     for i, (name, config) in enumerate(examples().items()):

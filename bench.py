@@ -16,8 +16,8 @@ import numpy as np
 import soundfile
 import torch
 
-from augment import CURRICULUM, augment, codec, effects, open_bank
-from data import ArgumentParser, UserError, embedded, run
+from augment import CURRICULUM, augment, codec, effects, open_banks
+from data import CHUNK, ArgumentParser, UserError, embedded, run
 from model import SAMPLE_RATE
 
 SECONDS = 10  # of a clip
@@ -97,9 +97,9 @@ def bench_augment():
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    speech = np.concatenate([s.audio[0] for s in embedded("ru", "train", 250)]).astype(np.float32) / 32768
+    speech = np.concatenate([s.audio[0] for s in embedded("ru", "train", CHUNK)]).astype(np.float32) / 32768
     clips = list(speech[:len(speech) // (SECONDS * SAMPLE_RATE) * SECONDS * SAMPLE_RATE].reshape(-1, SECONDS * SAMPLE_RATE))
-    banks = noises, rooms = open_bank("made", "Musan"), open_bank("made", "Echo")
+    banks = noises, rooms = open_banks()
     configs = {name: (config, 2, False) for name, config in effects().items() if name != "mask"} | {  # rounds, plain_speed
         f"stage {s.name}": (s.config, 24, False) for s in CURRICULUM if s.config.touched} | {
         "stage heavy, plain speed on both sides": (CURRICULUM[-1].config, 24, True)}

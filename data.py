@@ -550,7 +550,8 @@ def cache_dir():
 def embedded(lang, split, n, seed=0):
     """The first n Samples of the embedded corpus ("train" or one of EVAL_SPLITS), spoken now if they are not in the cache.
     Equal seeds give equal bytes."""
-    recipe = json.dumps([GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, SENTENCE_SHARE, TRAIN_MANNERS, CHUNK, 2])  # a new recipe, a new folder
+    # A new recipe is a new folder. The last number stands for what script() and synthesise() do.
+    recipe = json.dumps([GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, SENTENCE_SHARE, TRAIN_MANNERS, CHUNK, 2])
     folder = cache_dir() / f"{lang}-{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{split}-{k:03d}.npz" for k in range(-(-n // CHUNK))]

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from augment import HARD, augment, open_bank
+from augment import HARD, augment, open_banks
 from data import EVAL_SPLITS, EVAL_UTTERANCES, ArgumentParser, BadRow, BadRows, Sample, UserError, check_out, embedded, \
     load_audio, pick_device, read_manifest, replace_file, run
 from model import ASR_PROMPT, SAMPLE_RATE, BorealisForConditionalGeneration, place_audio
@@ -99,11 +99,11 @@ def training_config(folder):
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def embedded_splits(lang, seed):
-    """The post's ladder of difficulty, made here -> {split: samples}. Voices and sentences were never trained on; webinars
+def embedded_splits(lang, seed, n=EVAL_UTTERANCES):
+    """The post's ladder of difficulty, made here -> {split: n samples}. Voices and sentences were never trained on; webinars
     and devices are the clean split again, with noises and rooms never trained on."""
-    splits = {name: embedded(lang, name, EVAL_UTTERANCES, seed) for name in EVAL_SPLITS}
-    banks = open_bank("made", "Musan", "clean"), open_bank("made", "Echo", "clean")
+    splits = {name: embedded(lang, name, n, seed) for name in EVAL_SPLITS}
+    banks = open_banks(voices="clean")
     for k, (name, config) in enumerate(HARD.items()):
         splits[name] = []
         for i, s in enumerate(splits["clean"]):
@@ -123,8 +123,10 @@ def load_splits(args):
     if trained_on.get("train_manifest") or "lang" not in trained_on:
         raise UserError(f"{args.ckpt} was not trained on the embedded corpus: name your recordings with --manifest FILE")
     first, *others = trained_on["lang"].split(",")
-    return embedded_splits(first, trained_on["seed"]) | {
-        f"{name}_{lang}": samples for lang in others for name, samples in embedded_splits(lang, trained_on["seed"]).items()}
+    n = min(args.limit or EVAL_UTTERANCES, EVAL_UTTERANCES)  # what is cut off anyway need not be made
+    return embedded_splits(first, trained_on["seed"], n) | {
+        f"{name}_{lang}": samples for lang in others
+        for name, samples in embedded_splits(lang, trained_on["seed"], n).items()}
 
 
 # -----------------------------------------------------------------------------

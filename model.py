@@ -212,9 +212,10 @@ def check_wave(wave):
         raise ValueError("audio is empty")
     if not torch.isfinite(wave).all():
         raise ValueError("audio holds NaN or Inf")
-    if wave.abs().max() > 100:  # beyond any float recording; squared, it would overflow the mel and poison the batch
-        raise ValueError(f"audio reaches {wave.abs().max():.3g}: scale it to [-1, 1]")
-    return wave.float().cpu() / wave.abs().max().clamp(min=1).float().cpu()
+    peak = wave.abs().max()
+    if peak > 100:  # beyond any float recording; squared, it would overflow the mel and poison the batch
+        raise ValueError(f"audio reaches {peak:.3g}: scale it to [-1, 1]")
+    return (wave.float() / peak.float().clamp(min=1)).cpu()
 
 
 def cut_windows(wave, config):

@@ -435,7 +435,7 @@ RANGES = {name: effect[1:] for name, effect in ((f.name, f.default) for f in fie
 
 @pytest.fixture(scope="session")
 def banks():
-    return augment.open_bank("made", "Musan"), augment.open_bank("made", "Echo")
+    return augment.open_banks()
 
 
 @pytest.fixture(scope="session")
@@ -725,7 +725,7 @@ def test_a_slowed_row_still_fits(corpus, tokenizer, net, banks):
 
 
 def test_made_banks_are_the_same_every_time(banks):
-    again = augment.open_bank("made", "Musan"), augment.open_bank("made", "Echo")
+    again = augment.open_banks()
     for a, b in zip(banks, again):
         assert len(a) == augment.MADE and all(np.array_equal(x, y) for x, y in zip(a, b))
     other = augment.open_bank("made", "Echo", "clean")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from augment import CURRICULUM, Augmenter, open_bank
+from augment import CURRICULUM, Augmenter, check_source, open_banks
 from data import GRAMMAR, ArgumentParser, BadRows, Dataset, Schedule, UserError, check_out, embedded, \
     pick_device, read_manifest, replace_file, run, texts_of, train_tokenizer, usable
 from model import BorealisForConditionalGeneration, add_audio_tokens, count, init_from_scratch, tiny_config
@@ -162,15 +162,13 @@ def stages(cfg):
         raise UserError(f"--curriculum {cfg.curriculum}: give {len(CURRICULUM)} ascending epochs, the first 0, such as "
                         "0,1,3,4, or none")
     for source in (cfg.noise, cfg.rooms):
-        if source not in ("made", "hub") and not os.path.isdir(source):
-            raise UserError(f"no folder {source}: give a folder of audio, or hub, or made")
+        check_source(source)
     return [replace(stage, start_epoch=start) for stage, start in zip(CURRICULUM, starts)]
 
 
 def make_augmenter(cfg):
-    if not stages(cfg):
-        return None
-    return Augmenter(stages(cfg), open_bank(cfg.noise, "Musan"), open_bank(cfg.rooms, "Echo"), cfg.seed)
+    chosen = stages(cfg)
+    return Augmenter(chosen, *open_banks(cfg.noise, cfg.rooms), cfg.seed) if chosen else None
 
 
 def build(cfg, samples, device):
