@@ -21,7 +21,8 @@ import numpy as np
 import soundfile
 import torch
 
-from data import CHUNK, ArgumentParser, BadRow, BadRows, UserError, check_out, embedded, load_audio, replace_file, run
+from data import CHUNK, ArgumentParser, BadRow, BadRows, Source, UserError, check_out, embedded, load_audio, load_table, \
+    replace_file, run
 from model import HOP, SAMPLE_RATE, BorealisConfig, cut_windows, log_mel
 
 # glibc hands buffers of this size back to the system at every free, and the page faults then cost more than the FFT (3.4
@@ -402,8 +403,7 @@ def recordings(source, split):
         yield from ((p.name, str(p)) for p in sorted(Path(source).rglob("*")) if p.suffix.lower() in kinds)
         return
     try:
-        from datasets import Audio, load_dataset
-        rows = load_dataset(NOISE_DATASET, split=split, streaming=True).cast_column("audio", Audio(decode=False))
+        rows = load_table(Source(NOISE_DATASET, split, answer=""), streaming=True)
         yield from ((f"{split}/{i}", row["audio"]["bytes"]) for i, row in enumerate(rows))
     except Exception as e:  # the hub fails in many ways, and none of them is ours
         raise UserError(f"cannot read {NOISE_DATASET}, split {split} ({type(e).__name__}): give a folder of audio "

@@ -6,6 +6,7 @@ data.py -- what the model learns from: samples, manifests, a spoken corpus made 
     python data.py                      # one sample as the model sees it; writes sample.wav
     python data.py --lang en --index 3
     python data.py --manifest a.jsonl   # the same for a row of your own data
+    python data.py --mixes              # which datasets the presets of train.py draw from, and how much
 
 A manifest has one JSON object a line:
     {"audio": "a.wav", "text": "..."}                              transcription
@@ -14,6 +15,7 @@ A manifest has one JSON object a line:
 Paths are relative to the manifest's folder. wav, flac, ogg and mp3 of any rate and channel count will do.
 """
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import io
@@ -32,6 +34,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import soundfile
@@ -48,6 +51,7 @@ transformers.utils.logging.disable_progress_bar()  # a bar for writing one file 
 INSTRUCT_SYSTEM = "You are a helpful voice assistant. Listen to the audio and respond appropriately."
 TEXT_SYSTEM = "You are a helpful assistant."
 MIN_SECONDS = 0.1        # shorter recordings hold no word
+RETRIES = 50             # unusable rows in a row before giving up
 MAX_BAD_SHARE = 0.05     # more unusable rows than this means that the manifest is wrong, not a few files
 
 
@@ -60,6 +64,11 @@ class UserError(Exception):
 
 class BadRow(ValueError):
     """One unusable row or recording; the message is the reason it is counted under."""
+    where = ""
+
+
+class TooLong(BadRow):
+    """A good row beyond --max_tokens or --max_windows."""
 
 
 def run(main):
@@ -93,16 +102,21 @@ class BadRows:
         self.reasons[reason] += 1
         self.first.setdefault(reason, where)
 
+    def check(self, total, name):
+        """More than 5 % of `total` rows is an error."""
+        bad = sum(self.reasons.values())
+        if bad > MAX_BAD_SHARE * total:
+            raise UserError(f"{name}: {bad} of {total} rows are unusable, more than {MAX_BAD_SHARE:.0%}: {self}; "
+                            "mend or remove them")
+
     def report(self, total, name):
         """Say once what was left out of `total` rows; more than 5 % is an error."""
-        bad = sum(self.reasons.values())
-        if not bad:
-            return
-        reasons = ", ".join(f"{n} {r} (first: {self.first[r]})" for r, n in self.reasons.most_common())
-        if bad > MAX_BAD_SHARE * total:
-            raise UserError(f"{name}: {bad} of {total} rows are unusable, more than {MAX_BAD_SHARE:.0%}: {reasons}; "
-                            "mend or remove them")
-        print(f"{name}: left out {bad} of {total} rows: {reasons}", file=sys.stderr)
+        self.check(total, name)
+        if self.reasons:
+            print(f"{name}: left out {sum(self.reasons.values())} of {total} rows: {self}", file=sys.stderr)
+
+    def __str__(self):
+        return ", ".join(f"{n} {r} (first: {self.first[r]})" for r, n in self.reasons.most_common())
 
 
 def pick_device(name):
@@ -205,7 +219,7 @@ def read_manifest(path, bad):
             total += 1
             name = f"{os.path.basename(path)}:{number}"
             try:
-                samples.append(replace(parse_row(line, os.path.dirname(path)), name=name))
+                samples.append(replace(parse_line(line, os.path.dirname(path)), name=name))
             except BadRow as e:
                 bad.add(str(e), name)
     if not total:
@@ -213,7 +227,7 @@ def read_manifest(path, bad):
     return samples, total
 
 
-def parse_row(line, folder):
+def parse_line(line, folder):
     """One line of a manifest -> Sample; raises BadRow."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
@@ -221,7 +235,12 @@ def parse_row(line, folder):
         raise BadRow("broken JSON") from None
     if not isinstance(row, dict):
         raise BadRow("not a JSON object")
+    return parse_row(row, folder)
 
+
+def parse_row(row, folder=""):
+    """{"audio", "text"}, {"audio", "question", "answer"} or {"conversation"} -> Sample; raises BadRow. The audio is a path,
+    below `folder` if relative, the bytes of a file, or a list of these."""
     def text(value):
         if not isinstance(value, str) or not value.strip():
             raise BadRow("empty text")
@@ -242,9 +261,10 @@ def parse_row(line, folder):
 
     audio = row.get("audio")
     audio = audio if isinstance(audio, list) else [audio]
-    if not audio or not all(isinstance(a, str) and a for a in audio):
+    if not audio or not all(isinstance(a, (str, bytes)) and a for a in audio):
         raise BadRow("no audio field")
-    sample = Sample(text(row.get("text", row.get("answer"))), [os.path.join(folder, a) for a in audio])
+    sample = Sample(text(row.get("text", row.get("answer"))),
+                    [os.path.join(folder, a) if isinstance(a, str) else a for a in audio])
     if AUDIO in sample.answer or TAG_PAIR in sample.answer:
         raise BadRow("control token in the text")
     if "text" not in row:
@@ -260,14 +280,13 @@ def parse_row(line, folder):
     return sample
 
 
-def usable(samples, tokenizer, config, max_tokens, bad, progress=True):
-    """The samples whose audio decodes and whose tokens fit into max_tokens; the others go to `bad`."""
+def usable(samples, dataset, bad, progress=True):
+    """The samples whose audio decodes and whose length is within the limits of `dataset`; the others go to `bad`."""
     def problem(sample):
         try:
-            ids, _, _ = encode(sample, tokenizer, config)
+            dataset.encode(sample)
         except BadRow as e:
             return str(e)
-        return None if len(ids) <= max_tokens else f"does not fit into {max_tokens} tokens"
 
     kept = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # soundfile decodes outside the GIL
@@ -278,6 +297,167 @@ def usable(samples, tokenizer, config, max_tokens, bad, progress=True):
             else:
                 bad.add(reason, sample.name)
     return kept
+
+
+# -----------------------------------------------------------------------------
+# The post's data. What a row of each dataset means, which datasets make a pool, which pools make a mix.
+
+@dataclass(frozen=True)
+class Source:
+    """A split of a dataset on the hub, and which column holds what.
+
+    Without a question column every row gets `prompt`, the one transcription prompt. (The original asks "Transcribe the
+    audio." of some sets and "Что слышно на аудио?" of ToneBooks, and evaluates with none of these.)
+    only: (columns, word): rows where one of these columns contains the word. rows: then so many, from the start."""
+    hub: str
+    split: str = "train"
+    config: Optional[str] = None
+    audio: str = "audio"
+    question: str = ""
+    answer: str = "text"
+    conversation: str = ""  # a text-only set has this column alone
+    prompt: str = ASR_PROMPT
+    only: tuple = ()
+    rows: Optional[int] = None
+
+    @property
+    def columns(self):
+        return [c for c in ((self.conversation,) if self.conversation else (self.audio, self.question, self.answer)) if c]
+
+    def sample(self, row):
+        """A row of the dataset -> Sample; raises BadRow."""
+        if self.conversation:
+            return parse_row({"conversation": row[self.conversation]})
+        audio = row[self.audio] or {}
+        row = {"audio": audio.get("bytes") or audio.get("path"), "question": row.get(self.question), "answer": row[self.answer]}
+        if self.question:
+            return parse_row(row)
+        return replace(parse_row({"audio": row["audio"], "text": row["answer"]}), question=self.prompt)
+
+
+QA = dict(question="question", answer="answer")
+POOLS = {
+    "ru_audio": (   # Russian audiobooks and instructions about them
+        Source("Vikhrmodels/Speech-Instructions", **QA, rows=70_000),  # said to be Russian; its prompts look English
+        Source("Vikhrmodels/ToneBooks", rows=90_000),
+        Source("Vikhrmodels/AudioBooksInstructGemini2.5", **QA)),
+    "en_audio": tuple(  # English recordings, speech and other sounds, and what is heard on them
+        Source("Vikhrmodels/Speech-Describe", f"500k_part{part}_{kind}", **QA)
+        for kind in ("speech", "nonspeech") for part in (1, 2)),
+    "text": (
+        Source("Vikhrmodels/GrandMaster-PRO-MAX", conversation="conversation", only=(("prompt_lang", "answer_lang"), "ru"),
+               rows=100_000),),
+    "it_fresh": (   # plain transcription, 16 kHz
+        Source("Vikhrmodels/ToneBooksPlus", rows=100_000),
+        Source("Vikhrmodels/ToneSpeak", rows=100_000),
+        Source("Vikhrmodels/ToneRuLS", rows=100_000),       # has about half as many
+        Source("Vikhrmodels/ToneRuDevices", rows=50_000)),
+    "long_audio": (  # minutes of fiction, and instructions about it. The post writes "AlexWortega/longaudio"
+        Source("AlexWortega/long_audio_it_full", question="instruction", answer="response"),
+        Source("Vikhrmodels/Ficbook-Audio-Instruct-10K", **QA)),
+    "pretrain": (   # Russian transcription, whole
+        *(Source(f"Vikhrmodels/{name}") for name in (
+            "ToneBooksPlus", "ToneSpeak", "ToneRuLS", "ToneRuDevices", "ToneWebinars", "ToneRuDevicesAudiobooks",
+            "ReadyFormatDF2")),
+        *(Source("Vikhrmodels/ToneGolosOpus", config=c) for c in ("Crowd", "Farfield")),
+        Source("Vikhrmodels/ToneSlavic", answer="sentence", only=(("locale",), "ru")),
+        Source("bond005/podlodka_speech", answer="transcription")),
+}
+MIXES = {  # pool -> how often its turn comes; inside a pool every row is as likely as any other
+    "pretrain": {"pretrain": 1},
+    "ru_only": {"ru_audio": 1},
+    "en_only": {"en_audio": 1},
+    "mixed_large": {"ru_audio": 0.5, "en_audio": 0.5},
+    "ru_text_10pct": {"ru_audio": 0.9, "text": 0.1},
+    "ru_text_25pct": {"ru_audio": 0.75, "text": 0.25},
+    "it_fresh": {"it_fresh": 0.78, "text": 0.22},             # 350k and 100k
+    "long_audio": {"ru_audio": 0.6, "text": 0.1, "long_audio": 0.3},
+}
+BENCHMARK = {split: Source("Vikhrmodels/RuASRBenchmark", split, rows=1000) for split in (  # Tone_Speak has 700
+    "Russian_LibriSpeech", "Common_Voice_Corpus_22.0", "Tone_Webinars", "Tone_Books", "Tone_Speak", "Sova_RuDevices")}
+
+
+def load_table(source, data_dir=None, streaming=False):
+    """The rows of a Source as a datasets table, audio undecoded: from the hub, or from a folder that holds the same files
+    at data_dir/owner/name. Raises UserError."""
+    from datasets import Audio, disable_progress_bars, load_dataset, load_from_disk
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    if data_dir:
+        owner, name = source.hub.split("/")
+        place = next((p for p in (Path(data_dir, owner, name), Path(data_dir, name), Path(data_dir, f"{owner}__{name}"),
+                                  Path(data_dir, owner, f"{name}.parquet"), Path(data_dir, f"{name}.parquet")) if p.exists()), None)
+        if place is None:
+            raise UserError(f"--data_dir {data_dir} has no {source.hub}: put the dataset's files into "
+                            f"{Path(data_dir, owner, name)}")
+        if source.config and (place / source.config).is_dir():
+            place = place / source.config
+    try:
+        if not data_dir:
+            table = load_dataset(source.hub, source.config, split=source.split, streaming=streaming)
+        elif place.is_file():
+            table = load_dataset("parquet", data_files={source.split: str(place)}, split=source.split)
+        elif (place / "dataset_dict.json").exists() or (place / "state.json").exists():  # of save_to_disk
+            table = load_from_disk(place)
+            table = table[source.split] if isinstance(table, dict) else table
+        else:
+            table = load_dataset(str(place), split=source.split)
+    except Exception as e:  # they fail in many ways, and none of them is ours
+        reason = f"{type(e).__name__}: {e}".splitlines()[0][:200]
+        if data_dir:
+            raise UserError(f"cannot read {source.hub}, split {source.split}, from {place}: {reason}") from None
+        raise UserError(f"cannot reach {source.hub}, split {source.split}, on the hub ({reason}). Two ways out: go online "
+                        "(gated sets want HF_TOKEN), or copy the dataset and name the folder with --data_dir") from None
+    columns = source.columns + list(source.only[0] if source.only else [])
+    if missing := [c for c in columns if table.column_names and c not in table.column_names]:
+        raise UserError(f"{source.hub}, split {source.split}, has no column {missing[0]}: it has {', '.join(table.column_names)}")
+    table = table.select_columns(columns)
+    return table if source.conversation else table.cast_column(source.audio, Audio(decode=False))
+
+
+def open_source(source, data_dir=None, limit=None):
+    """The rows of a Source that count. With a limit, the hub streams that many instead of sending everything."""
+    table = load_table(source, data_dir, streaming=bool(limit))
+    limit = min(x for x in (limit, source.rows, sys.maxsize) if x)
+    if source.only:
+        columns, word = source.only
+        table = table.filter(lambda *values: any(word in (v or "") for v in values), input_columns=list(columns))
+    if not hasattr(table, "__len__"):
+        from datasets import Dataset as Table
+        return Table.from_list(list(table.take(limit)), features=table.features)
+    return table.select(range(min(limit, len(table))))
+
+
+class Rows:
+    """A Source's table as Samples, read when they are asked for."""
+
+    def __init__(self, source, data_dir=None, limit=None):
+        self.source, self.table = source, open_source(source, data_dir, limit)
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, i):
+        name = f"{self.source.hub}/{self.source.split}:{i}"
+        try:
+            return replace(self.source.sample(self.table[i]), name=name)
+        except BadRow as e:
+            e.where = name
+            raise
+
+
+class Chain:
+    """Sequences of samples as one sequence: sources make a pool, pools make a mix."""
+
+    def __init__(self, parts):
+        self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, i):
+        part = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.parts[part][int(i - self.starts[part])]
 
 
 # -----------------------------------------------------------------------------
@@ -292,21 +472,37 @@ def encode(sample, tokenizer, config, with_answer=True, change=lambda wave, part
 
 
 class Dataset(torch.utils.data.Dataset):
-    """Samples as (ids, labels, mel (W, M, F), samples in each window).
+    """Samples as they go into a batch: token ids, labels, mel (W, M, F), and how many samples each window holds.
 
-    augment: an Augmenter; a recording that it slows down so much that the row passes max_tokens is taken as it was.
-    `keep` of the unchanged ones stay in memory, so that a small model that sees its data several times pays for each
-    spectrogram once."""
+    samples: anything with a length and an index. A row that turns out to be unusable is left out: the next one that is
+    usable takes its place, and travels with the reasons. A recording that `augment` slows down so much that the row
+    passes max_tokens is taken as it was. `keep` of the unchanged ones stay in memory, so that a small model that sees its
+    data several times pays for each spectrogram once."""
 
-    def __init__(self, samples, tokenizer, config, keep=0, augment=None, max_tokens=math.inf):
+    def __init__(self, samples, tokenizer, config, keep=0, augment=None, max_tokens=math.inf, max_windows=math.inf,
+                 batch_size=1):
         self.samples, self.tokenizer, self.config, self.keep, self.kept = samples, tokenizer, config, keep, {}
-        self.augment, self.max_tokens = augment, max_tokens
+        self.augment, self.max_tokens, self.max_windows, self.batch_size = augment, max_tokens, max_windows, batch_size
 
     def __len__(self):
         return len(self.samples)
 
+    def encode(self, sample, **settings):
+        """As the function encode; raises TooLong beyond the limits. Nothing is truncated: half an answer teaches to stop."""
+        ids, labels, windows = encode(sample, self.tokenizer, self.config, **settings)
+        if len(windows) > self.max_windows:
+            raise TooLong(f"longer than {self.max_windows} windows")
+        if len(ids) > self.max_tokens:
+            raise TooLong(f"does not fit into {self.max_tokens} tokens")
+        return ids, labels, windows
+
     def item(self, i, **settings):
-        ids, labels, windows = encode(self.samples[i], self.tokenizer, self.config, **settings)
+        sample = self.samples[i]
+        try:
+            ids, labels, windows = self.encode(sample, **settings)
+        except BadRow as e:
+            e.where = sample.name
+            raise
         return ids, labels, log_mel(windows, self.config), list(map(len, windows))
 
     def unchanged(self, i):
@@ -315,51 +511,85 @@ class Dataset(torch.utils.data.Dataset):
             self.kept[i] = item
         return item
 
-    def __getitem__(self, key):
-        """key: an index, or (index, epoch with its fraction) as Schedule deals them."""
-        i, epoch = key if isinstance(key, tuple) else (key, 0)
-        if self.augment is None:
-            return self.unchanged(i)
+    def changed(self, i, epoch):
         item = None
         if self.augment.touches(epoch, i):
-            item = self.item(i, change=lambda wave, part: self.augment.wave(wave, epoch, i, part))
-        if item is None or len(item[0]) > self.max_tokens:
-            item = self.unchanged(i)
-        ids, labels, mel, lengths = item
+            with contextlib.suppress(TooLong):
+                item = self.item(i, change=lambda wave, part: self.augment.wave(wave, epoch, i, part))
+        ids, labels, mel, lengths = item or self.unchanged(i)
         return ids, labels, self.augment.masked(mel, [-(-n // HOP) for n in lengths], epoch, i), lengths
 
-    def collate(self, items):
+    def __getitem__(self, key):
+        """(index, epoch with its fraction), as Schedule deals them -> (item, [(reason, row, is it too long?) left out before
+        it]); the item is None if RETRIES rows in a row are unusable."""
+        (i, epoch), left_out = key, []
+        for _ in range(RETRIES):
+            try:
+                return (self.unchanged(i) if self.augment is None else self.changed(i, epoch)), left_out
+            except BadRow as e:
+                left_out.append((str(e), e.where, isinstance(e, TooLong)))
+            i = (i + 1) % len(self)
+        return None, left_out
+
+    def collate(self, dealt):
+        """One rank's share of a step -> dict(micro=[micro-batches], left_out, seconds of audio, tokens, windows, squares).
+
+        Longest first, so that a micro-batch holds neighbours in length and little padding, and so that memory runs out in
+        the first step if it must. The gradient is a sum over all of them: the order changes nothing else."""
+        items = [item for item, _ in dealt if item]
+        if len(items) > self.batch_size:
+            items.sort(key=lambda item: -len(item[0]))
+        return dict(micro=[self.pad(items[i:i + self.batch_size]) for i in range(0, len(items), self.batch_size)],
+                    left_out=[reason for _, reasons in dealt for reason in reasons], hopeless=len(dealt) - len(items),
+                    seconds=sum(sum(lengths) for *_, lengths in items) / SAMPLE_RATE, windows=sum(len(x[3]) for x in items),
+                    tokens=sum(len(ids) for ids, *_ in items), squares=sum(len(ids) ** 2 for ids, *_ in items))
+
+    def pad(self, items):
         """List of B items -> dict of input_ids (B, L) and labels (B, L), padded on the right, and input_features
         (W, M, F): the windows of all samples in reading order, none at all for text only."""
-        ids, labels, mels, lengths = zip(*items)
+        ids, labels, mels, _ = zip(*items)
         L, pad = max(map(len, ids)), self.config.llm_config.pad_token_id
         return dict(input_ids=torch.tensor([r + [pad] * (L - len(r)) for r in ids]),
-                    labels=torch.tensor([r + [-100] * (L - len(r)) for r in labels]),
-                    input_features=torch.cat(mels), seconds=sum(map(sum, lengths)) / SAMPLE_RATE)
+                    labels=torch.tensor([r + [-100] * (L - len(r)) for r in labels]), input_features=torch.cat(mels))
 
 
 class Schedule(torch.utils.data.Sampler):
-    """The order of training: an endless shuffled walk through n samples that depends on (seed, position) only. Deals
-    batches of (index, epoch), the epoch with its fraction.
+    """The order of training: an endless walk through pools of samples, each shuffled anew every time it is through, that
+    depends on (seed, position) only. Deals, for each step, this rank's share of it: a list of (index, epoch), the epoch
+    with its fraction.
 
-    Step s takes positions s*E ... (s+1)*E - 1, E the effective batch, dealt out over micro-steps and ranks. So
-    a run can stop at any step and go on, on another number of GPUs too, and sees what it would have seen."""
+    sizes: samples in each pool, whose indices follow one another. shares: how often each pool's turn comes, exact in every
+    1000 positions. Step s takes positions s*E ... (s+1)*E - 1, E the effective batch, dealt out over the ranks. So a run
+    can stop at any step and go on, on another number of GPUs too, and sees what it would have seen, without reading again
+    what it has."""
 
-    def __init__(self, n, seed, steps, effective_batch, batch_size, rank=0, world=1):
-        self.n, self.seed, self.steps, self.batch_size, self.rank, self.world = n, seed, steps, batch_size, rank, world
-        self.effective_batch = effective_batch
-        self.order = lru_cache(maxsize=2)(lambda epoch: torch.randperm(
-            n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist())
+    BLOCK = 1000
+
+    def __init__(self, sizes, shares, seed, steps, effective_batch, rank=0, world=1):
+        self.sizes, self.seed, self.steps, self.rank, self.world = sizes, seed, steps, rank, world
+        self.effective_batch, self.starts, self.total = effective_batch, np.cumsum([0, *sizes]), sum(sizes)
+        exact = np.array(shares) / sum(shares) * self.BLOCK
+        self.counts = np.floor(exact).astype(int)  # turns of each pool in a block, by largest remainder
+        self.counts[np.argsort(self.counts - exact, kind="stable")[:self.BLOCK - self.counts.sum()]] += 1
+        self.turns = lru_cache(maxsize=2)(lambda block: np.random.default_rng([seed % 2 ** 32, block]).permutation(
+            np.repeat(np.arange(len(sizes)), self.counts)))
+        self.order = lru_cache(maxsize=2 * len(sizes))(lambda pool, epoch: torch.randperm(
+            sizes[pool], generator=torch.Generator().manual_seed((seed + 7919 * pool) * 1_000_003 + epoch)).tolist())
 
     def at(self, position):
-        epoch, i = divmod(position, self.n)
-        return self.order(epoch)[i], position / self.n
+        block, i = divmod(position, self.BLOCK)
+        pool = self.turns(block)[i]
+        earlier = block * self.counts[pool] + np.count_nonzero(self.turns(block)[:i] == pool)
+        epoch, i = divmod(int(earlier), self.sizes[pool])
+        return int(self.starts[pool]) + self.order(int(pool), epoch)[i], position / self.total
+
+    def __len__(self):
+        return len(self.steps)
 
     def __iter__(self):
         for step in self.steps:
-            first = step * self.effective_batch + self.rank * self.batch_size
-            for start in range(first, (step + 1) * self.effective_batch, self.world * self.batch_size):
-                yield [self.at(start + j) for j in range(self.batch_size)]
+            positions = range(step * self.effective_batch, (step + 1) * self.effective_batch)
+            yield [self.at(p) for p in positions[self.rank::self.world]]
 
 
 # -----------------------------------------------------------------------------
@@ -570,13 +800,53 @@ def embedded(lang, split, n, seed=0):
 
 
 # -----------------------------------------------------------------------------
+# The embedded corpus, 3: the pools again, small enough for a laptop
+
+QUESTIONS = {"ru": ("Какое слово первое?", "Какое слово последнее?", "Сколько слов?"),
+             "en": ("Which word is the first?", "Which word is the last?", "How many words?")}
+
+
+def task(lang, text, rng):
+    """A question about a text, and its answer."""
+    k, words = rng.randrange(3), text.split()
+    return QUESTIONS[lang][k], (words[0], words[-1], str(len(words)))[k]
+
+
+def tiny_pool(name, n, seed, languages=("ru",)):
+    """The counterpart of a pool in POOLS: n Samples of the embedded corpus, or texts of its grammar."""
+    rng = random.Random(f"{seed} {name}")
+    if name == "pretrain":
+        return [s for lang in languages for s in embedded(lang, "train", -(-n // len(languages)), seed)]
+    lang, samples = "en" if name == "en_audio" else "ru", []
+    if name == "text":
+        while len(samples) < n:
+            if not held_out(text := sentence(lang, rng)):
+                question, answer = task(lang, text, rng) if rng.random() < 0.7 else ("Повтори.", text)
+                samples.append(Sample(answer, [], f"{question}\n{text}", TEXT_SYSTEM, name=f"text/{len(samples)}"))
+        return samples
+    speech = embedded(lang, "train", n, seed)
+    if name == "long_audio":  # up to twelve utterances in a row
+        while speech:
+            group, speech = speech[:(k := rng.randint(2, 12))], speech[k:]
+            samples.append(Sample(" ".join(s.answer for s in group), [np.concatenate([s.audio[0] for s in group])],
+                                  name=f"long/{len(samples)}"))
+        return samples
+    for s in speech:
+        if name != "it_fresh" and rng.random() < 0.4:  # it_fresh is transcription only
+            question, answer = task(lang, s.answer, rng)
+            s = replace(s, question=question, answer=answer, system=INSTRUCT_SYSTEM)
+        samples.append(s)
+    return samples
+
+
+# -----------------------------------------------------------------------------
 # A small tokenizer for the tiny preset: byte-level BPE like Qwen3's, with the same special tokens and template
 
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
               r"|\s+(?!\S)|\s+")
 
 
-def train_tokenizer(texts, vocab_size=1024):
+def train_tokenizer(texts, vocab_size=4096):
     """BPE over `texts` -> a transformers tokenizer. Any text can be encoded: what was never seen falls to bytes."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -601,13 +871,26 @@ def texts_of(samples):
 
 # -----------------------------------------------------------------------------
 
+def show_mixes():
+    for mix, shares in MIXES.items():
+        print(f"{mix}: " + ", ".join(f"{share:.0%} {pool}" for pool, share in shares.items()))
+    for pool, sources in POOLS.items():
+        print(f"\n{pool}")
+        for s in sources:
+            print(f"  {s.hub}{f' ({s.config})' if s.config else ''}, {s.split}: {', '.join(s.columns)}"
+                  + (f"; {' or '.join(s.only[0])} has {s.only[1]}" if s.only else "") + (f"; {s.rows:,} rows" if s.rows else ""))
+
+
 def main():
     parser = ArgumentParser(description="Show one sample as the model sees it.")
     parser.add_argument("--manifest", help="a JSONL file; default: the embedded corpus")
     parser.add_argument("--lang", choices=sorted(GRAMMAR), default="ru")
     parser.add_argument("--index", type=int, default=0)
     parser.add_argument("--wav", default="sample.wav", help="where to write the recording")
+    parser.add_argument("--mixes", action="store_true", help="show the mixes and their datasets instead")
     args = parser.parse_args()
+    if args.mixes:
+        return show_mixes()
     if args.manifest:
         bad = BadRows()
         samples, total = read_manifest(args.manifest, bad)
@@ -624,7 +907,7 @@ def main():
     except BadRow as e:
         raise UserError(f"{sample.name}: {e}") from None
     dataset = Dataset([sample], tokenizer, config)
-    batch = dataset.collate([dataset[0]])
+    batch = dataset.pad([dataset.item(0)])
 
     print(f"{sample.name}: {sum(map(len, windows)) / SAMPLE_RATE:.2f} s, {len(windows)} window(s) of "
           f"{config.window_samples / SAMPLE_RATE:g} s")

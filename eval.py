@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from augment import HARD, augment, open_banks
-from data import EVAL_SPLITS, EVAL_UTTERANCES, ArgumentParser, BadRow, BadRows, Sample, UserError, check_out, embedded, \
-    load_audio, pick_device, read_manifest, replace_file, run
-from model import ASR_PROMPT, SAMPLE_RATE, BorealisForConditionalGeneration, place_audio
+from data import BENCHMARK, EVAL_SPLITS, EVAL_UTTERANCES, ArgumentParser, BadRow, BadRows, Rows, Sample, UserError, check_out, \
+    embedded, load_audio, pick_device, read_manifest, replace_file, run
+from model import ASR_PROMPT, SAMPLE_RATE, find_checkpoint, load_checkpoint, place_audio
 
 # -----------------------------------------------------------------------------
 # The one text normaliser
@@ -60,42 +60,16 @@ def score(references, hypotheses):
 # -----------------------------------------------------------------------------
 # Model and data
 
-def check_folder(folder):
-    """Is there a checkpoint of ours at all? Cheap, so that it comes before anything slow. Raises UserError."""
-    config = Path(folder) / "config.json"
-    if not config.is_file():
-        raise UserError(f"no checkpoint in {folder}: it holds no config.json; train one with "
-                        "python train.py --preset tiny")
-    try:
-        kind = json.loads(config.read_text())["model_type"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"cannot load {folder}: its config.json is broken; train again or fetch it again") from None
-    if kind != BorealisForConditionalGeneration.config_class.model_type:
-        raise UserError(f"{folder} holds a {kind} model: eval.py wants a checkpoint of train.py")
-
-
 def load_model(folder, device):
-    """A checkpoint of train.py, strictly: whatever is missing or does not fit is a UserError that names it."""
-    folder = Path(folder)
+    """Any checkpoint, ready to answer; a UserError says what is missing or does not fit."""
     try:
-        model, info = BorealisForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, output_loading_info=True,
-            ignore_mismatched_sizes=True, local_files_only=True)  # mismatches are refused here, with a better message
-        model.tokenizer  # noqa: B018 -- loads it now, while a failure still is a user's error
+        return load_checkpoint(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
     except (OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError) as e:
         raise UserError(f"cannot load {folder}: {str(e).strip().splitlines()[0]}") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(str(k[0] if isinstance(k, tuple) else k) for k in info[kind]):
-            raise UserError(f"the weights in {folder} do not fit its config.json: {kind.replace('_', ' ')} "
-                            f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}")
-    if len(model.tokenizer) > model.config.llm_config.vocab_size:
-        raise UserError(f"the tokenizer in {folder} has {len(model.tokenizer)} tokens, the model "
-                        f"{model.config.llm_config.vocab_size}: they are not from the same run")
-    return model.to(device).eval()
 
 
-def training_config(folder):
-    path = Path(folder) / "train_config.json"
+def training_config(where):
+    path = find_checkpoint(where) / "train_config.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
@@ -112,16 +86,31 @@ def embedded_splits(lang, seed, n=EVAL_UTTERANCES):
     return splits
 
 
+def benchmark(source, args):
+    """The samples of one split of the post's benchmark, from the hub or --data_dir."""
+    rows, bad, samples = Rows(source, args.data_dir, args.limit), BadRows(args.strict), []
+    for i in range(len(rows)):
+        try:
+            samples.append(rows[i])
+        except BadRow as e:
+            bad.add(str(e), e.where)
+    bad.report(len(rows), source.split)
+    return samples
+
+
 def load_splits(args):
-    """-> {split: samples}: the manifest that was given, or the embedded held-out sets of the training languages."""
+    """-> {split: samples}: the manifest that was given, or the embedded held-out sets of the training languages, or the post's
+    six benchmarks."""
     if args.manifest:
         bad = BadRows(args.strict)
         samples, total = read_manifest(args.manifest, bad)
         bad.report(total, args.manifest)
         return {Path(args.manifest).stem: samples}
     trained_on = training_config(args.ckpt)
-    if trained_on.get("train_manifest") or "lang" not in trained_on:
-        raise UserError(f"{args.ckpt} was not trained on the embedded corpus: name your recordings with --manifest FILE")
+    if trained_on.get("train_manifest"):
+        raise UserError(f"{args.ckpt} was trained on a manifest: name your recordings with --manifest FILE")
+    if not trained_on.get("embedded"):
+        return {name: benchmark(source, args) for name, source in BENCHMARK.items()}
     first, *others = trained_on["lang"].split(",")
     n = min(args.limit or EVAL_UTTERANCES, EVAL_UTTERANCES)  # what is cut off anyway need not be made
     return embedded_splits(first, trained_on["seed"], n) | {
@@ -227,6 +216,7 @@ def main():
     parser = ArgumentParser(prog="eval.py", allow_abbrev=False, description="Measure a checkpoint, or ask it about one file.")
     parser.add_argument("--ckpt", default="out", help="folder that train.py wrote")
     parser.add_argument("--manifest", help="JSONL with recordings and references; default: what the checkpoint is for")
+    parser.add_argument("--data_dir", help="folder with a copy of Vikhrmodels/RuASRBenchmark, instead of the hub")
     parser.add_argument("--audio", help="answer for this file instead of measuring")
     parser.add_argument("--prompt", help="the question for --audio; default: transcribe")
     parser.add_argument("--out", help="where results go; default: the checkpoint's folder")
@@ -245,7 +235,6 @@ def main():
         raise UserError("--audio answers for one file, --manifest measures many: give one of the two")
     if args.audio and not Path(args.audio).is_file():
         raise UserError(f"no file at {args.audio}")
-    check_folder(args.ckpt)
     check_out(args.out or args.ckpt)
     device = torch.device(pick_device(args.device))
     splits = load_splits(args) if args.manifest else {}  # a wrong row is found sooner than a model is loaded

@@ -4,7 +4,8 @@ model.py -- the whole network: a Whisper encoder listens, Qwen3 answers, an MLP 
     waveform -> log-mel windows -> encoder (frozen) -> 4x concat downsample -> adapter -> spliced into
     the prompt's <|AUDIO|> slots -> Qwen3 -> text
 
-    python model.py                  # parameter counts of the full-size model, on the meta device, no download
+    python model.py                               # parameter counts at full size, on the meta device, no download
+    python model.py export --ckpt out/ --to hf/   # merge a run's LoRA into an ordinary, complete model folder
 
 This file imports nothing of the project, so that it can travel inside a checkpoint as remote code.
 data.py feeds it, train.py fits it, eval.py measures it.
@@ -13,13 +14,20 @@ Letters in shape comments (full size in brackets): B batch, L sequence length, W
 M mel bins [128], F mel frames [3000], T encoder frames [1500], N audio tokens a window [375],
 E encoder width [1280], D LLM width [2560], V vocabulary [151671].
 """
+import argparse
 import functools
+import hashlib
+import json
 import math
+import os
+import re
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import (AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, Qwen3Config,
+from transformers import (CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, Qwen3Config,
                           Qwen3ForCausalLM, WhisperConfig, WhisperFeatureExtractor, WhisperModel)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -33,7 +41,8 @@ CONV_STRIDE = 2      # the second convolution of Whisper's encoder halves the fr
 
 AUDIO = "<|AUDIO|>"              # one placeholder per recording in a prompt, N per window inside the model
 MARKER = "<|start_of_audio|>"    # stands on both sides of the audio tokens, as in the post's vLLM plugin
-TAG_PAIR = "<|start_of_audio|><|end_of_audio|>"  # how the post's snippet writes a placeholder
+END = "<|end_of_audio|>"         # ends the recording in checkpoints of the original's layout, which have no <|AUDIO|>
+TAG_PAIR = MARKER + END          # how the post's snippet writes a placeholder
 
 # The pretraining prompt of the original run. One prompt for all transcription rows, in training and evaluation:
 # a prompt that was never trained costs more WER than most ablations of the post differ by.
@@ -57,10 +66,12 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{%- endif %}"""
 
-# Shapes of the two pretrained parts, from their published configs, so that sizes can be proved offline.
+# The two pretrained parts, and their shapes from their published configs, so that sizes can be proved offline.
+ENCODER, LLM = "openai/whisper-large-v3", "Qwen/Qwen3-4B"
 WHISPER_LARGE_V3 = dict(
     d_model=1280, encoder_layers=32, decoder_layers=32, encoder_attention_heads=20, decoder_attention_heads=20,
     encoder_ffn_dim=5120, decoder_ffn_dim=5120, num_mel_bins=128, max_source_positions=1500, vocab_size=51866)
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a Qwen3 layer
 QWEN3_4B = dict(
     hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
     intermediate_size=9728, vocab_size=151671,  # 151669 of Qwen3's tokenizer + our two
@@ -72,13 +83,17 @@ class BorealisConfig(PretrainedConfig):
     """Two sub-configs and what joins them; without arguments, the full-size Borealis-5B.
 
     adapter: "simple" (19.7 M at full size) or "deep" (78.6 M). frozen: names of the parts that never train.
+
+    A checkpoint that holds only what was trained says so here. trained: "adapter", "lora" or "full", see prepare(); lora:
+    its rank, alpha and dropout; base: where all else comes from, see load_checkpoint(). None in a complete checkpoint.
     """
     model_type = "borealis"
     sub_configs = {"encoder_config": WhisperConfig, "llm_config": Qwen3Config}
 
     def __init__(self, encoder_config=None, llm_config=None, adapter="simple", downsample_factor=4,
                  adapter_layers=3, adapter_expansion=1.5, adapter_dropout=0.1, frozen=("encoder",),
-                 audio_token_id=151669, audio_start_id=151670, audio_end_id=151670, **kwargs):
+                 audio_token_id=151669, audio_start_id=151670, audio_end_id=151670, trained=None, lora=None, base=None,
+                 **kwargs):
         def build(cls, given, default):
             return given if isinstance(given, cls) else cls(**(default if given is None else given))
         self.encoder_config = build(WhisperConfig, encoder_config, WHISPER_LARGE_V3)
@@ -89,6 +104,7 @@ class BorealisConfig(PretrainedConfig):
             adapter_layers, adapter_expansion, adapter_dropout)
         self.frozen = list(frozen)
         self.audio_token_id, self.audio_start_id, self.audio_end_id = audio_token_id, audio_start_id, audio_end_id
+        self.trained, self.lora, self.base = trained, lora, base
         super().__init__(**kwargs)
         self.tie_word_embeddings = self.llm_config.tie_word_embeddings
 
@@ -98,6 +114,12 @@ class BorealisConfig(PretrainedConfig):
     @property
     def window_samples(self):  # 1500 * 2 * 160 = 480,000 samples = 30 s
         return self.encoder_config.max_source_positions * CONV_STRIDE * HOP
+
+    @property
+    def new_tokens(self):
+        """The tokens we added that have a row in the embedding table. In the original's layout <|AUDIO|> has none."""
+        ids = {self.audio_token_id, self.audio_start_id, self.audio_end_id}
+        return sorted(i for i in ids if i < self.llm_config.vocab_size)
 
     @property
     def tokens_per_window(self):  # ceil(1500 / 4) = 375
@@ -142,12 +164,14 @@ def init_from_scratch(model):
 # -----------------------------------------------------------------------------
 # From text and waveforms to what the network takes: one prompt builder, one window cutter, for everybody
 
-def add_audio_tokens(tokenizer):
-    """Append our two tokens (ids 151669 and 151670 on Qwen3) and set the chat template; returns the tokenizer."""
+def add_audio_tokens(tokenizer, original=False):
+    """Append our two tokens (ids 151669 and 151670 on Qwen3) and set the chat template; returns the tokenizer.
+
+    original: the original's start and end (151669 and 151670), then <|AUDIO|>, which only marks slots and needs no row."""
     # Not additional_special_tokens=[...]: that would replace the tokenizer's own list instead of extending it.
     from tokenizers import AddedToken
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in (AUDIO, MARKER)],
-                         special_tokens=True)
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False)
+                          for t in ((MARKER, END, AUDIO) if original else (AUDIO, MARKER))], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -299,6 +323,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         self.encoder = WhisperEncoder(config.encoder_config) if encoder is None else encoder
         self.adapter = Adapter(config)
         self.llm = Qwen3ForCausalLM(config.llm_config) if llm is None else llm
+        self.new_rows = None
         self._tokenizer = None
         self.post_init()
         self.freeze(*config.frozen)
@@ -310,11 +335,19 @@ class BorealisForConditionalGeneration(PreTrainedModel):
                     nn.init.xavier_uniform_(m.weight)
 
     @classmethod
-    def from_parts(cls, encoder, llm, tokenizer, **config):
-        """Whisper and Qwen3 by hub name or local path (any size of each), a fresh adapter between them."""
-        whisper = WhisperModel.from_pretrained(encoder).encoder
-        qwen = Qwen3ForCausalLM.from_pretrained(llm)
-        qwen.resize_token_embeddings(len(tokenizer))  # shrinks Qwen3's padded 151,936 rows to 151,671
+    def from_parts(cls, encoder, llm, dtype=None, **config):
+        """Whisper and Qwen3 by hub name or local path (any size of each), a fresh adapter between them.
+
+        dtype: None leaves every part as it is stored."""
+        dtype = "auto" if dtype is None else dtype
+        tokenizer = add_audio_tokens(AutoTokenizer.from_pretrained(llm))
+        whisper = part_of(WhisperModel, encoder, dtype=dtype).encoder
+        qwen = part_of(Qwen3ForCausalLM, llm, dtype=dtype)
+        known = min(len(tokenizer) - 2, qwen.config.vocab_size)
+        qwen.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # shrinks Qwen3's padded 151,936 rows to 151,671
+        for module in (qwen.get_input_embeddings(), qwen.get_output_embeddings()):
+            with torch.no_grad():  # the same rows every time, so that a checkpoint need not hold what it did not train
+                module.weight[known:] = module.weight[:known].float().mean(0).to(module.weight.dtype)
         ids = tokenizer.convert_tokens_to_ids
         model = cls(BorealisConfig(encoder_config=whisper.config, llm_config=qwen.config, audio_token_id=ids(AUDIO),
                                    audio_start_id=ids(MARKER), audio_end_id=ids(MARKER), **config), whisper, qwen)
@@ -331,7 +364,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
     def tokenizer(self, tokenizer):
         self._tokenizer = tokenizer
 
-    # ---- frozen hard: no gradient, no graph, and eval mode survives model.train()
+    # ---- what trains. Frozen hard: no gradient, no graph, and eval mode survives model.train()
 
     def freeze(self, *parts):
         self.config.frozen = list(parts)
@@ -342,8 +375,52 @@ class BorealisForConditionalGeneration(PreTrainedModel):
     def train(self, mode=True):
         super().train(mode)
         for part in self.config.frozen:
-            getattr(self, part).eval()
+            # Layers in eval mode would skip gradient checkpointing; a Qwen3 without dropout computes the same in both.
+            getattr(self, part).train(mode and part == "llm" and self.llm.is_gradient_checkpointing)
         return self
+
+    def prepare(self, trained, lora=None):
+        """Freeze all but what is to train. adapter: only that. lora: the adapter, low-rank matrices beside every linear of
+        the LLM (peft), and the embedding rows of our new tokens. full: adapter and LLM."""
+        self.config.trained, self.config.lora = trained, lora
+        self.freeze("encoder", *(["llm"] if trained == "adapter" else []))
+        if trained == "lora":
+            from peft import LoraConfig, inject_adapter_in_model
+            inject_adapter_in_model(LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"],
+                                               target_modules=LINEARS), self.llm)
+            # Not peft's trainable_token_indices: it copies the whole table (776 MB) for every forward, twice.
+            self.new_rows = nn.Parameter(self.llm.get_input_embeddings().weight[self.config.new_tokens].detach().float())
+        return self
+
+    @torch.no_grad()
+    def merge(self):
+        """Undo prepare("lora"): what was learned goes into the weights themselves, each rounded once."""
+        if self.config.trained == "lora":
+            from peft.tuners.lora import LoraLayer
+            for name, module in [m for m in self.llm.named_modules() if isinstance(m[1], LoraLayer)]:
+                base, delta = module.get_base_layer(), module.get_delta_weight("default")
+                base.weight.copy_(base.weight.float() + delta.float())
+                self.llm.set_submodule(name, base)
+            self.llm.get_input_embeddings().weight[self.config.new_tokens] = self.new_rows.to(self.llm.dtype)
+            self.new_rows = None
+        self.config.trained = self.config.lora = self.config.base = None
+        return self.requires_grad_(True).freeze("encoder")
+
+    def stored(self):
+        """{name: tensor} of what a checkpoint holds: what trains, or all of it if the model has no base."""
+        if self.config.trained:
+            return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        tied = {"llm.lm_head.weight"} if self.config.tie_word_embeddings else set()
+        return {name: p for name, p in self.state_dict().items() if name not in tied}
+
+    @torch.no_grad()
+    def load_stored(self, tensors, where):
+        """Copy a checkpoint's tensors into stored(), strictly. Raises ValueError."""
+        mine = self.stored()
+        complain(where, missing=mine.keys() - tensors.keys(), unexpected=tensors.keys() - mine.keys(),
+                 mismatched=[k for k in mine.keys() & tensors.keys() if mine[k].shape != tensors[k].shape])
+        for name, p in mine.items():
+            p.copy_(tensors[name])
 
     # ---- forward
 
@@ -364,14 +441,24 @@ class BorealisForConditionalGeneration(PreTrainedModel):
 
     def embed(self, input_ids, input_features):
         """The one splice: token embeddings (B, L, D), with the audio slots filled in reading order."""
-        embeds = self.llm.get_input_embeddings()(input_ids)               # (B, L, D)
+        slots = input_ids == self.config.audio_token_id                   # (B, L); the table may have no row for it
+        embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(slots, 0))  # (B, L, D)
+        if self.new_rows is not None:
+            for token, row in zip(self.config.new_tokens, self.new_rows):
+                embeds = torch.where((input_ids == token).unsqueeze(-1), row.to(embeds.dtype), embeds)
         if input_features is None:
             return embeds
         audio = self.encode_audio(input_features)                         # (W, N, D)
-        slots = input_ids == self.config.audio_token_id                   # (B, L)
         assert slots.sum() == audio.shape[0] * audio.shape[1], \
             f"{slots.sum()} audio slots in the prompts for {audio.shape[0]} windows of {audio.shape[1]} tokens"
         return embeds.masked_scatter(slots.unsqueeze(-1), audio.to(embeds.dtype))
+
+    def logits(self, hidden):
+        """(..., D) -> (..., V)."""
+        logits = self.llm.lm_head(hidden)
+        if self.new_rows is not None and self.llm.config.tie_word_embeddings:  # input rows are output rows
+            logits[..., self.config.new_tokens] = F.linear(hidden, self.new_rows).to(logits.dtype)
+        return logits
 
     def forward(self, input_ids, input_features=None, attention_mask=None, labels=None, num_items_in_batch=None,
                 **kwargs):
@@ -384,10 +471,10 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         hidden = self.llm.model(inputs_embeds=self.embed(input_ids, input_features), attention_mask=attention_mask,
                                 **kwargs).last_hidden_state               # (B, L, D)
         if labels is None:
-            return CausalLMOutputWithPast(logits=self.llm.lm_head(hidden))
+            return CausalLMOutputWithPast(logits=self.logits(hidden))
         targets = labels[:, 1:]                                           # position t predicts token t+1
         keep = targets != -100                                            # (B, L-1)
-        logits = self.llm.lm_head(hidden[:, :-1][keep])                   # (labels, V)
+        logits = self.logits(hidden[:, :-1][keep])                         # (labels, V)
         loss = F.cross_entropy(logits.float(), targets[keep], reduction="sum")
         return CausalLMOutputWithPast(loss=loss / (keep.sum() if num_items_in_batch is None else num_items_in_batch),
                                       logits=logits)
@@ -454,14 +541,185 @@ AutoConfig.register(BorealisConfig.model_type, BorealisConfig, exist_ok=True)  #
 
 
 # -----------------------------------------------------------------------------
+# Checkpoints. Complete ones load by themselves; a run's hold what was trained and name the rest. All loading is strict, and
+# nothing is unpickled that could execute.
+
+def complain(where, **kinds):
+    """Raise a ValueError that names the keys, if there are any."""
+    for kind, keys in kinds.items():
+        if keys := sorted(str(k[0] if isinstance(k, tuple) else k) for k in keys):
+            raise ValueError(f"the weights in {where} do not fit: {kind} keys {', '.join(keys[:3])}"
+                             + (f" and {len(keys) - 3} more" if len(keys) > 3 else ""))
+
+
+def part_of(cls, where, **settings):
+    """cls.from_pretrained, refusing any other kind of model and any key that does not fit."""
+    kind = AutoConfig.from_pretrained(where).model_type
+    if kind != cls.config_class.model_type:
+        raise ValueError(f"{where} is a {kind} model, not {cls.config_class.model_type}")
+    model, info = cls.from_pretrained(where, output_loading_info=True, **settings)
+    head = "proj_out."  # Whisper's own output head, which WhisperModel does not have
+    complain(where, missing=info["missing_keys"], unexpected=[k for k in info["unexpected_keys"] if not k.startswith(head)])
+    return model
+
+
+def find_checkpoint(where):
+    """A run's folder -> its newest step-*; any other folder -> itself; owner/name -> the hub's files. Raises ValueError."""
+    folder = Path(where)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(where)) and not folder.parent.exists():
+        from huggingface_hub import snapshot_download
+        try:
+            return Path(snapshot_download(str(where), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.txt"]))
+        except Exception as e:  # it fails in many ways, and none of them is ours
+            raise ValueError(f"cannot fetch the checkpoint {where} from the hub ({type(e).__name__}): go online (a gated one "
+                             "wants HF_TOKEN), or name a local folder") from None
+    steps = sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]))
+    return steps[-1] if steps and not (folder / "config.json").exists() else folder
+
+
+def fingerprint(folder):
+    """Short hash of a folder's weight files, from their names, sizes and some of their bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as f:
+            for i in range(64):
+                f.seek(size * i // 64)
+                digest.update(f.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def read_weights(folder):
+    """All tensors of a folder, safetensors or .bin, in one file or in shards."""
+    from safetensors.torch import load_file
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(f"no checkpoint in {folder}: it holds neither model.safetensors nor pytorch_model.bin; train one with "
+                         "python train.py --preset tiny")
+    tensors = {}
+    for file in files:
+        try:
+            tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True, mmap=True)
+        except Exception as e:
+            raise ValueError(f"{file} is not a file of plain tensors ({type(e).__name__}); it was not loaded") from None
+    return tensors
+
+
+def load_checkpoint(where, encoder=ENCODER, llm=LLM, dtype=None):
+    """Any checkpoint -> a complete model with its tokenizer, LoRA merged. Raises ValueError or OSError, in one line.
+
+    where: a folder of train.py or of export, or one in the original's layout (encoder.*, adapter.*, llm.*), or a hub name.
+    encoder, llm: names or folders that the original's layout takes its configs and tokenizer from. dtype: None leaves
+    weights as they are stored."""
+    folder = find_checkpoint(where)
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        kind = settings.get("model_type", BorealisConfig.model_type)
+    except (ValueError, AttributeError):
+        raise ValueError(f"cannot load {folder}: its config.json is broken; train again or fetch it again") from None
+    if kind != BorealisConfig.model_type and kind in CONFIG_MAPPING:
+        raise ValueError(f"{folder} holds a {kind} model, no Borealis")
+    if "encoder_config" not in settings:
+        return load_original(folder, encoder, llm, dtype)
+    config, cls = BorealisConfig.from_pretrained(folder), BorealisForConditionalGeneration
+    if config.base is None:
+        model, info = cls.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True,
+                                          ignore_mismatched_sizes=True)  # refused here, with a better message
+        complain(folder, **{k.removesuffix("_keys"): info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")})
+        tokenizer = model.tokenizer
+    else:
+        # Local folders are named as seen from this one, so that a run and its base can move together.
+        base = {k: folder / v if v and (folder / v).exists() else v for k, v in config.base.items()}
+        if base["checkpoint"]:
+            place = find_checkpoint(base["checkpoint"])
+            model = load_checkpoint(place, base["encoder"], base["llm"], dtype)
+            if fingerprint(place) != base["fingerprint"]:
+                raise ValueError(f"{folder} was trained on top of {place}, which has changed since: bring the old one back")
+        else:
+            model = cls.from_parts(base["encoder"], base["llm"], dtype, adapter=config.adapter)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model.prepare(config.trained, config.lora).load_stored(read_weights(folder), folder)
+        model.merge()
+    known = len(tokenizer) - (config.audio_token_id >= config.llm_config.vocab_size)
+    if known > config.llm_config.vocab_size:
+        raise ValueError(f"the tokenizer in {folder} has {known} tokens, the model {config.llm_config.vocab_size}: they are "
+                         "not from the same run")
+    model.tokenizer = tokenizer
+    return model.eval()
+
+
+def load_original(folder, encoder, llm, dtype):
+    """A checkpoint in the original's layout: no config of ours, its own pair of tokens."""
+    tensors = read_weights(folder)
+    table, head = tensors.get("llm.model.embed_tokens.weight"), tensors.pop("llm.lm_head.weight", None)
+    if table is None:
+        raise ValueError(f"{folder} is no checkpoint of ours nor of the original: it has no llm.model.embed_tokens.weight")
+    tokenizer = AutoTokenizer.from_pretrained(folder if (folder / "tokenizer.json").exists() else llm)
+    ids = add_audio_tokens(tokenizer, original=True).convert_tokens_to_ids
+    qwen = Qwen3Config.from_pretrained(llm)
+    qwen.vocab_size = len(table)
+    if qwen.tie_word_embeddings and head is not None and not torch.equal(head, table):
+        raise ValueError(f"{folder}: llm.lm_head.weight differs from the embeddings, which {llm} ties together")
+    if not qwen.tie_word_embeddings and head is not None:
+        tensors["llm.lm_head.weight"] = head
+    config = BorealisConfig(encoder_config=WhisperConfig.from_pretrained(encoder), llm_config=qwen, audio_token_id=ids(AUDIO),
+                            audio_start_id=ids(MARKER), audio_end_id=ids(END))
+    model, info = BorealisForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype or table.dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    complain(folder, **{k.removesuffix("_keys"): info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")})
+    model.tokenizer = tokenizer
+    return model.eval()
+
+
+def export(where, to, encoder=ENCODER, llm=LLM):
+    """Write a checkpoint as a complete folder that from_pretrained loads; nothing is left half-written."""
+    if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
+        raise ValueError(f"{to} exists already: name a new folder with --to")
+    model = load_checkpoint(where, encoder, llm)
+    model.to(model.llm.dtype)
+    fresh = Path(f"{Path(to)}.{os.getpid()}.tmp")
+    model.save_pretrained(fresh)
+    model.tokenizer.save_pretrained(fresh)
+    os.replace(fresh, to)
+    return model
+
+
+# -----------------------------------------------------------------------------
 
 def count(module, trained_only=False):
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
 
 
-if __name__ == "__main__":
+def main():
+    parser = argparse.ArgumentParser(description="Sizes at full size; or export a checkpoint as a complete folder.")
+    commands = parser.add_subparsers(dest="command")
+    command = commands.add_parser("export")
+    command.add_argument("--ckpt", default="out", help="a run's folder, or a step of it")
+    command.add_argument("--to", required=True, help="new folder")
+    command.add_argument("--encoder", default=ENCODER, help="what a checkpoint in the original's layout was made of")
+    command.add_argument("--llm", default=LLM)
+    args = parser.parse_args()
+    if args.command == "export":
+        try:
+            model = export(args.ckpt, args.to, args.encoder, args.llm)
+        except (ValueError, OSError) as e:
+            print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
+            return 2
+        print(f"{args.to} holds {count(model):,} parameters in {model.dtype}, LoRA merged")
+        return 0
     for adapter in ("simple", "deep"):
         with torch.device("meta"):  # shapes without memory
             model = BorealisForConditionalGeneration(BorealisConfig(adapter=adapter))
-        print(f"adapter={adapter}: " + ", ".join(f"{n} {count(m):,}" for n, m in model.named_children())
-              + f", total {count(model):,}, trained {count(model, trained_only=True):,}")
+        sizes = ", ".join(f"{n} {count(m):,}" for n, m in model.named_children())
+        print(f"adapter={adapter}: {sizes}, total {count(model):,}")
+        for kind in ("adapter", "lora", "full"):
+            with torch.device("meta"):
+                model = BorealisForConditionalGeneration(BorealisConfig(adapter=adapter)).prepare(
+                    kind, dict(rank=256, alpha=512, dropout=0))
+            print(f"  --train {kind}: {count(model, trained_only=True):,} trained")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -106,6 +106,10 @@ def exit_of(main, monkeypatch, capsys, *argv):
     return e.value.code or 0, text.out, text.err
 
 
+def newest(out):
+    return nb.find_checkpoint(out)
+
+
 def losses(rows):
     return np.array([r["loss"] for r in rows])
 
@@ -217,11 +221,9 @@ def test_loss_is_full_cross_entropy(net, tokenizer):
     """Logits at label rows only, without padding masks: the same loss as all logits with a mask, row by row."""
     rows = data.Dataset([data.Sample("анна купила девять конфет", [(tone(4) * 9999).numpy().astype(np.int16)]),
                          data.Sample("семь", [(tone(1) * 9999).numpy().astype(np.int16)])], tokenizer, net.config)
-    batch = rows.collate([rows[0], rows[1]])
-    assert batch.pop("seconds") == 5
-    out = net(**batch)
+    out = net(**rows.pad([rows.item(0), rows.item(1)]))
     total, n = 0, 0
-    for ids, labels, mel, _ in (rows[0], rows[1]):
+    for ids, labels, mel, _ in (rows.item(0), rows.item(1)):
         logits = net(torch.tensor([ids]), mel).logits[0, :-1]
         total += torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum")
         n += sum(t != -100 for t in labels)
@@ -235,8 +237,7 @@ def test_frozen_means_frozen(tokenizer):
     net.train()
     assert not net.encoder.training and not any(m.training for m in net.encoder.modules()) and net.llm.training
     rows = data.Dataset([data.Sample("семь", [(tone(1) * 9999).numpy().astype(np.int16)])], tokenizer, net.config)
-    batch = rows.collate([rows[0]])
-    batch.pop("seconds")
+    batch = rows.pad([rows.item(0)])
     seen = []
     net.encoder.register_forward_hook(lambda m, i, o: seen.append(o.last_hidden_state.requires_grad))
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1)
@@ -280,13 +281,16 @@ def test_generate_refuses(net, audio, says):
 
 
 def test_from_parts_keeps_pretrained_weights(tokenizer, parts):
-    net = nb.BorealisForConditionalGeneration.from_parts(parts["encoder"], parts["llm"],
-                                                         nb.add_audio_tokens(AutoTokenizer.from_pretrained(parts["llm"])))
+    net = nb.BorealisForConditionalGeneration.from_parts(parts["encoder"], parts["llm"])
     encoder = WhisperModel.from_pretrained(parts["encoder"]).encoder.state_dict()
     assert all(torch.equal(v, net.encoder.state_dict()[k]) for k, v in encoder.items())
     llm = Qwen3ForCausalLM.from_pretrained(parts["llm"]).state_dict()
-    for k, v in llm.items():  # the padded vocabulary shrinks to the tokenizer's, all else stays
-        assert torch.equal(v[:len(net.tokenizer)] if v.shape[0] == 1500 else v, net.llm.state_dict()[k]), k
+    for k, v in llm.items():  # the padded vocabulary shrinks to the tokenizer's, the two new rows are means, all else stays
+        mine = net.llm.state_dict()[k]
+        if v.shape[0] == 1500:
+            assert torch.allclose(mine[-2:], v[:len(mine) - 2].mean(0).expand(2, -1))
+            mine, v = mine[:-2], v[:len(mine) - 2]
+        assert torch.equal(mine, v), k
     assert net.config.llm_config.vocab_size == len(net.tokenizer) < 1500
 
 
@@ -385,7 +389,7 @@ def bad_files(tmp_path):
 def check_manifest(path, tokenizer, config, strict=False):
     bad = data.BadRows(strict)
     samples, total = data.read_manifest(path, bad)
-    kept = data.usable(samples, tokenizer, config, 2048, bad, progress=False)
+    kept = data.usable(samples, data.Dataset(samples, tokenizer, config, max_tokens=2048), bad, progress=False)
     bad.report(total, path)
     return kept, bad
 
@@ -407,16 +411,28 @@ def test_too_many_bad_rows_stop_the_run(bad_files, tokenizer, net):
         check_manifest(path, tokenizer, net.config)
 
 
-def test_schedule_does_not_depend_on_ranks():
-    one = [b for b in data.Schedule(10, 0, range(3, 6), 8, 8)]
-    for batch_size, world in [(1, 2), (2, 2), (4, 2), (2, 1), (1, 8)]:
-        ranks = [list(data.Schedule(10, 0, range(3, 6), 8, batch_size, r, world)) for r in range(world)]
-        micro = 8 // batch_size // world
+@pytest.mark.parametrize("sizes, shares", [([10], [1]), ([7, 30], [0.9, 0.1])])
+def test_schedule_does_not_depend_on_ranks(sizes, shares):
+    one = list(data.Schedule(sizes, shares, 0, range(3, 6), 8))
+    assert [len(step) for step in one] == [8, 8, 8]
+    for world in (1, 2, 4, 8):
+        ranks = [list(data.Schedule(sizes, shares, 0, range(3, 6), 8, r, world)) for r in range(world)]
         for step in range(3):
-            dealt = [i for m in range(micro) for r in ranks for i in r[step * micro + m]]
-            assert dealt == one[step]
-    everything = [i for b in data.Schedule(10, 0, range(5), 8, 8) for i, _ in b]
-    assert all(sorted(everything[e * 10:e * 10 + 10]) == list(range(10)) for e in range(4))  # each sample once an epoch
+            assert {len(r[step]) for r in ranks} == {8 // world}
+            assert sorted(key for r in ranks for key in r[step]) == sorted(one[step])
+
+
+def test_schedule_keeps_the_shares_and_walks_through_each_pool():
+    schedule = data.Schedule([50, 7, 400], [0.6, 0.155, 0.245], 1, range(1000), 2)
+    dealt = [i for step in schedule for i, _ in step]
+    pools = np.searchsorted([50, 57], dealt, side="right")
+    for block in (pools[:1000], pools[1000:]):
+        assert np.bincount(block).tolist() == [600, 155, 245]
+    for pool, size in enumerate((50, 7, 400)):  # each sample once before any comes again
+        walk = [i for i, p in zip(dealt, pools) if p == pool]
+        for start in range(0, len(walk) - size, size):
+            assert len(set(walk[start:start + size])) == size
+    assert sum(pools[:1000] != pools[1000:]) > 300  # and the turns are shuffled, not a pattern
 
 
 def test_data_script_shows_a_sample(tmp_path, monkeypatch, capsys):
@@ -703,16 +719,16 @@ def test_augmented_data_does_not_depend_on_workers(corpus, tokenizer, net, banks
     stages = [replace(s, start_epoch=i / 2) for i, s in enumerate(augment.CURRICULUM)]
     def batches(workers):
         dataset = data.Dataset(samples, tokenizer, net.config, 100, augment.Augmenter(stages, *banks))
-        schedule = data.Schedule(12, 0, range(7), 4, 4)
+        schedule = data.Schedule([12], [1], 0, range(7), 4)
         return list(torch.utils.data.DataLoader(dataset, batch_sampler=schedule, num_workers=workers,
                                                 collate_fn=dataset.collate))
     alone, two = batches(0), batches(2)
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(alone, two) for k in ("input_ids", "labels", "input_features"))
+    assert all(torch.equal(x[k], y[k]) for a, b in zip(alone, two) for x, y in zip(a["micro"], b["micro"]) for k in x)
     plain = data.Dataset(samples, tokenizer, net.config)
-    dealt = list(data.Schedule(12, 0, range(7), 4, 4))
-    same = [torch.equal(alone[s]["input_features"], plain.collate([plain[i] for i, _ in dealt[s]])["input_features"])
-            for s in range(7)]
-    assert same[0] and not all(same[3:])  # clean first, changed later
+    same = [torch.equal(alone[s]["micro"][m]["input_features"], micro["input_features"])
+            for s, keys in enumerate(data.Schedule([12], [1], 0, range(7), 4))
+            for m, micro in enumerate(plain.collate([plain[key] for key in keys])["micro"])]
+    assert all(same[:4]) and not all(same[12:])  # clean first, changed later
 
 
 def test_a_slowed_row_still_fits(corpus, tokenizer, net, banks):
@@ -720,7 +736,7 @@ def test_a_slowed_row_still_fits(corpus, tokenizer, net, banks):
     sample = data.Sample("семь", [np.resize(corpus[0].audio[0], 30000)])
     slow = augment.Augmenter([augment.AugmentationStage(0, augment.AugmentConfig(speed=(1, .5, .5)))], *banks)
     n = len(data.encode(sample, tokenizer, net.config)[0])
-    lengths = [data.Dataset([sample], tokenizer, net.config, 0, slow, limit)[0, 0.0][3] for limit in (n + 25, n)]
+    lengths = [data.Dataset([sample], tokenizer, net.config, 0, slow, limit)[0, 0.0][0][3] for limit in (n + 25, n)]
     assert list(map(sum, lengths)) == [60000, 30000]
 
 
@@ -844,11 +860,11 @@ def test_resume_is_bit_for_bit(manifest, tmp_path, monkeypatch, more):
         patch.setattr(torch.optim.AdamW, "step", dies_in_step_five)
         with pytest.raises(Killed):
             train_now(monkeypatch, *flags, "--out", tmp_path / "parts")
-    assert torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == 3
+    assert newest(tmp_path / "parts").name == "step-0000003"
     _, rest = train_now(monkeypatch, "--resume", "--out", tmp_path / "parts")
     assert [r["step"] for r in rest] == [1, 2, 3, 4, 5, 6]
     assert losses(rest).tolist() == losses(whole).tolist()
-    a, b = (load_file(tmp_path / d / "model.safetensors") for d in ("whole", "parts"))
+    a, b = (load_file(newest(tmp_path / d) / "model.safetensors") for d in ("whole", "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -864,7 +880,7 @@ def test_signals_save_first(manifest, tmp_path, number, code):
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == code and "--resume" in stdout and "Traceback" not in stderr
-    step = torch.load(out / "state.pt", weights_only=True)["step"]
+    step = torch.load(newest(out) / "state.pt", weights_only=True)["step"]
     assert step == len(train.read_metrics(out / "metrics.jsonl", 10**9)) > 0
     evaluation.load_model(out, torch.device("cpu"))
 
@@ -883,19 +899,19 @@ def test_divergence_keeps_the_last_checkpoint(manifest, tmp_path, monkeypatch, c
         code, rows = train_now(monkeypatch, *flags, "--out", tmp_path / "out")
     err = capsys.readouterr().err
     assert code == 1 and "loss nan" in err and "step 3" in err and "stays in" in err
-    assert torch.load(tmp_path / "out" / "state.pt", weights_only=True)["step"] == 2 == len(rows)
-    assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert newest(tmp_path / "out").name == "step-0000002" and len(rows) == 2
+    assert all(torch.isfinite(v).all() for v in load_file(newest(tmp_path / "out") / "model.safetensors").values())
 
 
 def test_run_folder(manifest, tmp_path, monkeypatch):
     out = tmp_path / "out"
     train_now(monkeypatch, *FAST, "--train_manifest", manifest, "--steps", 2, "--out", out)
-    assert {p.name for p in out.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", "train_config.json",
-                                               "state.pt", "metrics.jsonl", "loss.png"}
-    assert not [p for p in out.iterdir() if p.suffix == ".tmp" or p.name == ".saving"]
+    assert {p.name for p in out.iterdir()} == {"step-0000002", "metrics.jsonl", "loss.png"}
+    assert {p.name for p in newest(out).iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", "train_config.json",
+                                                       "state.pt"}
     assert set(train.read_metrics(out / "metrics.jsonl", 9)[0]) == {"step", "loss", "lr", "grad_norm", "ms", "tokens_per_s",
                                                                     "audio_s_per_s"}
-    assert json.loads((out / "train_config.json").read_text())["lr"] == train.PRESETS["tiny"]["lr"]
+    assert json.loads((newest(out) / "train_config.json").read_text())["lr"] == train.PRESETS["tiny"]["lr"]
 
 
 @pytest.fixture(scope="session")
@@ -918,22 +934,21 @@ def parts(tmp_path_factory, tokenizer):
     return {"encoder": str(folder / "whisper"), "llm": str(folder / "qwen")}
 
 
-def test_full_size_path_on_stand_ins(manifest, parts, tmp_path, monkeypatch, capsys):
-    """The default preset: pretrained parts by path, only the adapter learns, and the result evaluates greedily."""
+def test_pretrain_on_stand_ins(manifest, parts, tmp_path, monkeypatch, capsys):
+    """Pretrained parts by path, only the adapter learns and is stored, and the result evaluates greedily."""
     out = tmp_path / "out"
-    code, rows = train_now(monkeypatch, "--train_manifest", manifest, "--encoder", parts["encoder"], "--llm", parts["llm"],
-                           "--steps", 2, "--effective_batch", 4, "--workers", 0, "--out", out)
+    code, rows = train_now(monkeypatch, "--preset", "pretrain", "--train_manifest", manifest, "--encoder", parts["encoder"],
+                           "--llm", parts["llm"], "--steps", 2, "--effective_batch", 4, "--workers", 0, "--out", out)
     assert code == 0 and len(rows) == 2
-    weights = load_file(out / "model.safetensors")
+    assert load_file(newest(out) / "model.safetensors").keys() == {"adapter.w_in.weight", "adapter.w_out.weight"}
+    net = evaluation.load_model(out, torch.device("cpu"))
     llm, encoder = load_file(Path(parts["llm"]) / "model.safetensors"), load_file(Path(parts["encoder"]) / "model.safetensors")
-    assert torch.equal(weights["llm.model.layers.1.mlp.up_proj.weight"], llm["model.layers.1.mlp.up_proj.weight"])
-    assert torch.equal(weights["encoder.conv1.weight"], encoder["encoder.conv1.weight"])
-    assert set(torch.load(out / "state.pt", weights_only=True)["trained"]) == {"adapter.w_in.weight", "adapter.w_out.weight"}
+    assert torch.equal(net.llm.model.layers[1].mlp.up_proj.weight, llm["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(net.encoder.conv1.weight, encoder["encoder.conv1.weight"])
     for _ in range(2):  # twice the same: Qwen3's sampling defaults are off
         code, _, _ = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", out, "--manifest", manifest, "--max_new_tokens", 5)
         assert code == 0
     heard = [json.loads(line)["hypothesis"] for line in (out / "hypotheses.jsonl").read_text().splitlines()]
-    net = evaluation.load_model(out, torch.device("cpu"))
     folder = Path(manifest).parent
     assert net.decode(net.generate(data.load_audio(str(folder / "1.wav")), max_new_tokens=5)[0]) == heard[1]
 
@@ -1015,7 +1030,7 @@ def checkpoint(tmp_path_factory, net, tokenizer):
     out = tmp_path_factory.mktemp("ckpt")
     net.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "train_config.json").write_text(json.dumps(dict(preset="tiny", lang="ru", seed=0, train_manifest=None)))
+    (out / "train_config.json").write_text(json.dumps(dict(preset="tiny", embedded=True, lang="ru", seed=0)))
     return out
 
 
@@ -1068,13 +1083,15 @@ def test_a_real_recording_takes_several_windows(checkpoint, monkeypatch, capsys)
 @pytest.mark.parametrize("argv, says", [
     (["--presett", "tiny"], "did you mean --preset"), (["--preset", "huge"], "choose from"), (["--lr", "fast"], "--lr"),
     (["--preset", "tiny", "--lr", "0"], "must be positive"), (["--preset", "tiny", "--steps", "0"], "at least 1"),
-    (["--preset", "tiny", "--train_manifest", "nowhere.jsonl"], "no manifest at"), ([], "--train_manifest"),
+    (["--preset", "tiny", "--train_manifest", "nowhere.jsonl"], "no manifest at"), ([], "--data_dir"),
+    (["--preset", "tiny_ru_only"], "--preset tiny_pretrain"), (["--mix", "soup"], "choose from"), (["--data_dir", "nowhere"], "no folder at"),
+    (["--train_manifest", "OWN", "--init_from", "nowhere/c"], "cannot fetch the checkpoint nowhere/c"),
     (["--resume"], "nothing to resume"), (["--preset", "tiny", "--batch_size", "5"], "multiple"),
     (["--preset", "tiny", "--lang", "fr"], "speaks ru, en"),
     (["--preset", "tiny", "--curriculum", "0,1,2"], "4 ascending epochs"),
     (["--preset", "tiny", "--curriculum", "0,0,0,0", "--noise", "nowhere"], "no folder nowhere"), (["--preset", "tiny", "stray"], "stray"),
     (["--preset", "tiny", "--device", "cuda"], "no GPU"),
-    (["--train_manifest", "OWN", "--encoder", "nowhere/a", "--llm", "nowhere/b"], "--encoder")])
+    (["--train_manifest", "OWN", "--encoder", "nowhere/a", "--llm", "nowhere/b", "--init_from", "none"], "--encoder")])
 def test_wrong_training_flags(tmp_path, manifest, monkeypatch, capsys, argv, says):
     if "cuda" in argv and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -1088,12 +1105,12 @@ def test_wrong_training_flags(tmp_path, manifest, monkeypatch, capsys, argv, say
 def test_a_run_is_not_overwritten(manifest, tmp_path, monkeypatch, capsys):
     flags = [*FAST, "--train_manifest", manifest, "--steps", 1, "--out", tmp_path / "out"]
     train_now(monkeypatch, *flags)
-    before = (tmp_path / "out" / "state.pt").read_bytes()
+    before = (newest(tmp_path / "out") / "state.pt").read_bytes()
     code, _, err = exit_of(train.main, monkeypatch, capsys, *flags)
     assert code == 2 and "already holds a run" in err
     code, _, err = exit_of(train.main, monkeypatch, capsys, "--resume", "--lr", 1, "--out", tmp_path / "out")
     assert code == 2 and "--lr was" in err
-    assert (tmp_path / "out" / "state.pt").read_bytes() == before
+    assert (newest(tmp_path / "out") / "state.pt").read_bytes() == before
     assert train_now(monkeypatch, *flags, "--overwrite")[0] == 0
 
 
