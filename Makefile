@@ -1,5 +1,6 @@
 # make demo   train the tiny preset, evaluate it, show what it heard      (a few minutes on two CPU cores)
 # make test   the test suite
+# make ablations  the post's six runs, small: pretraining, six fine-tunings, one table, one heat map   (half an hour)
 # make bench  speeds, beside other libraries
 # make clean  remove the environment, the spoken corpus and the demo's checkpoint
 
@@ -9,13 +10,27 @@ PY     := $(VENV)/bin/python
 REQS   := $(if $(shell command -v nvidia-smi),requirements.txt,requirements-cpu.txt)
 READY  := $(VENV)/.ready
 
-.PHONY: demo test bench clean
+RUNS := ru_only en_only mixed_large ru_text_10pct ru_text_25pct it_fresh
+
+.PHONY: demo test ablations bench clean
 demo: $(READY)
-	$(PY) train.py --preset tiny --out out $(if $(wildcard out/state.pt),--resume)
+	$(PY) train.py --preset tiny --out out $(if $(wildcard out/step-*),--resume)
 	$(PY) eval.py --ckpt out
 
 test: $(READY)
 	$(PY) -m pytest -q --durations=8 test_all.py
+
+# What is there already is not made again.
+ablations: $(RUNS:%=out_tiny_%/results.json) out_tiny_pretrain/results.json
+	$(PY) eval.py --compare $(RUNS:%=out_tiny_%) out_tiny_pretrain --out out_ablations
+
+out_tiny_pretrain/results.json: $(READY)
+	$(PY) train.py --preset tiny_pretrain $(if $(wildcard out_tiny_pretrain/step-*),--resume)
+	$(PY) eval.py --ckpt out_tiny_pretrain --lang ru
+
+out_tiny_%/results.json: out_tiny_pretrain/results.json
+	$(PY) train.py --preset tiny_$* $(if $(wildcard out_tiny_$*/step-*),--resume)
+	$(PY) eval.py --ckpt out_tiny_$*
 
 bench: $(READY) requirements-bench.txt
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-bench.txt
@@ -35,4 +50,4 @@ $(READY): requirements.txt requirements-cpu.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .cache out
+	rm -rf $(VENV) .cache out out_tiny_* out_ablations

@@ -2,23 +2,30 @@
 bench.py -- speeds, each as a ratio to something else measured in the same run.
 
     python bench.py augment    # seconds of audio a second on one core, beside the same chains built with audiomentations
+    python bench.py train      # a training step, beside transformers' Trainer the way the original uses it
+    python bench.py memory     # what full size needs, computed: memory by part, and the cost of 1000 steps
 
-Both sides of a comparison take turns, so that a busy machine slows both. The comparison needs packages that nothing else
-does: pip install -r requirements-bench.txt
+Both sides of a comparison run on the same machine in one go. augment needs packages that nothing else does:
+pip install -r requirements-bench.txt
 """
+import json
+import multiprocessing
 import os
 import random
+import statistics
+import sys
 import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
 
 from augment import CURRICULUM, augment, codec, effects, open_banks
-from data import CHUNK, ArgumentParser, UserError, embedded, run
-from model import SAMPLE_RATE
+from data import CHUNK, ArgumentParser, Dataset, UserError, embedded, run, texts_of, train_tokenizer
+from model import QWEN3_4B, SAMPLE_RATE, BorealisConfig, BorealisForConditionalGeneration
 
 SECONDS = 10  # of a clip
 
@@ -122,7 +129,211 @@ def bench_augment():
                   flush=True)
 
 
-BENCHES = {"augment": bench_augment}
+# -----------------------------------------------------------------------------
+# train
+
+MAX_TEXT = 1024  # the original pads every text to this, and adds 375 a window
+MID = dict(encoder=dict(d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, decoder_layers=1,
+                        decoder_attention_heads=6, decoder_ffn_dim=64, num_mel_bins=80, max_source_positions=1500,
+                        vocab_size=8, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0),
+           llm=QWEN3_4B | dict(hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, intermediate_size=3072))
+ACCUMULATION, STEPS = 2, 4  # the first step is not counted
+LORA = dict(rank=64, alpha=128, dropout=0.0)
+
+
+def mid_parts(folder):
+    """Random weights of Whisper-tiny's shape and of Qwen3-0.6B's with 4 layers instead of 28, and a manifest of speech of 5
+    to 28 s, on disk as a user has them."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, WhisperConfig, WhisperModel
+    torch.manual_seed(0)
+    speech, rng, rows = embedded("ru", "train", CHUNK), random.Random(0), []
+    tokenizer = train_tokenizer(texts_of(speech))
+    ids = tokenizer.convert_tokens_to_ids
+    # The real vocabulary's size needs as many tokens: what the small tokenizer lacks is filled up.
+    tokenizer.add_tokens([f"<filler{i}>" for i in range(MID["llm"]["vocab_size"] - len(tokenizer))])
+    WhisperModel(WhisperConfig(**MID["encoder"])).save_pretrained(folder / "whisper")
+    Qwen3ForCausalLM(Qwen3Config(**MID["llm"] | dict(eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"),
+                                                     bos_token_id=None))).save_pretrained(folder / "qwen")
+    tokenizer.save_pretrained(folder / "qwen")
+    for i in range(ACCUMULATION * STEPS):
+        group = rng.sample(speech, rng.randint(4, 16))
+        soundfile.write(folder / f"{i}.wav", np.concatenate([s.audio[0] for s in group])[:28 * SAMPLE_RATE], SAMPLE_RATE)
+        rows.append(dict(audio=f"{i}.wav", text=" ".join(s.answer for s in group)))
+    (folder / "own.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def peak_memory():
+    """Highest resident memory of this process, GiB."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
+
+
+def our_loop(folder):
+    """train.py itself -> seconds of each step, peak memory, tokens a sample."""
+    import train
+    sys.argv = ["train.py", "--preset", "ru_only", "--init_from", "none", "--encoder", f"{folder}/whisper", "--llm", f"{folder}/qwen",
+                "--train_manifest", f"{folder}/own.jsonl", "--steps", str(STEPS), "--effective_batch", str(ACCUMULATION), "--workers",
+                "0", "--lora_rank", str(LORA["rank"]), "--lora_alpha", str(LORA["alpha"]), "--device", "cpu", "--out", f"{folder}/out"]
+    train.main()
+    rows = [json.loads(line) for line in Path(folder, "out", "metrics.jsonl").read_text().splitlines()]
+    return [r["ms"] / 1e3 for r in rows], peak_memory(), sum(r["ms"] / 1e3 * r["tokens_per_s"] for r in rows) / STEPS / ACCUMULATION
+
+
+def trainer_loop(folder, pad, all_logits, encoder):
+    """The same through transformers' Trainer. pad: text to MAX_TEXT, with a mask. all_logits: at every position. encoder:
+    "no_grad" (ours), "frozen" (requires_grad off, no more), or "left out" (of the optimizer only)."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from data import BadRows, read_manifest
+
+    class Original(BorealisForConditionalGeneration):
+        def forward(self, input_ids, input_features, labels, attention_mask=None, num_items_in_batch=None):
+            if not all_logits:
+                return super().forward(input_ids, input_features, attention_mask, labels)
+            logits = super().forward(input_ids, input_features, attention_mask).logits
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            return dict(loss=loss, logits=logits)
+
+    model = Original.from_parts(f"{folder}/whisper", f"{folder}/qwen", torch.float32).prepare("lora", LORA)
+    model.encoder.requires_grad_(encoder == "left out")
+    if encoder != "no_grad":
+        model.config.frozen = []
+    samples, _ = read_manifest(f"{folder}/own.jsonl", BadRows())
+    dataset = Dataset(samples, model.tokenizer, model.config)
+
+    class Items(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(samples)
+
+        def __getitem__(self, i):
+            return dataset.item(i)
+
+    def collate(items):
+        batch = dataset.pad(items)
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"]) if pad else None
+        more = MAX_TEXT + model.config.tokens_per_window * len(items[0][3]) - batch["input_ids"].shape[1]
+        if pad:
+            fill = dict(input_ids=model.config.llm_config.pad_token_id, labels=-100, attention_mask=0)
+            batch |= {k: torch.nn.functional.pad(batch[k], (0, more), value=v) for k, v in fill.items()}
+        return batch
+
+    class Clock(TrainerCallback):
+        times = []
+
+        def on_step_begin(self, *args, **kwargs):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            self.times.append(time.perf_counter() - self.began)
+
+    settings = TrainingArguments(output_dir=f"{folder}/trainer", per_device_train_batch_size=1, gradient_accumulation_steps=ACCUMULATION,
+                                 max_steps=STEPS, learning_rate=1e-5, report_to=[], save_strategy="no", logging_strategy="no",
+                                 use_cpu=True, remove_unused_columns=False, disable_tqdm=True)
+    trainer = Trainer(model, settings, train_dataset=Items(), data_collator=collate, callbacks=[Clock()])
+    trainer.model_accepts_loss_kwargs = False
+    if encoder == "left out":
+        trainer.optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if p.requires_grad and "encoder" not in n], lr=1e-5)
+    trainer.train()
+    return Clock.times, peak_memory(), statistics.mean(len(dataset.item(i)[0]) for i in range(len(samples)))
+
+
+def alone(function, *args):
+    """Call function(*args) in a process of its own, whose peak memory is then that of the call."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def bench_train():
+    rungs = {  # each row is the one above and one saving more
+        "Trainer, encoder only left out of the optimizer": (trainer_loop, True, True, "left out"),
+        "Trainer, the original's way: encoder frozen": (trainer_loop, True, True, "frozen"),
+        "+ no graph through the encoder (no_grad)": (trainer_loop, True, True, "no_grad"),
+        f"+ no padding to {MAX_TEXT}": (trainer_loop, False, True, "no_grad"),
+        "+ logits at label rows only": (trainer_loop, False, False, "no_grad"),
+        "train.py": (our_loop,)}
+    print(f"{torch.get_num_threads()} cores, float32, batch 1 x accumulation {ACCUMULATION}, clips of 5 to 28 s, LoRA rank {LORA['rank']}, "
+          f"vocabulary {MID['llm']['vocab_size']:,}\n\n| loop | samples/s | tokens/s | peak memory, GiB | speed | memory |\n|---|--:|--:|--:|--:|--:|")
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        mid_parts(Path(folder))
+        for name, (function, *args) in rungs.items():
+            times, memory, tokens = alone(function, folder, *args)
+            results[name] = ACCUMULATION / statistics.median(times[1:]), tokens, memory
+    speed, _, memory = results["Trainer, the original's way: encoder frozen"]
+    for name, (s, tokens, m) in results.items():
+        print(f"| {name} | {s:.2f} | {s * tokens:.0f} | {m:.2f} | {s / speed:.1f} x | {m / memory:.2f} x |")
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+TEXT, LABELS = 512, 100  # tokens beside 30 s of audio; of these, the answer
+MFU = 0.4                # assumed
+GPU = "H100"
+
+
+def kept_for_backward(model, inputs):
+    """Bytes that autograd keeps between the forward and the backward pass of model(inputs), weights not among them."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # holding it keeps its address from being used again
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        out = model(inputs_embeds=inputs, use_cache=False)
+    del out
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def layer_activations(length):
+    """kept_for_backward of one full-size Qwen3 layer with LoRA, measured on the CPU with the dtypes of a GPU run."""
+    from transformers import Qwen3Config
+    def run(layers):
+        config = BorealisConfig(encoder_config=dict(d_model=8, encoder_layers=0, num_mel_bins=8, max_source_positions=2),
+                                llm_config=Qwen3Config(**QWEN3_4B | dict(num_hidden_layers=layers, vocab_size=8, pad_token_id=0)),
+                                audio_token_id=1, audio_start_id=2, audio_end_id=2)
+        model = BorealisForConditionalGeneration(config).bfloat16().prepare("lora", FULL_LORA)
+        for p in model.stored().values():
+            p.data = p.data.float()
+        # autocast's bf16 copies of the trained matrices are kept as well; they are counted as weights, once
+        copies = sum(2 * p.numel() for k, p in model.stored().items() if "lora" in k)
+        return kept_for_backward(model.llm.model, torch.randn(1, length, QWEN3_4B["hidden_size"], requires_grad=True)) - copies
+    return run(2) - run(1)
+
+
+FULL_LORA = dict(rank=256, alpha=512, dropout=0.0)
+
+
+def bench_memory():
+    """The table of the README: on the meta device and on paper, except one layer's activations, which are measured."""
+    from train import PEAK, step_flops
+    length = 377 + TEXT
+    layers, D, V = (QWEN3_4B[k] for k in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    one_layer, boundary = layer_activations(length), 2 * length * D
+    print(f"Full size, bf16 with fp32 masters, batch 1: 30 s of audio (377 tokens) and {TEXT} of text, {LABELS} of them labels; GB (1e9 "
+          f"bytes)\n\n| --train | weights | gradients | AdamW | bf16 copies | activations | logits | total |\n|---|{'--:|' * 7}")
+    for kind in ("adapter", "lora", "lora --grad_checkpoint true", "full --grad_checkpoint true"):
+        with torch.device("meta"):
+            model = BorealisForConditionalGeneration(BorealisConfig()).prepare(kind.split()[0], FULL_LORA)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        acts = layers * boundary + one_layer if "true" in kind else layers * one_layer
+        # one row of logits: bf16, fp32, the gradients of both
+        parts = [4 * trained + 2 * frozen, 4 * trained, 8 * trained, 2 * trained, acts, LABELS * V * (2 + 4 + 4 + 2)]
+        print(f"| {kind} | {' | '.join(f'{x / 1e9:.2f}' for x in [*parts, sum(parts)])} |")
+    with torch.device("meta"):
+        model = BorealisForConditionalGeneration(BorealisConfig()).prepare("lora", FULL_LORA)
+    tokens = 377 + 160  # an audio row of the mixes: its prompt and some 100 tokens of answer
+    flops = step_flops(model, 128 * tokens, 128 * tokens**2, 0.9 * 128, 128 * LABELS)
+    hours = 1000 * flops / (8 * PEAK[GPU] * MFU) / 3600
+    print(f"\n{flops / 1e15:.2f} PFLOP a step of 128 rows of {tokens} tokens: 1000 steps take {hours:.2f} hours on 8 {GPU} at an assumed "
+          f"MFU of {MFU:.0%}, {8 * hours:.1f} GPU hours")
+
+
+BENCHES = {"augment": bench_augment, "train": bench_train, "memory": bench_memory}
 
 
 def main():

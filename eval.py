@@ -5,6 +5,7 @@ eval.py -- measure a checkpoint: transcribe held-out speech greedily and compare
     python eval.py --ckpt out/ --manifest my.jsonl    # your own recordings (data.py describes the format)
     python eval.py --ckpt out/ --audio a.wav          # one recording, no score
     python eval.py --ckpt out/ --audio a.wav --prompt "О чём говорится в этом аудио?"
+    python eval.py --compare out_a/ out_b/ --out out  # the results of several runs as one table and one heat map
 
 Writes into the checkpoint's folder, or --out: results.json, hypotheses.jsonl (raw and normalised texts) and wer.png.
 """
@@ -111,7 +112,7 @@ def load_splits(args):
         raise UserError(f"{args.ckpt} was trained on a manifest: name your recordings with --manifest FILE")
     if not trained_on.get("embedded"):
         return {name: benchmark(source, args) for name, source in BENCHMARK.items()}
-    first, *others = trained_on["lang"].split(",")
+    first, *others = (args.lang or trained_on["lang"]).split(",")
     n = min(args.limit or EVAL_UTTERANCES, EVAL_UTTERANCES)  # what is cut off anyway need not be made
     return embedded_splits(first, trained_on["seed"], n) | {
         f"{name}_{lang}": samples for lang in others
@@ -212,13 +213,57 @@ def plot_wer(run_name, splits, path):
     plt.close(figure)
 
 
+def compare(folders, out):
+    """Several runs' results.json as the post's table, best first, and as a heat map: table.md and heatmap.png in `out`."""
+    runs = {}
+    for folder in folders:
+        try:
+            result = json.loads((Path(folder) / "results.json").read_text())
+            runs[Path(folder).resolve().name.removeprefix("out_")] = (
+                result.get("step"), {name: r["wer"] for name, r in result["splits"].items()}, result["avg_wer"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"no results.json of eval.py in {folder}: run python eval.py --ckpt {folder}") from None
+    runs = dict(sorted(runs.items(), key=lambda item: item[1][2]))
+    columns = list(next(iter(runs.values()))[1])
+    if other := [name for name, (_, wers, _) in runs.items() if list(wers) != columns]:
+        raise UserError(f"{other[0]} was evaluated on other splits: only results on the same ones compare")
+    lines = [f"| Run | Steps | {' | '.join(columns)} | Avg |", "|---" + "|--:" * (len(columns) + 2) + "|"]
+    lines += [f"| {name} | {step or ''} | {' | '.join(f'{w:.2f}' for w in wers.values())} | {average:.2f} |"
+              for name, (step, wers, average) in runs.items()]
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / "table.md", lambda tmp: Path(tmp).write_text("\n".join(lines) + "\n"))
+    plot_heatmap(list(runs), columns, [list(wers.values()) for _, wers, _ in runs.values()], out / "heatmap.png")
+    print("\n".join(lines) + f"\n\nWER, %. Wrote table.md and heatmap.png to {out}")
+
+
+def plot_heatmap(rows, columns, wers, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(1.3 * len(columns) + 2.5, 0.5 * len(rows) + 1.4), layout="constrained")
+    shade = np.log(np.clip(wers, 0.5, 100))  # 1 against 2 is as much as 50 against 100, and beyond 100 all is lost
+    axis.imshow(shade, cmap="RdYlGn_r", aspect="auto", vmin=np.log(0.5), vmax=np.log(100))
+    for i, row in enumerate(wers):
+        for j, wer in enumerate(row):
+            axis.text(j, i, f"{wer:.2f}", ha="center", va="center", color="white" if wer > 70 else "black")
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel("word error rate, %")
+    replace_file(path, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
+    plt.close(figure)
+
+
 def main():
     parser = ArgumentParser(prog="eval.py", allow_abbrev=False, description="Measure a checkpoint, or ask it about one file.")
     parser.add_argument("--ckpt", default="out", help="folder that train.py wrote")
     parser.add_argument("--manifest", help="JSONL with recordings and references; default: what the checkpoint is for")
+    parser.add_argument("--lang", choices=("ru", "en", "ru,en"), help="of the embedded splits; default: as trained")
     parser.add_argument("--data_dir", help="folder with a copy of Vikhrmodels/RuASRBenchmark, instead of the hub")
     parser.add_argument("--audio", help="answer for this file instead of measuring")
     parser.add_argument("--prompt", help="the question for --audio; default: transcribe")
+    parser.add_argument("--compare", nargs="+", metavar="DIR", help="evaluated runs to put into one table instead")
     parser.add_argument("--out", help="where results go; default: the checkpoint's folder")
     parser.add_argument("--limit", type=int, help="at most so many utterances a split")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -235,7 +280,10 @@ def main():
         raise UserError("--audio answers for one file, --manifest measures many: give one of the two")
     if args.audio and not Path(args.audio).is_file():
         raise UserError(f"no file at {args.audio}")
-    check_out(args.out or args.ckpt)
+    out = Path(args.out or (args.ckpt if Path(args.ckpt).is_dir() and not args.compare else "out"))
+    check_out(out)
+    if args.compare:
+        return compare(args.compare, out)
     device = torch.device(pick_device(args.device))
     splits = load_splits(args) if args.manifest else {}  # a wrong row is found sooner than a model is loaded
     model = load_model(args.ckpt, device)
@@ -257,12 +305,11 @@ def main():
     trained_as = training_config(args.ckpt)
     run_name = trained_as.get("preset", Path(args.ckpt).resolve().name)
 
-    out = Path(args.out or args.ckpt)
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "hypotheses.jsonl", lambda tmp: Path(tmp).write_text(
         "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)))
     replace_file(out / "results.json", lambda tmp: Path(tmp).write_text(
-        json.dumps(dict(run=run_name, splits=results, avg_wer=average), indent=1)))
+        json.dumps(dict(run=run_name, step=trained_as.get("step"), splits=results, avg_wer=average), indent=1)))
     plot_wer(run_name, results, out / "wer.png")
     print(f"\n{table(run_name, results, average)}\n\n{transcripts(rows)}\n\nwrote results.json, hypotheses.jsonl, wer.png to {out}")
     broken = [r for r in rows if r["failed"]]

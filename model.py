@@ -388,6 +388,9 @@ class BorealisForConditionalGeneration(PreTrainedModel):
             from peft import LoraConfig, inject_adapter_in_model
             inject_adapter_in_model(LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"],
                                                target_modules=LINEARS), self.llm)
+            for module in self.llm.modules():  # autocast casts; peft's own cast to fp32 would keep two more copies of each input
+                if hasattr(module, "cast_input_dtype_enabled"):
+                    module.cast_input_dtype_enabled = False
             # Not peft's trainable_token_indices: it copies the whole table (776 MB) for every forward, twice.
             self.new_rows = nn.Parameter(self.llm.get_input_embeddings().weight[self.config.new_tokens].detach().float())
         return self

@@ -3,8 +3,10 @@ test_all.py -- one property a test, literal numbers where a number is claimed, e
 
     make test            # or: python -m pytest -q test_all.py -k labels
 """
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -770,7 +772,6 @@ def test_banks_from_a_folder(tmp_path, capsys):
 
 def test_banks_from_the_hub(tmp_path, monkeypatch):
     """The dataset's layout, parquet with a struct of bytes and path, in a local folder; and no hub at all."""
-    import io
     import datasets
     monkeypatch.setattr(augment, "NOISE_DATASET", str(tmp_path / "hub"))
     with pytest.raises(data.UserError, match="give a folder of audio"):
@@ -914,6 +915,16 @@ def test_run_folder(manifest, tmp_path, monkeypatch):
     assert json.loads((newest(out) / "train_config.json").read_text())["lr"] == train.PRESETS["tiny"]["lr"]
 
 
+def strip_added(tokenizer, config):
+    """Take our two tokens out of a saved tokenizer."""
+    text = json.loads(tokenizer.read_text())
+    text["added_tokens"] = [t for t in text["added_tokens"] if t["content"] not in (A, M)]
+    tokenizer.write_text(json.dumps(text))
+    text = json.loads(config.read_text())
+    text.pop("extra_special_tokens", None), text.pop("additional_special_tokens", None), text.pop("added_tokens_decoder", None)
+    config.write_text(json.dumps(text))
+
+
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory, tokenizer):
     """A tiny Whisper and a tiny Qwen3 saved as the hub has them: one window is 2 s, the vocabulary is padded."""
@@ -931,7 +942,11 @@ def parts(tmp_path_factory, tokenizer):
     llm.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95, top_k=20)  # as Qwen3-4B ships it
     llm.save_pretrained(folder / "qwen")
     tokenizer.save_pretrained(folder / "qwen")
-    return {"encoder": str(folder / "whisper"), "llm": str(folder / "qwen")}
+    # And with a tokenizer as Qwen3's is, without our two tokens.
+    llm.save_pretrained(folder / "plain")
+    tokenizer.save_pretrained(folder / "plain")
+    strip_added(folder / "plain" / "tokenizer.json", folder / "plain" / "tokenizer_config.json")
+    return {"encoder": str(folder / "whisper"), "llm": str(folder / "qwen"), "plain": str(folder / "plain")}
 
 
 def test_pretrain_on_stand_ins(manifest, parts, tmp_path, monkeypatch, capsys):
@@ -964,6 +979,370 @@ def test_learns_a_manifest_by_heart(corpus, tmp_path, monkeypatch, capsys):
     assert code == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["splits"]["four"]["wer"] == 0.0 and results["splits"]["four"]["samples"] == 4
+
+
+# -----------------------------------------------------------------------------
+# The real recipe: the post's datasets, pretrained parts, LoRA, checkpoints
+
+def clip(sample, kind="FLAC"):
+    """The audio column of a parquet file on the hub: encoded bytes and a name."""
+    soundfile.write(buffer := io.BytesIO(), sample.audio[0], 16000, format=kind)
+    return {"bytes": buffer.getvalue(), "path": f"clip.{kind.lower()}"}
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory, corpus):
+    """Stand-ins of the hub's datasets: its columns, its file names, a few rows each."""
+    import datasets
+    root = tmp_path_factory.mktemp("hub")
+
+    def write(name, split, rows, where="data", shards=1):
+        folder = root / "Vikhrmodels" / name / where
+        folder.mkdir(parents=True, exist_ok=True)
+        table = datasets.Dataset.from_list(rows)
+        if "audio" in rows[0]:
+            table = table.cast_column("audio", datasets.Audio(sampling_rate=16000, decode=False))
+        for k in range(shards):
+            table.shard(shards, k, contiguous=True).to_parquet(folder / f"{split}-{k:05d}-of-{shards:05d}.parquet")
+
+    say = corpus[:12]
+    write("ToneBooks", "train", [dict(audio=clip(s), text=s.answer, text_description="спокойный голос", voice_name="анна")
+                                 for s in say], shards=2)
+    write("ToneBooks", "validation", [dict(audio=clip(corpus[20]), text="не для обучения", text_description="", voice_name="")])
+    write("Speech-Instructions", "train", [dict(audio=clip(s, "WAV"), question="Что сказано?", answer=s.answer) for s in say])
+    write("AudioBooksInstructGemini2.5", "train", [dict(
+        audio=clip(s, "MP3"), text=s.answer, question="О чём речь? <|start_of_audio|><|end_of_audio|>", answer="О разном.",
+        task_type="ner", conversations=json.dumps([]), voice_name="анна") for s in say])
+    turn = lambda role, content: dict(role=role, content=content)
+    write("GrandMaster-PRO-MAX", "train", [dict(
+        conversation=[turn("system", "Отвечай кратко."), turn("user", f"Вопрос {i}"), turn("assistant", f"Ответ {i}")],
+        prompt_lang=prompt, answer_lang=answer) for i, (prompt, answer) in enumerate([("ru", "ru"), ("en", "en"), ("en", "ru")] * 5)])
+    write("Speech-Describe", "500k_part1_nonspeech", [dict(audio=clip(s), question="What is it?", answer="a bell") for s in say])
+    write("ToneSlavic", "train", [dict(audio=clip(s), sentence=s.answer, locale=l) for s, l in zip(say, ["ru", "be", "uk"] * 4)])
+    for config in ("Crowd", "Farfield"):
+        write("ToneGolosOpus", "train", [dict(audio=clip(s), text=config, original_text="") for s in say[:3]], where=config)
+    for split in data.BENCHMARK:
+        write("RuASRBenchmark", split, [dict(audio=clip(s), text=s.answer) for s in say[:3]])
+    return root
+
+
+def test_rows_of_the_pools(hub):
+    """Every dataset's own columns arrive where they belong."""
+    def rows(pool, name, **which):
+        (source,) = [s for s in data.POOLS[pool] if s.hub == f"Vikhrmodels/{name}" and all(getattr(s, k) == v for k, v in which.items())]
+        return data.Rows(source, hub)
+    books, asked, gemini, text = (rows(*names) for names in (
+        ("ru_audio", "ToneBooks"), ("ru_audio", "Speech-Instructions"), ("ru_audio", "AudioBooksInstructGemini2.5"),
+        ("text", "GrandMaster-PRO-MAX")))
+    assert [len(r) for r in (books, asked, gemini, text)] == [12, 12, 12, 10]
+    assert (books[3].question, books[3].system) == (nb.ASR_PROMPT, nb.ASR_SYSTEM) and books[3].name == "Vikhrmodels/ToneBooks/train:3"
+    assert asked[3].question == "Что сказано?" and asked[3].answer == books[3].answer and asked[3].system == data.INSTRUCT_SYSTEM
+    assert gemini[0].messages()[1]["content"] == f"О чём речь? {A}" and gemini[0].answer == "О разном."
+    assert [text[i].question for i in range(4)] == ["Вопрос 0", "Вопрос 2", "Вопрос 3", "Вопрос 5"]  # prompt or answer in Russian
+    assert text[0].system == "Отвечай кратко." and text[0].audio == []
+    assert len(rows("pretrain", "ToneSlavic")) == 4 and rows("pretrain", "ToneSlavic")[1].answer == books[3].answer
+    assert rows("pretrain", "ToneGolosOpus", config="Farfield")[0].answer == "Farfield"
+    assert rows("en_audio", "Speech-Describe", split="500k_part1_nonspeech")[0].answer == "a bell"
+    a, b = data.load_audio(books[3].audio[0]), data.load_audio(asked[3].audio[0])
+    assert torch.allclose(a, b, atol=1e-4) and len(data.load_audio(gemini[0].audio[0])) > 8000
+    assert {s.rows for s in data.POOLS["ru_audio"]} == {70_000, 90_000, None} and len(data.BENCHMARK) == 6
+    assert data.open_source(data.POOLS["text"][0], hub, 2).num_rows == 2
+
+
+@pytest.mark.parametrize("source, says", [
+    (data.Source("Vikhrmodels/Nothing"), "has no Vikhrmodels/Nothing: put the dataset's files into"),
+    (data.Source("Vikhrmodels/ToneBooks", "test"), "split test"),
+    (data.Source("Vikhrmodels/ToneBooks", answer="sentence"), "has no column sentence: it has audio, text")])
+def test_wrong_datasets_are_named(hub, source, says):
+    with pytest.raises(data.UserError, match=says):
+        data.open_source(source, hub)
+
+
+def test_an_unreachable_hub_names_the_dataset_and_two_ways_out():
+    with pytest.raises(data.UserError, match="cannot reach Vikhrmodels/ToneBooks, split train, .*go online.*--data_dir"):
+        data.open_source(data.Source("Vikhrmodels/ToneBooks"))
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory, parts):
+    """A checkpoint as the original's Trainer leaves it: one pickle of tensors, its own two tokens, a head stored twice."""
+    folder = tmp_path_factory.mktemp("original")
+    torch.manual_seed(3)
+    tokenizer = nb.add_audio_tokens(AutoTokenizer.from_pretrained(parts["plain"]), original=True)
+    llm = Qwen3ForCausalLM.from_pretrained(parts["plain"])
+    llm.resize_token_embeddings(len(tokenizer) - 1)  # start and end have rows, <|AUDIO|> has none
+    encoder = WhisperModel.from_pretrained(parts["encoder"]).encoder
+    D = llm.config.hidden_size
+    weights = {f"encoder.{k}": v for k, v in encoder.state_dict().items()} | {f"llm.{k}": v for k, v in llm.state_dict().items()}
+    weights |= {"adapter.w_in.weight": torch.randn(D, 4 * 32) / 16, "adapter.w_out.weight": torch.randn(D, D) / 8}
+    weights["llm.lm_head.weight"] = weights["llm.model.embed_tokens.weight"].clone()
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+def test_the_original_layout(original, parts, tmp_path):
+    """Its own token pair, no <|AUDIO|> row; as pickle or safetensors, in one file or in shards, bf16 or fp32: one model."""
+    net = nb.load_checkpoint(original, parts["encoder"], parts["plain"])
+    n = len(net.tokenizer)
+    ids = net.tokenizer.convert_tokens_to_ids([M, nb.END, A])
+    assert ids == [n - 3, n - 2, n - 1] == [net.config.audio_start_id, net.config.audio_end_id, net.config.audio_token_id]
+    assert net.config.llm_config.vocab_size == n - 1 and net.config.new_tokens == ids[:2]
+    prompt, _ = nb.build_ids(net.tokenizer, net.config, [{"role": "user", "content": A}], [1])
+    assert [t for t in prompt if t in ids] == [ids[0], *[ids[2]] * 25, ids[1]]
+    said = net.generate(tone(1), max_new_tokens=8)
+    weights = torch.load(original / "pytorch_model.bin", weights_only=True)
+    assert torch.equal(net.adapter.w_in.weight, weights["adapter.w_in.weight"])
+    del weights["llm.lm_head.weight"]
+    keys = sorted(weights)
+    for k, half in enumerate((keys[::2], keys[1::2])):
+        save_file({key: weights[key] for key in half}, tmp_path / f"model-{k + 1:05d}-of-00002.safetensors")
+    assert torch.equal(nb.load_checkpoint(tmp_path, parts["encoder"], parts["plain"]).generate(tone(1), max_new_tokens=8), said)
+    nb.export(original, tmp_path / "hf", parts["encoder"], parts["plain"])
+    assert torch.equal(evaluation.load_model(tmp_path / "hf", torch.device("cpu")).generate(tone(1), max_new_tokens=8), said)
+
+
+class Executes:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("harm, says", [
+    ("missing", "missing keys encoder.conv1.bias"), ("unexpected", "unexpected keys adapter.lora_A"), ("shape", "mismatched keys adapter.w_in"),
+    ("pickle", "not a file of plain tensors"), ("truncated", "not a file of plain tensors"), ("head", "differs from the embeddings"),
+    ("other", "no llm.model.embed_tokens.weight")])
+def test_broken_original_checkpoints(original, parts, tmp_path, monkeypatch, harm, says):
+    monkeypatch.chdir(tmp_path)
+    weights = torch.load(original / "pytorch_model.bin", weights_only=True)
+    if harm == "missing":
+        del weights["encoder.conv1.bias"]
+    weights |= {"unexpected": {"adapter.lora_A.weight": torch.zeros(2)}, "shape": {"adapter.w_in.weight": torch.zeros(3, 3)},
+                "pickle": {"x": Executes()}, "head": {"llm.lm_head.weight": weights["llm.lm_head.weight"] + 1}}.get(harm, {})
+    if harm == "other":
+        weights = {"model.weight": torch.zeros(2)}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    if harm == "truncated":
+        (tmp_path / "pytorch_model.bin").write_bytes((tmp_path / "pytorch_model.bin").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=says):
+        nb.load_checkpoint(tmp_path, parts["encoder"], parts["plain"])
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_default_preset_on_stand_ins(hub, original, parts, tmp_path, monkeypatch, capsys):
+    """`train.py` as the post runs it: LoRA + adapter on an original checkpoint, audio and text from datasets; then eval.py on
+    the six benchmarks, and export."""
+    out, places = tmp_path / "out", ["--encoder", parts["encoder"], "--llm", parts["plain"]]
+    code, rows = train_now(monkeypatch, "--data_dir", hub, "--init_from", original, *places, "--steps", 2, "--workers", 1, "--out", out)
+    assert code == 0 and len(rows) == 2
+    saved = json.loads((newest(out) / "train_config.json").read_text())
+    assert (saved["preset"], saved["mix"], saved["lr"], saved["effective_batch"]) == ("ru_text_10pct", "ru_text_10pct", 1e-5, 128)
+    weights = load_file(newest(out) / "model.safetensors")
+    kinds = {k.split(".")[-3] + "." + k.split(".")[-2] if "lora" in k else k for k in weights}
+    assert len([k for k in weights if "lora_A" in k]) == 2 * 7 and weights["new_rows"].shape == (2, 64)
+    assert {"adapter.w_in.weight", "adapter.w_out.weight", "new_rows"} < kinds and not [k for k in weights if k.startswith("encoder")]
+    assert (newest(out) / "model.safetensors").stat().st_size < 2 * 2**20 and all(v.dtype == torch.float32 for v in weights.values())
+    code, text, _ = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", out, "--data_dir", hub, "--max_new_tokens", 3)
+    assert code == 0 and all(f"| {split} |" in text for split in data.BENCHMARK)
+    net = evaluation.load_model(out, torch.device("cpu"))
+    monkeypatch.setattr(sys, "argv", ["model.py", "export", "--ckpt", str(out), "--to", str(tmp_path / "hf")])
+    assert nb.main() == 0
+    whole = nb.load_checkpoint(tmp_path / "hf")
+    assert whole.config.base is None and whole.config.audio_end_id != whole.config.audio_start_id
+    assert torch.equal(whole.generate(tone(1), max_new_tokens=9), net.generate(tone(1), max_new_tokens=9))
+    assert nb.main() == 2 and "exists already" in capsys.readouterr().err
+    # Where the original checkpoint has changed, what was trained on top of it is worth nothing.
+    tensors = torch.load(original / "pytorch_model.bin", weights_only=True)
+    (tmp_path / "moved").mkdir()
+    torch.save({k: v + 1 for k, v in tensors.items()}, tmp_path / "moved" / "pytorch_model.bin")
+    config = json.loads((newest(out) / "config.json").read_text())
+    config["base"]["checkpoint"] = str(tmp_path / "moved")
+    (newest(out) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(data.UserError, match="has changed since"):
+        evaluation.load_model(out, torch.device("cpu"))
+
+
+LORA = ["--preset", "ru_only", "--workers", "0", "--lora_rank", "4", "--lr", "1e-3", "--effective_batch", "8"]
+
+
+def test_two_processes_and_one_resume_each_other(manifest, original, parts, tmp_path, monkeypatch):
+    """The post's kind of run, 20 steps of mixed lengths and text-only rows: two processes compute the losses of one to 1e-5,
+    and a run goes from two to one and back without a difference."""
+    flags = [*LORA, "--train_manifest", manifest, "--init_from", original, "--encoder", parts["encoder"], "--llm", parts["plain"],
+             "--steps", 20, "--save_every", 6, "--keep", 0]
+    _, alone = train_now(monkeypatch, *flags, "--out", tmp_path / "one")
+    out = tmp_path / "two"
+    assert (result := torchrun(2, *flags, "--out", out)).returncode == 0, result.stderr[-2000:]
+    assert np.abs(losses(alone) - losses(train.read_metrics(out / "metrics.jsonl", 99))).max() < 1e-5
+    whole = load_file(out / "step-0000020" / "model.safetensors")
+
+    def back_to(step):
+        for later in out.glob("step-*"):
+            if int(later.name[5:]) > step:
+                shutil.rmtree(later)
+
+    back_to(6)
+    train_now(monkeypatch, "--resume", "--out", out)
+    back_to(12)
+    assert (result := torchrun(2, "--resume", "--out", out)).returncode == 0, result.stderr[-2000:]
+    rows = train.read_metrics(out / "metrics.jsonl", 99)
+    assert [r["step"] for r in rows] == list(range(1, 21)) and np.abs(losses(alone) - losses(rows)).max() < 1e-5
+    again = load_file(out / "step-0000020" / "model.safetensors")
+    assert max((whole[k] - again[k]).abs().max().item() for k in whole) < 1e-4
+
+
+KILLER = """
+import os, random, signal, sys, time
+import train
+from pathlib import Path
+
+def run(out, limit=None):
+    pid = os.fork()  # this process imports and computes nothing: its children start at once
+    if not pid:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        resume = bool(list(Path(out).glob("step-*")))
+        sys.argv = ["train.py", *(["--resume"] if resume else sys.argv[2:]), "--out", out]
+        code = 99
+        try:
+            code = train.main()
+        finally:
+            os._exit(code)
+    began = time.time()
+    while limit and time.time() - began < limit and os.waitpid(pid, os.WNOHANG) == (0, 0):
+        time.sleep(0.01)
+    if limit and time.time() - began >= limit:
+        os.kill(pid, signal.SIGKILL)
+        return os.waitpid(pid, 0)[1] == signal.SIGKILL, time.time() - began
+    return (os.waitpid(pid, 0)[1] == 0) if not limit else False, time.time() - began
+
+folder = sys.argv[1]
+finished, took = run(folder + "/whole")
+assert finished
+random.seed(0)
+steps = []
+for _ in range(20):
+    killed, _ = run(folder + "/killed", took * random.uniform(0.3, 0.6))
+    assert killed, "it ended by itself"
+    steps.append(max((int(p.name[5:]) for p in Path(folder, "killed").glob("step-*")), default=0))
+print(steps)
+assert run(folder + "/killed")[0]
+"""
+
+
+def test_twenty_kills(manifest, original, parts, tmp_path):
+    """SIGKILL at random moments, while a run reads, computes, saves and deletes: every resume goes on from a whole checkpoint,
+    and what comes out is what an uninterrupted run gives, to the bit."""
+    flags = [*LORA, "--train_manifest", manifest, "--init_from", original, "--encoder", parts["encoder"], "--llm", parts["plain"],
+             "--steps", 60, "--save_every", 1, "--keep", 2]
+    done = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path), *map(str, flags)], capture_output=True, text=True, timeout=500,
+                          env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE)))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    print(done.stdout)
+    a, b = (load_file(newest(tmp_path / d) / "model.safetensors") for d in ("whole", "killed"))
+    assert newest(tmp_path / "killed").name == "step-0000060" and all(torch.equal(a[k], b[k]) for k in a)
+    whole, killed = (train.read_metrics(tmp_path / d / "metrics.jsonl", 99) for d in ("whole", "killed"))
+    assert losses(whole).tolist() == losses(killed).tolist()
+
+
+def test_lora_counts_at_full_size():
+    with torch.device("meta"):
+        net = nb.BorealisForConditionalGeneration(nb.BorealisConfig())
+        net.prepare("lora", dict(rank=256, alpha=512, dropout=0.0))
+    lora = sum(p.numel() for k, p in net.stored().items() if "lora_" in k)
+    assert lora == 2_064_384 * 256 == 528_482_304
+    assert nb.count(net, trained_only=True) == lora + 19_660_800 + 2 * 2560
+
+
+def test_lora_starts_as_the_base_and_merges_into_it(net, tokenizer):
+    """New LoRA changes nothing; trained LoRA computes the same merged as unmerged, new rows and tied head included."""
+    twin = nb.BorealisForConditionalGeneration(net.config)
+    twin.load_state_dict(net.state_dict())
+    rows = data.Dataset([data.Sample("анна купила девять конфет", [(tone(3) * 9999).numpy().astype(np.int16)])], tokenizer, net.config)
+    batch = rows.pad([rows.item(0)])
+    before = twin.eval()(batch["input_ids"], batch["input_features"]).logits
+    torch.manual_seed(0)
+    twin.prepare("lora", dict(rank=4, alpha=8, dropout=0.0)).eval()
+    after = twin(batch["input_ids"], batch["input_features"]).logits
+    assert torch.allclose(before, after, atol=1e-5)
+    with torch.no_grad():
+        for p in twin.stored().values():
+            p += 0.05 * torch.randn_like(p)
+    learned = twin(batch["input_ids"], batch["input_features"]).logits
+    assert (learned - before).abs().max() > 0.1
+    merged = twin.merge()(batch["input_ids"], batch["input_features"]).logits
+    assert torch.allclose(learned, merged, atol=1e-4)
+    assert twin.state_dict().keys() == net.state_dict().keys()
+    old, new = (n.llm.model.embed_tokens.weight for n in (net, twin))
+    assert [i for i in range(len(old)) if not torch.equal(old[i], new[i])] == net.config.new_tokens
+
+
+@pytest.mark.parametrize("trained", ["adapter", "lora", "full", "scratch"])
+def test_flops_are_those_that_run(net, tokenizer, trained):
+    """The formula of MFU against torch's own count of what ran, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model = nb.BorealisForConditionalGeneration(nb.tiny_config(tokenizer, frozen=()))
+    if trained != "scratch":
+        model.prepare(trained, dict(rank=8, alpha=8, dropout=0.0))
+    rows = data.Dataset([data.Sample("анна купила девять конфет", [(tone(3) * 9999).numpy().astype(np.int16)])], tokenizer, net.config)
+    batch = rows.pad([rows.item(0)])
+    tokens, labels = batch["input_ids"].numel(), (batch["labels"] != -100).sum().item()
+    with FlopCounterMode(display=False) as counter:
+        model.train()(**batch).loss.backward()
+    c = model.config.llm_config
+    other_half = 3 * 2 * tokens**2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers  # of causal attention: torch counts it
+    rope = 0.02  # of little products in positions, which the formula leaves out
+    ours = train.step_flops(model, tokens, tokens**2, 2, labels) + other_half
+    assert ours == pytest.approx(counter.get_total_flops(), rel=rope)
+
+
+def test_gradient_checkpointing_and_compile_change_no_step(manifest, original, parts, tmp_path, monkeypatch):
+    flags = ["--preset", "ru_only", "--train_manifest", manifest, "--init_from", original, "--encoder", parts["encoder"], "--llm",
+             parts["plain"], "--steps", 2, "--effective_batch", 4, "--workers", 0, "--lora_rank", 4, "--lr", "1e-3"]
+    plain, checkpointed, adapter, both = (losses(train_now(monkeypatch, *flags, *more, "--out", tmp_path / str(i))[1]) for i, more in enumerate(
+        [[], ["--grad_checkpoint", "true"], ["--train", "adapter"], ["--train", "adapter", "--grad_checkpoint", "true"]]))
+    assert np.abs(plain - checkpointed).max() < 1e-6 and np.abs(adapter - both).max() < 1e-6 and plain[1] != adapter[1]
+
+
+def test_long_recordings_are_capped_and_counted(corpus, tokenizer, net, tmp_path, monkeypatch, capfd):
+    """The tiny long_audio pool: recordings of several windows train, longer ones are counted, their place is filled."""
+    long = data.tiny_pool("long_audio", 60, 0)
+    windows = [-(-len(s.audio[0]) // 32000) for s in long]
+    assert max(windows) > 4 > min(windows) and sum(len(s.answer.split()) for s in long) == sum(len(s.answer.split()) for s in data.embedded("ru", "train", 60))
+    dataset = data.Dataset(long, tokenizer, net.config, max_windows=4)
+    items = [dataset[i, 0.0] for i in range(len(long))]
+    assert all(len(item[3]) <= 4 for item, _ in items)
+    assert sum(bool(left) for _, left in items) == sum(w > 4 for w in windows)
+    assert {reason for _, left in items for reason, _, too_long in left if too_long} == {"longer than 4 windows"}
+
+
+def test_rows_that_break_on_the_way(hub, tokenizer, net, tmp_path, capsys):
+    """Datasets are too big to look through before: a bad row's place goes to the next good one, and the reason travels."""
+    samples = [data.Sample("да", [b"RIFF is not enough"], name="set:0"), data.Sample("да", [], "раз", name="set:1")]
+    dataset = data.Dataset(samples, tokenizer, net.config)
+    assert dataset[0, 0.0][1] == [("not audio", "set:0", False)] and dataset[0, 0.0][0][0] == dataset.item(1)[0]
+    assert data.Dataset(samples[:1], tokenizer, net.config)[0, 0.0][0] is None
+    bad, long = data.BadRows(), data.BadRows()
+    train.tell(bad, long, [("not audio", "set:0", False)] * 50, 0, 1000, 1)  # 5 % pass
+    with pytest.raises(data.UserError, match="51 of 1000 rows are unusable"):
+        train.tell(bad, long, [("not audio", "set:0", False)], 0, 1000, 1)
+    train.tell(data.BadRows(), long, [("longer than 4 windows", "set:9", True)] * 900, 0, 1000, 1)  # no harm
+    with pytest.raises(data.UserError, match="--strict"):
+        train.tell(data.BadRows(strict=True), long, [("not audio", "set:0", False)], 0, 9, 1)
+
+
+def test_batches_hold_neighbours_in_length(corpus, tokenizer, net):
+    samples = [s for k, s in enumerate(corpus[:24]) for s in [replace(s, audio=s.audio * (1 + k % 3), question=(A + " ") * (1 + k % 3))]]
+    dataset = data.Dataset(samples, tokenizer, net.config, batch_size=4)
+    share = dataset.collate([dataset[i, 0.0] for i in range(24)])
+    lengths = [len(dataset.item(i)[0]) for i in range(24)]
+    assert share["tokens"] == sum(lengths) and share["squares"] == sum(n * n for n in lengths)
+    padded = sum(b["input_ids"].numel() for b in share["micro"])
+    unsorted = sum(4 * max(lengths[i:i + 4]) for i in range(0, 24, 4))
+    assert len(share["micro"]) == 6 and sum(lengths) <= padded < sum(lengths) * 1.1 < unsorted
+
+
+def test_tensorboard(manifest, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    train_now(monkeypatch, *FAST, "--train_manifest", manifest, "--steps", 2, "--log", "tensorboard", "--out", tmp_path / "out")
+    assert list((tmp_path / "out").glob("events.out.tfevents.*"))
 
 
 # -----------------------------------------------------------------------------
@@ -1135,7 +1514,6 @@ def test_wrong_evaluation_flags(checkpoint, bad_files, monkeypatch, capsys, argv
     ("shape", "mismatched"), ("missing", "missing keys"), ("unexpected", "unexpected keys"), ("truncated", "cannot load"),
     ("other", "whisper model"), ("config", "cannot load"), ("weights", "cannot load")])
 def test_broken_checkpoints(checkpoint, tmp_path, monkeypatch, capsys, harm, says):
-    import shutil
     out = shutil.copytree(checkpoint, tmp_path / "ckpt")
     weights, config = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
     if harm == "shape":
