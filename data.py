@@ -832,7 +832,7 @@ def tiny_pool(name, n, seed, languages=("ru",)):
                                   name=f"long/{len(samples)}"))
         return samples
     for s in speech:
-        if name != "it_fresh" and rng.random() < 0.4:  # it_fresh is transcription only
+        if name != "it_fresh" and rng.random() < 0.25:  # it_fresh is transcription only
             question, answer = task(lang, s.answer, rng)
             s = replace(s, question=question, answer=answer, system=INSTRUCT_SYSTEM)
         samples.append(s)

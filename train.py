@@ -112,7 +112,7 @@ PRESETS = {
 }
 TINY = dict(embedded=True, train="scratch", encoder="", llm="", init_from=None, steps=2700, effective_batch=16, batch_size=16,
             lr=1.2e-3, min_lr=0.02, warmup=0.06, workers=0)
-TWIN = TINY | dict(train="lora", init_from="out_tiny_pretrain", lora_rank=32, lora_alpha=64, steps=600, lr=5e-4)
+TWIN = TINY | dict(train="lora", init_from="out_tiny_pretrain", lora_rank=32, lora_alpha=64, steps=1000, lr=2e-3)
 PRESETS |= {f"tiny_{name}": (TINY if base.get("init_from", True) is None else TWIN)
             | dict(mix=base.get("mix", name), steps=TWIN["steps"], out=f"out_tiny_{name}") for name, base in PRESETS.items()}
 PRESETS["tiny"] = TINY | dict(mix=None)  # Russian transcription
@@ -364,8 +364,9 @@ def step_flops(model, tokens, squares, windows, labels):
         return sum(m.weight.numel() * (2 + backward + 2 * m.weight.requires_grad)
                    for m in module.modules() if isinstance(m, torch.nn.Linear))
     hears = 2 * ("encoder" not in c.frozen)  # does the encoder learn?
-    conv = 3 * E.d_model * (E.num_mel_bins * 2 * T + E.d_model * T)
-    encoder = T * linears(model.encoder, hears) + (2 + 2 * hears) * conv + (4 + 4 * hears) * T * T * E.d_model * E.encoder_layers
+    conv1, conv2 = 3 * E.d_model * E.num_mel_bins * 2 * T, 3 * E.d_model * E.d_model * T
+    encoder = ((2 + hears) * conv1 + (2 + 2 * hears) * conv2 + T * linears(model.encoder, hears)
+               + (4 + 4 * hears) * T * T * E.d_model * E.encoder_layers)
     attention = 2 * squares * D.num_attention_heads * D.head_dim * D.num_hidden_layers  # causal: half of each square, QK and AV
     head = labels * D.vocab_size * D.hidden_size * (4 + 2 * model.llm.lm_head.weight.requires_grad)
     # Behind a frozen encoder, no gradient has to pass through the adapter's first matrix.
