@@ -351,6 +351,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         ids = tokenizer.convert_tokens_to_ids
         model = cls(BorealisConfig(encoder_config=whisper.config, llm_config=qwen.config, audio_token_id=ids(AUDIO),
                                    audio_start_id=ids(MARKER), audio_end_id=ids(MARKER), **config), whisper, qwen)
+        model.set_attn_implementation("sdpa")  # the parts forget theirs when they are put together, and would run eager
         model.tokenizer = tokenizer
         return model
 

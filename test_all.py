@@ -284,6 +284,7 @@ def test_generate_refuses(net, audio, says):
 
 def test_from_parts_keeps_pretrained_weights(tokenizer, parts):
     net = nb.BorealisForConditionalGeneration.from_parts(parts["encoder"], parts["llm"])
+    assert {m.config._attn_implementation for m in net.modules() if hasattr(m, "config")} == {"sdpa"}
     encoder = WhisperModel.from_pretrained(parts["encoder"]).encoder.state_dict()
     assert all(torch.equal(v, net.encoder.state_dict()[k]) for k, v in encoder.items())
     llm = Qwen3ForCausalLM.from_pretrained(parts["llm"]).state_dict()
