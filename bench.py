@@ -322,12 +322,12 @@ def bench_memory():
     one_layer, boundary = layer_activations(length), 2 * length * D
     print(f"Full size, bf16 with fp32 masters, batch 1: 30 s of audio (377 tokens) and {TEXT} of text, all with labels; GB (1e9 "
           f"bytes)\n\n| --train | weights | gradients | AdamW | bf16 copies | activations | logits | total |\n|---|{'--:|' * 7}")
-    for kind in ("adapter", "lora", "lora --grad_checkpoint true", "full --grad_checkpoint true"):
+    for kind in ("adapter", "lora", "lora --grad_checkpoint", "full --grad_checkpoint"):
         with torch.device("meta"):
             model = BorealisForConditionalGeneration(BorealisConfig()).prepare(kind.split()[0], FULL_LORA)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        acts = layers * boundary + one_layer if "true" in kind else layers * one_layer
+        acts = layers * boundary + one_layer if "checkpoint" in kind else layers * one_layer
         # logits: bf16, fp32, and the gradients of both
         parts = [4 * trained + 2 * frozen, 4 * trained, 8 * trained, 2 * trained, acts, TEXT * V * (2 + 4 + 4 + 2)]
         print(f"| {kind} | {' | '.join(f'{x / 1e9:.2f}' for x in [*parts, sum(parts)])} |")

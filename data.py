@@ -249,7 +249,10 @@ def parse_row(row, folder=""):
         return value.strip()
 
     if "conversation" in row:
-        turns = row["conversation"] if isinstance(row["conversation"], list) else []
+        turns = row["conversation"]
+        if isinstance(turns, dict):  # datasets may turn a list of dicts inside out
+            turns = [dict(zip(turns, turn)) for turn in zip(*turns.values())]
+        turns = turns if isinstance(turns, list) else []
         turns = [{"role": t["role"], "content": text(t.get("content"))} for t in turns
                  if isinstance(t, dict) and t.get("role") in ("system", "user", "assistant")]
         system = TEXT_SYSTEM if not turns or turns[0]["role"] != "system" else turns.pop(0)["content"]

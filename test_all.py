@@ -1274,6 +1274,26 @@ def test_lora_starts_as_the_base_and_merges_into_it(net, tokenizer):
     assert [i for i in range(len(old)) if not torch.equal(old[i], new[i])] == net.config.new_tokens
 
 
+@pytest.mark.parametrize("trained", ["adapter", "lora", "full"])
+def test_the_dtypes_of_a_gpu_run(net, tokenizer, trained):
+    """Frozen weights in bf16, trained ones in fp32, autocast: on the CPU here, with audio and without."""
+    twin = nb.BorealisForConditionalGeneration(net.config)
+    twin.load_state_dict(net.state_dict())
+    rows = data.Dataset([data.Sample("анна", [(tone(3) * 9999).numpy().astype(np.int16)]), data.Sample("два", question="раз")],
+                        tokenizer, net.config)
+    batches = [rows.pad([rows.item(i)]) for i in (0, 1)]
+    exact = [twin(**batch).loss.item() for batch in batches]
+    twin.bfloat16().prepare(trained, dict(rank=4, alpha=8, dropout=0.0)).train()
+    for p in twin.stored().values():
+        p.data = p.data.float()
+    for batch, loss_before in zip(batches, exact):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = twin(**batch).loss
+        loss.backward()
+        assert loss.item() == pytest.approx(loss_before, rel=0.02)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in twin.stored().values())
+
+
 @pytest.mark.parametrize("trained", ["adapter", "lora", "full", "scratch"])
 def test_flops_are_those_that_run(net, tokenizer, trained):
     """The formula of MFU against torch's own count of what ran, forward and backward."""
@@ -1418,7 +1438,7 @@ def test_eval_writes_what_it_promises(checkpoint, tmp_path, monkeypatch, capsys)
     code, out, _ = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--out", tmp_path, "--limit", 5,
                            "--max_new_tokens", 4)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results) == {"run", "splits", "avg_wer"} and results["run"] == "tiny"
+    assert set(results) == {"run", "step", "splits", "avg_wer"} and results["run"] == "tiny"
     assert code == 0 and "said" in out and all(f"| {name} |" in out for name in evaluation.embedded_splits("ru", 0))
     assert results["avg_wer"] == pytest.approx(np.mean([r["wer"] for r in results["splits"].values()]), abs=0.01)
     assert set(results["splits"]["clean"]) == {"wer", "cer", "sub", "del", "ins", "words", "samples", "failed", "rtfx"}
