@@ -331,8 +331,10 @@ class Source:
         """A row of the dataset -> Sample; raises BadRow."""
         if self.conversation:
             return parse_row({"conversation": row[self.conversation]})
-        audio = row[self.audio] or {}
-        row = {"audio": audio.get("bytes") or audio.get("path"), "question": row.get(self.question), "answer": row[self.answer]}
+        audio = row[self.audio]
+        if isinstance(audio, dict):
+            audio = audio.get("bytes") or audio.get("path")
+        row = {"audio": audio, "question": row.get(self.question), "answer": row[self.answer]}
         if self.question:
             return parse_row(row)
         return replace(parse_row({"audio": row["audio"], "text": row["answer"]}), question=self.prompt)
@@ -381,8 +383,8 @@ BENCHMARK = {split: Source("Vikhrmodels/RuASRBenchmark", split, rows=1000) for s
 
 
 def load_table(source, data_dir=None, streaming=False):
-    """The rows of a Source as a datasets table, audio undecoded: from the hub, or from a folder that holds the same files
-    at data_dir/owner/name. Raises UserError."""
+    """The rows of a Source as a datasets table, audio undecoded: from the hub, or from data_dir/owner/name, which holds the
+    same parquet files, or what save_to_disk wrote, or audio files and a metadata.csv or .jsonl. Raises UserError."""
     from datasets import Audio, disable_progress_bars, load_dataset, load_from_disk
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -400,6 +402,10 @@ def load_table(source, data_dir=None, streaming=False):
             table = load_dataset(source.hub, source.config, split=source.split, streaming=streaming)
         elif place.is_file():
             table = load_dataset("parquet", data_files={source.split: str(place)}, split=source.split)
+        elif lists := [p for folder in (place / source.split, place) for p in sorted(folder.glob("metadata.*"))]:
+            kind = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}[lists[0].suffix]
+            table = load_dataset(kind, data_files={source.split: str(lists[0])}, split=source.split)
+            table = table.map(lambda name: {source.audio: str(lists[0].parent / name)}, input_columns="file_name")
         elif (place / "dataset_dict.json").exists() or (place / "state.json").exists():  # of save_to_disk
             table = load_from_disk(place)
             table = table[source.split] if isinstance(table, dict) else table
@@ -415,7 +421,9 @@ def load_table(source, data_dir=None, streaming=False):
     if missing := [c for c in columns if table.column_names and c not in table.column_names]:
         raise UserError(f"{source.hub}, split {source.split}, has no column {missing[0]}: it has {', '.join(table.column_names)}")
     table = table.select_columns(columns)
-    return table if source.conversation else table.cast_column(source.audio, Audio(decode=False))
+    # Decoding is load_audio's: datasets would call torchcodec.
+    encoded = isinstance((table.features or {source.audio: Audio()}).get(source.audio), Audio)
+    return table.cast_column(source.audio, Audio(decode=False)) if encoded else table
 
 
 def open_source(source, data_dir=None, limit=None):
@@ -427,7 +435,7 @@ def open_source(source, data_dir=None, limit=None):
         table = table.filter(lambda *values: any(word in (v or "") for v in values), input_columns=list(columns))
     if not hasattr(table, "__len__"):
         from datasets import Dataset as Table
-        return Table.from_list(list(table.take(limit)), features=table.features)
+        return Table.from_list(list(table.take(limit)))
     return table.select(range(min(limit, len(table))))
 
 

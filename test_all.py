@@ -311,6 +311,8 @@ def test_real_tokenizer_ids():
     ids, labels = nb.build_ids(tok, nb.BorealisConfig(), [{"role": "user", "content": f"Что? {A}"}, chat[2]], [2])
     assert ids.count(151669) == 750 and ids.count(151670) == 2
     assert tok.decode([t for t in labels if t != -100]) == "a<|im_end|>"
+    theirs = nb.add_audio_tokens(AutoTokenizer.from_pretrained(SHARED / "qwen3_tokenizer"), original=True)
+    assert theirs.convert_tokens_to_ids([M, nb.END, A]) == [151669, 151670, 151671]
 
 
 # -----------------------------------------------------------------------------
@@ -819,7 +821,7 @@ NOISY = ["--curriculum", "0,0,0.5,1.5"]  # light from the start, intense and hea
 def test_accumulation_is_one_big_batch(manifest, tmp_path, monkeypatch):
     """Mixed lengths and text-only rows; a mean of micro-batch means would fail this."""
     runs = [train_now(monkeypatch, *FAST, "--train_manifest", manifest, "--steps", 4, "--batch_size", b,
-                      "--out", tmp_path / str(b))[1] for b in (16, 4, 1)]
+                      "--out", tmp_path / str(b))[1] for b in (16, 5, 1)]
     assert np.abs(losses(runs[0]) - losses(runs[1])).max() < 1e-5
     assert np.abs(losses(runs[0]) - losses(runs[2])).max() < 1e-5
 
@@ -1048,6 +1050,36 @@ def test_rows_of_the_pools(hub):
     assert torch.allclose(a, b, atol=1e-4) and len(data.load_audio(gemini[0].audio[0])) > 8000
     assert {s.rows for s in data.POOLS["ru_audio"]} == {70_000, 90_000, None} and len(data.BENCHMARK) == 6
     assert data.open_source(data.POOLS["text"][0], hub, 2).num_rows == 2
+
+
+def test_a_first_trial_streams_a_few_rows(hub):
+    """--max_rows: the hub is asked for so many rows and no more; filters come first. (A local path is a hub to datasets.)"""
+    at = lambda source: replace(source, hub=str(hub / source.hub))
+    books, text = data.Rows(at(data.POOLS["ru_audio"][1]), limit=5), data.Rows(at(data.POOLS["text"][0]), limit=4)
+    whole = data.Rows(data.POOLS["ru_audio"][1], hub)
+    assert len(books) == 5 and [books[i].answer for i in range(5)] == [whole[i].answer for i in range(5)]
+    assert torch.equal(data.load_audio(books[2].audio[0]), data.load_audio(whole[2].audio[0]))
+    assert [text[i].question for i in range(4)] == ["Вопрос 0", "Вопрос 2", "Вопрос 3", "Вопрос 5"]
+
+
+def test_data_dir_takes_what_datasets_writes(hub, corpus, tmp_path):
+    """A folder of save_to_disk, one parquet file, and a folder of audio files with metadata.csv."""
+    import datasets
+    source = data.POOLS["ru_audio"][1]
+    table = datasets.load_dataset(str(hub / source.hub), split="train").cast_column("audio", datasets.Audio(decode=False))
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "a" / source.hub)
+    (tmp_path / "b").mkdir()
+    table.to_parquet(tmp_path / "b" / "ToneBooks.parquet")
+    folder = tmp_path / "c" / "ToneBooks" / "train"
+    folder.mkdir(parents=True)
+    for i, s in enumerate(corpus[:12]):
+        soundfile.write(folder / f"{i}.flac", s.audio[0], 16000)
+    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i}.flac,{s.answer}\n" for i, s in enumerate(corpus[:12])))
+    whole = data.Rows(source, hub)
+    for place in "abc":
+        rows = data.Rows(source, tmp_path / place)
+        assert sorted(rows[i].answer for i in range(len(rows))) == sorted(whole[i].answer for i in range(12)), place
+        assert len(data.load_audio(rows[4].audio[0])) in [len(s.audio[0]) for s in corpus[:12]]
 
 
 @pytest.mark.parametrize("source, says", [
@@ -1486,7 +1518,7 @@ def test_a_real_recording_takes_several_windows(checkpoint, monkeypatch, capsys)
     (["--preset", "tiny", "--train_manifest", "nowhere.jsonl"], "no manifest at"), ([], "--data_dir"),
     (["--preset", "tiny_ru_only"], "--preset tiny_pretrain"), (["--mix", "soup"], "choose from"), (["--data_dir", "nowhere"], "no folder at"),
     (["--train_manifest", "OWN", "--init_from", "nowhere/c"], "cannot fetch the checkpoint nowhere/c"),
-    (["--resume"], "nothing to resume"), (["--preset", "tiny", "--batch_size", "5"], "multiple"),
+    (["--resume"], "nothing to resume"), (["--preset", "tiny", "--batch_size", "0"], "at least 1"),
     (["--preset", "tiny", "--lang", "fr"], "speaks ru, en"),
     (["--preset", "tiny", "--curriculum", "0,1,2"], "4 ascending epochs"),
     (["--preset", "tiny", "--curriculum", "0,0,0,0", "--noise", "nowhere"], "no folder nowhere"), (["--preset", "tiny", "stray"], "stray"),
@@ -1501,6 +1533,12 @@ def test_wrong_training_flags(tmp_path, manifest, monkeypatch, capsys, argv, say
     message = [line for line in err.splitlines() if line.startswith("error:")]
     assert code == 2 and len(message) == 1 and says in message[0] and "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_is_shared_evenly(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    code, _, err = exit_of(train.main, monkeypatch, capsys, "--preset", "tiny", "--out", tmp_path / "out")
+    assert code == 2 and "--effective_batch 16 cannot be shared by 3" in err
 
 
 def test_a_run_is_not_overwritten(manifest, tmp_path, monkeypatch, capsys):

@@ -117,6 +117,7 @@ PRESETS |= {f"tiny_{name}": (TINY if base.get("init_from", True) is None else TW
             | dict(mix=base.get("mix", name), steps=TWIN["steps"], out=f"out_tiny_{name}") for name, base in PRESETS.items()}
 PRESETS["tiny"] = TINY | dict(mix=None)  # Russian transcription
 PRESETS["tiny_pretrain"] |= dict(lang="ru,en", steps=TINY["steps"])
+PRESETS["tiny_long_audio"] |= dict(max_windows=8)
 KEEP = 20_000  # spectrograms of the tiny presets held in memory, 64 KB each
 MACHINE_ONLY = {"out", "resume", "overwrite", "strict", "batch_size", "device", "workers", "grad_checkpoint", "compile",
                 "save_every", "keep", "log", "data_dir"}  # free on --resume
@@ -404,10 +405,9 @@ def main():
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if cfg.effective_batch % (cfg.batch_size * world):
-        raise UserError(f"--effective_batch {cfg.effective_batch} is no multiple of --batch_size {cfg.batch_size} x "
-                        f"{world} processes")
-    accumulation = cfg.effective_batch // (cfg.batch_size * world)
+    if cfg.effective_batch % world:
+        raise UserError(f"--effective_batch {cfg.effective_batch} cannot be shared by {world} processes")
+    accumulation = math.ceil(cfg.effective_batch / world / cfg.batch_size)  # the last micro-batch may be smaller
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))  # rank 0 may read for long
     chief = rank == 0
