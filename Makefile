@@ -35,6 +35,8 @@ out_tiny_%/results.json: out_tiny_pretrain/results.json
 bench: $(READY) requirements-bench.txt
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-bench.txt
 	$(PY) bench.py augment
+	$(PY) bench.py train
+	$(PY) bench.py memory
 
 # PyPI has torchaudio and torchvision for CUDA only. Beside a CPU torch their libraries fail to load and take
 # `import transformers` down with them; in pure Python torchaudio resamples just as well. Where they load, nothing

@@ -51,7 +51,7 @@ transformers.utils.logging.disable_progress_bar()  # a bar for writing one file 
 INSTRUCT_SYSTEM = "You are a helpful voice assistant. Listen to the audio and respond appropriately."
 TEXT_SYSTEM = "You are a helpful assistant."
 MIN_SECONDS = 0.1        # shorter recordings hold no word
-RETRIES = 50             # unusable rows in a row before giving up
+RETRIES = 50             # unusable rows in a row before giving up; twenty times as many that are only too long
 MAX_BAD_SHARE = 0.05     # more unusable rows than this means that the manifest is wrong, not a few files
 
 
@@ -382,6 +382,14 @@ BENCHMARK = {split: Source("Vikhrmodels/RuASRBenchmark", split, rows=1000) for s
     "Russian_LibriSpeech", "Common_Voice_Corpus_22.0", "Tone_Webinars", "Tone_Books", "Tone_Speak", "Sova_RuDevices")}
 
 
+def unreadable(source, place, e):
+    reason = f"{type(e).__name__}: {e}".splitlines()[0][:200]
+    if place:
+        return UserError(f"cannot read {source.hub}, split {source.split}, from {place}: {reason}")
+    return UserError(f"cannot reach {source.hub}, split {source.split}, on the hub ({reason}). Two ways out: go online (gated sets "
+                     "want HF_TOKEN), or copy the dataset and name the folder with --data_dir")
+
+
 def load_table(source, data_dir=None, streaming=False):
     """The rows of a Source as a datasets table, audio undecoded: from the hub, or from data_dir/owner/name, which holds the
     same parquet files, or what save_to_disk wrote, or audio files and a metadata.csv or .jsonl. Raises UserError."""
@@ -412,11 +420,7 @@ def load_table(source, data_dir=None, streaming=False):
         else:
             table = load_dataset(str(place), split=source.split)
     except Exception as e:  # they fail in many ways, and none of them is ours
-        reason = f"{type(e).__name__}: {e}".splitlines()[0][:200]
-        if data_dir:
-            raise UserError(f"cannot read {source.hub}, split {source.split}, from {place}: {reason}") from None
-        raise UserError(f"cannot reach {source.hub}, split {source.split}, on the hub ({reason}). Two ways out: go online "
-                        "(gated sets want HF_TOKEN), or copy the dataset and name the folder with --data_dir") from None
+        raise unreadable(source, data_dir and place, e) from None
     columns = source.columns + list(source.only[0] if source.only else [])
     if missing := [c for c in columns if table.column_names and c not in table.column_names]:
         raise UserError(f"{source.hub}, split {source.split}, has no column {missing[0]}: it has {', '.join(table.column_names)}")
@@ -435,7 +439,10 @@ def open_source(source, data_dir=None, limit=None):
         table = table.filter(lambda *values: any(word in (v or "") for v in values), input_columns=list(columns))
     if not hasattr(table, "__len__"):
         from datasets import Dataset as Table
-        return Table.from_list(list(table.take(limit)))
+        try:
+            return Table.from_list(list(table.take(limit)))
+        except Exception as e:  # the network may fail half-way
+            raise unreadable(source, None, e) from None
     return table.select(range(min(limit, len(table))))
 
 
@@ -532,9 +539,9 @@ class Dataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         """(index, epoch with its fraction), as Schedule deals them -> (item, [(reason, row, is it too long?) left out before
-        it]); the item is None if RETRIES rows in a row are unusable."""
+        it]); the item is None if too many in a row are."""
         (i, epoch), left_out = key, []
-        for _ in range(RETRIES):
+        while sum(1 if not too_long else 0.05 for *_, too_long in left_out) < RETRIES:
             try:
                 return (self.unchanged(i) if self.augment is None else self.changed(i, epoch)), left_out
             except BadRow as e:
@@ -545,8 +552,7 @@ class Dataset(torch.utils.data.Dataset):
     def collate(self, dealt):
         """One rank's share of a step -> dict(micro=[micro-batches], left_out, seconds of audio, tokens, windows, squares).
 
-        Longest first, so that a micro-batch holds neighbours in length and little padding, and so that memory runs out in
-        the first step if it must. The gradient is a sum over all of them: the order changes nothing else."""
+        Longest first, so that a micro-batch holds neighbours in length and little padding. The gradient is a sum over all of them: the order changes nothing else."""
         items = [item for item, _ in dealt if item]
         if len(items) > self.batch_size:
             items.sort(key=lambda item: -len(item[0]))

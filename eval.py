@@ -25,7 +25,7 @@ from tqdm import tqdm
 from augment import HARD, augment, open_banks
 from data import BENCHMARK, EVAL_SPLITS, EVAL_UTTERANCES, ArgumentParser, BadRow, BadRows, Rows, Sample, UserError, check_out, \
     embedded, load_audio, pick_device, read_manifest, replace_file, run
-from model import ASR_PROMPT, SAMPLE_RATE, find_checkpoint, load_checkpoint, place_audio
+from model import ASR_PROMPT, ENCODER, LLM, SAMPLE_RATE, find_checkpoint, load_checkpoint, place_audio
 
 # -----------------------------------------------------------------------------
 # The one text normaliser
@@ -61,10 +61,10 @@ def score(references, hypotheses):
 # -----------------------------------------------------------------------------
 # Model and data
 
-def load_model(folder, device):
+def load_model(folder, device, encoder=ENCODER, llm=LLM):
     """Any checkpoint, ready to answer; a UserError says what is missing or does not fit."""
     try:
-        return load_checkpoint(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+        return load_checkpoint(folder, encoder, llm, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
     except (OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError) as e:
         raise UserError(f"cannot load {folder}: {str(e).strip().splitlines()[0]}") from None
 
@@ -245,7 +245,7 @@ def plot_heatmap(rows, columns, wers, path):
     axis.imshow(shade, cmap="RdYlGn_r", aspect="auto", vmin=np.log(0.5), vmax=np.log(100))
     for i, row in enumerate(wers):
         for j, wer in enumerate(row):
-            axis.text(j, i, f"{wer:.2f}", ha="center", va="center", color="white" if wer > 70 else "black")
+            axis.text(j, i, f"{wer:.2f}", ha="center", va="center", color="white" if wer > 35 else "black")
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(rows)), rows)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
@@ -258,6 +258,8 @@ def plot_heatmap(rows, columns, wers, path):
 def main():
     parser = ArgumentParser(prog="eval.py", allow_abbrev=False, description="Measure a checkpoint, or ask it about one file.")
     parser.add_argument("--ckpt", default="out", help="folder that train.py wrote")
+    parser.add_argument("--encoder", default=ENCODER, help="what a checkpoint in the original's layout was made of")
+    parser.add_argument("--llm", default=LLM, help="the same")
     parser.add_argument("--manifest", help="JSONL with recordings and references; default: what the checkpoint is for")
     parser.add_argument("--lang", choices=("ru", "en", "ru,en"), help="of the embedded splits; default: as trained")
     parser.add_argument("--data_dir", help="folder with a copy of Vikhrmodels/RuASRBenchmark, instead of the hub")
@@ -286,7 +288,7 @@ def main():
         return compare(args.compare, out)
     device = torch.device(pick_device(args.device))
     splits = load_splits(args) if args.manifest else {}  # a wrong row is found sooner than a model is loaded
-    model = load_model(args.ckpt, device)
+    model = load_model(args.ckpt, device, args.encoder, args.llm)
     if args.audio:
         return answer_one(model, args.audio, args.prompt, args.max_new_tokens)
     splits = splits or load_splits(args)

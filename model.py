@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from transformers import (CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, Qwen3Config,
                           Qwen3ForCausalLM, WhisperConfig, WhisperFeatureExtractor, WhisperModel)
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -381,8 +382,8 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         return self
 
     def prepare(self, trained, lora=None):
-        """Freeze all but what is to train. adapter: only that. lora: the adapter, low-rank matrices beside every linear of
-        the LLM (peft), and the embedding rows of our new tokens. full: adapter and LLM."""
+        """Freeze all but what is to train, and give that fp32. adapter: only that. lora: the adapter, low-rank matrices beside
+        every linear of the LLM (peft), and the embedding rows of our new tokens. full: adapter and LLM."""
         self.config.trained, self.config.lora = trained, lora
         self.freeze("encoder", *(["llm"] if trained == "adapter" else []))
         if trained == "lora":
@@ -393,22 +394,32 @@ class BorealisForConditionalGeneration(PreTrainedModel):
                 if hasattr(module, "cast_input_dtype_enabled"):
                     module.cast_input_dtype_enabled = False
             # Not peft's trainable_token_indices: it copies the whole table (776 MB) for every forward, twice.
-            self.new_rows = nn.Parameter(self.llm.get_input_embeddings().weight[self.config.new_tokens].detach().float())
+            self.new_rows = nn.Parameter(self.llm.get_input_embeddings().weight[self.config.new_tokens].detach())
+        for p in self.stored().values():
+            p.data = p.data.float()
         return self
 
     @torch.no_grad()
-    def merge(self):
-        """Undo prepare("lora"): what was learned goes into the weights themselves, each rounded once."""
+    def merge(self, dtype):
+        """Undo prepare: what was learned goes into the weights themselves, each rounded to dtype once."""
         if self.config.trained == "lora":
             from peft.tuners.lora import LoraLayer
             for name, module in [m for m in self.llm.named_modules() if isinstance(m[1], LoraLayer)]:
                 base, delta = module.get_base_layer(), module.get_delta_weight("default")
                 base.weight.copy_(base.weight.float() + delta.float())
                 self.llm.set_submodule(name, base)
-            self.llm.get_input_embeddings().weight[self.config.new_tokens] = self.new_rows.to(self.llm.dtype)
+            table = self.llm.get_input_embeddings().weight
+            table[self.config.new_tokens] = self.new_rows.to(table.dtype)
             self.new_rows = None
+            del self.llm.peft_config
         self.config.trained = self.config.lora = self.config.base = None
-        return self.requires_grad_(True).freeze("encoder")
+        return self.cast(dtype).requires_grad_(True).freeze("encoder")
+
+    def cast(self, dtype):
+        """Weights to dtype. Not .to(dtype): that rounds the rotary frequencies too, and far positions go astray by radians."""
+        for p in self.parameters():
+            p.data = p.data.to(dtype)
+        return self
 
     def stored(self):
         """{name: tensor} of what a checkpoint holds: what trains, or all of it if the model has no base."""
@@ -473,7 +484,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         Training pads on the right and passes no attention_mask: under causal attention no real token sees what
         comes after it, and the mask-free path is the fast one."""
         hidden = self.llm.model(inputs_embeds=self.embed(input_ids, input_features), attention_mask=attention_mask,
-                                **kwargs).last_hidden_state               # (B, L, D)
+                                use_cache=False, **kwargs).last_hidden_state  # (B, L, D)
         if labels is None:
             return CausalLMOutputWithPast(logits=self.logits(hidden))
         targets = labels[:, 1:]                                           # position t predicts token t+1
@@ -561,24 +572,32 @@ def part_of(cls, where, **settings):
     kind = AutoConfig.from_pretrained(where).model_type
     if kind != cls.config_class.model_type:
         raise ValueError(f"{where} is a {kind} model, not {cls.config_class.model_type}")
-    model, info = cls.from_pretrained(where, output_loading_info=True, **settings)
+    try:
+        model, info = cls.from_pretrained(where, output_loading_info=True, **settings)
+    except SafetensorError as e:
+        raise ValueError(f"the weights in {where} are broken: {e}") from None
     head = "proj_out."  # Whisper's own output head, which WhisperModel does not have
     complain(where, missing=info["missing_keys"], unexpected=[k for k in info["unexpected_keys"] if not k.startswith(head)])
     return model
 
 
+def newest_step(folder):
+    """A run's folder -> its newest step-*; any other folder -> itself."""
+    steps = [p for p in Path(folder).glob("step-*") if p.name[5:].isdigit()]
+    return max(steps, key=lambda p: int(p.name[5:])) if steps and not (Path(folder) / "config.json").exists() else Path(folder)
+
+
 def find_checkpoint(where):
-    """A run's folder -> its newest step-*; any other folder -> itself; owner/name -> the hub's files. Raises ValueError."""
+    """A run's folder, any other folder, or owner/name on the hub -> the folder with its files. Raises ValueError."""
     folder = Path(where)
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(where)) and not folder.parent.exists():
+    if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(where)) and not folder.parent.exists():
         from huggingface_hub import snapshot_download
         try:
             return Path(snapshot_download(str(where), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.txt"]))
         except Exception as e:  # it fails in many ways, and none of them is ours
             raise ValueError(f"cannot fetch the checkpoint {where} from the hub ({type(e).__name__}): go online (a gated one "
                              "wants HF_TOKEN), or name a local folder") from None
-    steps = sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]))
-    return steps[-1] if steps and not (folder / "config.json").exists() else folder
+    return newest_step(folder)
 
 
 def fingerprint(folder):
@@ -605,7 +624,7 @@ def read_weights(folder):
     for file in files:
         try:
             tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True, mmap=True)
-        except Exception as e:
+        except Exception as e:  # pickle's and safetensors' own kinds
             raise ValueError(f"{file} is not a file of plain tensors ({type(e).__name__}); it was not loaded") from None
     return tensors
 
@@ -627,31 +646,43 @@ def load_checkpoint(where, encoder=ENCODER, llm=LLM, dtype=None):
         raise ValueError(f"{folder} holds a {kind} model, no Borealis")
     if "encoder_config" not in settings:
         return load_original(folder, encoder, llm, dtype)
-    config, cls = BorealisConfig.from_pretrained(folder), BorealisForConditionalGeneration
+    config, tokenizer = BorealisConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     if config.base is None:
-        model, info = cls.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True,
-                                          ignore_mismatched_sizes=True)  # refused here, with a better message
-        complain(folder, **{k.removesuffix("_keys"): info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")})
-        tokenizer = model.tokenizer
+        model = assemble(config, read_weights(folder), dtype, folder)
     else:
-        # Local folders are named as seen from this one, so that a run and its base can move together.
-        base = {k: folder / v if v and (folder / v).exists() else v for k, v in config.base.items()}
-        if base["checkpoint"]:
-            place = find_checkpoint(base["checkpoint"])
-            model = load_checkpoint(place, base["encoder"], base["llm"], dtype)
-            if fingerprint(place) != base["fingerprint"]:
-                raise ValueError(f"{folder} was trained on top of {place}, which has changed since: bring the old one back")
-        else:
-            model = cls.from_parts(base["encoder"], base["llm"], dtype, adapter=config.adapter)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = load_base(folder, config, dtype)
+        dtype = model.llm.dtype
         model.prepare(config.trained, config.lora).load_stored(read_weights(folder), folder)
-        model.merge()
+        model.merge(dtype)
     known = len(tokenizer) - (config.audio_token_id >= config.llm_config.vocab_size)
     if known > config.llm_config.vocab_size:
         raise ValueError(f"the tokenizer in {folder} has {known} tokens, the model {config.llm_config.vocab_size}: they are "
                          "not from the same run")
     model.tokenizer = tokenizer
     return model.eval()
+
+
+def load_base(folder, config, dtype=None):
+    """What the checkpoint in `folder` was trained on top of. Raises ValueError if that is gone, or another by now."""
+    # Local folders are named as seen from this one, so that a run and its base can move together.
+    base = {k: str((folder / v).resolve()) if v and (folder / v).exists() else v for k, v in config.base.items()}
+    if gone := [v for v in base.values() if v and v.startswith("..")]:
+        raise ValueError(f"{folder} was trained on top of {folder / gone[0]}, which is gone: bring it back")
+    if not base["checkpoint"]:
+        return BorealisForConditionalGeneration.from_parts(base["encoder"], base["llm"], dtype, adapter=config.adapter)
+    place = find_checkpoint(base["checkpoint"])
+    if fingerprint(place) != base["fingerprint"]:
+        raise ValueError(f"{folder} was trained on top of {place}, which has changed since: bring the old one back")
+    return load_checkpoint(place, base["encoder"], base["llm"], dtype)
+
+
+def assemble(config, tensors, dtype, where):
+    """Config and tensors -> model, strictly."""
+    model, info = BorealisForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype or tensors["llm.model.embed_tokens.weight"].dtype,
+        output_loading_info=True, ignore_mismatched_sizes=True)  # mismatches are refused here, with a better message
+    complain(where, **{k.removesuffix("_keys"): info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")})
+    return model
 
 
 def load_original(folder, encoder, llm, dtype):
@@ -661,7 +692,12 @@ def load_original(folder, encoder, llm, dtype):
     if table is None:
         raise ValueError(f"{folder} is no checkpoint of ours nor of the original: it has no llm.model.embed_tokens.weight")
     tokenizer = AutoTokenizer.from_pretrained(folder if (folder / "tokenizer.json").exists() else llm)
-    ids = add_audio_tokens(tokenizer, original=True).convert_tokens_to_ids
+    posts = AUDIO in tokenizer.get_vocab() and END not in tokenizer.get_vocab()  # the pair of the post's vLLM plugin
+    ids = add_audio_tokens(tokenizer, original=not posts).convert_tokens_to_ids
+    pair = [ids(MARKER), ids(MARKER if posts else END)]
+    if max(pair) >= len(table):
+        raise ValueError(f"{folder} has {len(table)} embedding rows, its tokens {MARKER} and {END} would be rows {pair}: "
+                         "is its --llm another?")
     qwen = Qwen3Config.from_pretrained(llm)
     qwen.vocab_size = len(table)
     if qwen.tie_word_embeddings and head is not None and not torch.equal(head, table):
@@ -669,10 +705,8 @@ def load_original(folder, encoder, llm, dtype):
     if not qwen.tie_word_embeddings and head is not None:
         tensors["llm.lm_head.weight"] = head
     config = BorealisConfig(encoder_config=WhisperConfig.from_pretrained(encoder), llm_config=qwen, audio_token_id=ids(AUDIO),
-                            audio_start_id=ids(MARKER), audio_end_id=ids(END))
-    model, info = BorealisForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype or table.dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-    complain(folder, **{k.removesuffix("_keys"): info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")})
+                            audio_start_id=pair[0], audio_end_id=pair[1])
+    model = assemble(config, tensors, dtype, folder)
     model.tokenizer = tokenizer
     return model.eval()
 
@@ -682,7 +716,7 @@ def export(where, to, encoder=ENCODER, llm=LLM):
     if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
         raise ValueError(f"{to} exists already: name a new folder with --to")
     model = load_checkpoint(where, encoder, llm)
-    model.to(model.llm.dtype)
+    model.cast(model.llm.dtype)
     fresh = Path(f"{Path(to)}.{os.getpid()}.tmp")
     model.save_pretrained(fresh)
     model.tokenizer.save_pretrained(fresh)

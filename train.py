@@ -12,11 +12,13 @@ Every field of TrainConfig is a flag. A run writes into --out: metrics.jsonl, lo
 config.json, model.safetensors (what was trained; config.json names the rest), the tokenizer, train_config.json and
 state.pt (what --resume reads besides).
 """
+import atexit
 import contextlib
 import difflib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -37,8 +39,8 @@ from transformers.hf_argparser import HfArg
 from augment import CURRICULUM, Augmenter, check_source, open_banks
 from data import GRAMMAR, MIXES, POOLS, RETRIES, ArgumentParser, BadRows, Chain, Dataset, Rows, Schedule, UserError, check_out, \
     pick_device, read_manifest, replace_file, run, texts_of, tiny_pool, train_tokenizer, usable
-from model import ENCODER, LLM, BorealisForConditionalGeneration, count, find_checkpoint, fingerprint, init_from_scratch, \
-    load_checkpoint, read_weights, tiny_config
+from model import ENCODER, LLM, BorealisConfig, BorealisForConditionalGeneration, count, find_checkpoint, fingerprint, \
+    init_from_scratch, load_base, load_checkpoint, newest_step, read_weights, tiny_config
 
 # -----------------------------------------------------------------------------
 # Configuration: the defaults are the full-size run, a preset changes some, flags change any
@@ -138,8 +140,10 @@ def parse_config(argv):
     if first.preset not in PRESETS:
         raise UserError(f"unknown preset {first.preset!r}: choose from {', '.join(PRESETS)}")
     base = PRESETS[first.preset]
+    parser.set_defaults(**base)
+    first, _ = parser.parse_known_args(argv)  # some presets name their --out
     if first.resume:
-        if not (newest := find_checkpoint(first.out) / "state.pt").is_file():
+        if not (newest := newest_step(first.out) / "state.pt").is_file():
             raise UserError(f"nothing to resume in {first.out}: it holds no step-* with a state.pt; leave out --resume to start")
         saved = json.loads(newest.with_name("train_config.json").read_text())
         base = {k: v for k, v in saved.items() if k in {f.name for f in fields(TrainConfig)}}
@@ -164,14 +168,18 @@ def parse_config(argv):
             raise UserError(f"--{name} must be at least 1, got {getattr(cfg, name)}")
     if not cfg.lr > 0:
         raise UserError(f"--lr must be positive, got {cfg.lr}")
+    for names, most in (("workers keep grad_clip weight_decay", math.inf), ("lora_dropout beta2 min_lr warmup", 1)):
+        for name in names.split():
+            if not 0 <= getattr(cfg, name) <= most or (name in ("lora_dropout", "beta2") and getattr(cfg, name) == 1):
+                raise UserError(f"--{name} must be at least 0" + (" and below 1" if most == 1 else "") + f", got {getattr(cfg, name)}")
     if wrong := [lang for lang in cfg.lang.split(",") if lang not in GRAMMAR]:
         raise UserError(f"--lang {wrong[0]}: the embedded corpus speaks {', '.join(GRAMMAR)}")
     if cfg.mix and cfg.mix not in MIXES:
         raise UserError(f"--mix {cfg.mix}: choose from {', '.join(MIXES)}")
     if cfg.data_dir and not Path(cfg.data_dir).is_dir():
         raise UserError(f"no folder at --data_dir {cfg.data_dir}")
-    if cfg.init_from and Path(cfg.init_from).resolve() == Path(cfg.out).resolve():
-        raise UserError(f"--init_from and --out are both {cfg.out}: write into another folder")
+    if cfg.init_from and Path(cfg.init_from).resolve().is_relative_to(Path(cfg.out).resolve()) and not cfg.resume:
+        raise UserError(f"--init_from {cfg.init_from} lies in --out {cfg.out}: write into another folder")
     if cfg.train == "scratch" and cfg.init_from:
         raise UserError("--train scratch starts from nothing: leave out --init_from")
     if cfg.preset.startswith("tiny_") and cfg.init_from == TWIN["init_from"] and not Path(cfg.init_from).exists():
@@ -234,26 +242,29 @@ def build(cfg, samples, device):
         model.tokenizer = tokenizer
         return model.to(device), tokenizer
     try:
-        if cfg.init_from:
+        if cfg.resume:  # on what it was started on, wherever the names of its first day point by now
+            config = BorealisConfig.from_pretrained(newest_step(cfg.out))
+            model, base = load_base(newest_step(cfg.out), config), config.base
+        elif cfg.init_from:
             place = find_checkpoint(cfg.init_from)
             model = load_checkpoint(place, cfg.encoder, cfg.llm)
-            base = dict(checkpoint=place if Path(cfg.init_from).exists() else cfg.init_from, fingerprint=fingerprint(place))
+            base = dict(checkpoint=place if Path(cfg.init_from).exists() else cfg.init_from, fingerprint=fingerprint(place),
+                        encoder=cfg.encoder, llm=cfg.llm)
         else:
             model = BorealisForConditionalGeneration.from_parts(cfg.encoder, cfg.llm, adapter=cfg.adapter)
-            base = dict(checkpoint=None)
+            base = dict(checkpoint=None, encoder=cfg.encoder, llm=cfg.llm)
     except (OSError, ValueError, RuntimeError) as e:
         parts = cfg.init_from or f"{cfg.encoder} and {cfg.llm}"
         raise UserError(f"cannot start from {parts}: {str(e).splitlines()[0]}. Give hub names or local folders with --encoder, "
                         "--llm and --init_from, or try --preset tiny") from None
-    # What never changes needs no fp32 master copy; LoRA's matrices and the adapter are made, or become, fp32.
-    model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    # What never changes needs no fp32 master copy; prepare gives one to the rest.
+    model.cast(torch.bfloat16 if device.type == "cuda" else torch.float32)
     lora = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout) if cfg.train == "lora" else None
     model.prepare(cfg.train, lora)
     # Folders are named as seen from the checkpoints, which lie one below --out; hub names stay what they are.
-    model.config.base = {k: os.path.relpath(v, Path(cfg.out) / "step") if v and Path(v).exists() else v
-                         for k, v in (base | dict(encoder=cfg.encoder, llm=cfg.llm)).items()}
-    for p in model.stored().values():
-        p.data = p.data.float()
+    step = (Path(cfg.out) / "step").resolve()
+    model.config.base = base if cfg.resume else {
+        k: os.path.relpath(Path(v).resolve(), step) if v and Path(v).exists() else v for k, v in base.items()}
     return model.to(device), model.tokenizer
 
 
@@ -283,14 +294,19 @@ def save(cfg, model, tokenizer, optimizer, step):
     torch.save(dict(step=step, optimizer=optimizer.state_dict()), fresh / "state.pt")
     os.replace(fresh, out / f"step-{step:07d}")
     if cfg.keep:
-        for old in sorted(out.glob("step-*"))[:-cfg.keep]:
-            os.replace(old, out / ".old-step")  # half deleted, it must not look like one
-            shutil.rmtree(out / ".old-step")
+        remove(sorted(out.glob("step-*"))[:-cfg.keep])
+
+
+def remove(checkpoints):
+    for old in checkpoints:
+        fresh = old.with_name(".old-step")  # half deleted, it must not look like one
+        os.replace(old, fresh)
+        shutil.rmtree(fresh)
 
 
 def restore(cfg, model, optimizer, device):
     """The newest checkpoint in --out, into model and optimizer -> the step to go on with. Raises UserError."""
-    folder = find_checkpoint(cfg.out)
+    folder = newest_step(cfg.out)
     state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
     try:
         model.load_stored(read_weights(folder), folder)
@@ -322,13 +338,14 @@ class Log:
         try:
             if cfg.log == "wandb":
                 import wandb
-                self.tracker = wandb.init(project="nanoborealis", name=Path(cfg.out).name, dir=cfg.out, config=asdict(cfg),
-                                          id=Path(cfg.out).resolve().name, resume="allow")
+                self.tracker = wandb.init(project="nanoborealis", group=Path(cfg.out).resolve().name, dir=cfg.out, config=asdict(cfg))
             elif cfg.log == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
                 self.tracker = SummaryWriter(cfg.out, purge_step=start)
         except ImportError:
             raise UserError(f"--log {cfg.log} needs a package: pip install {cfg.log}") from None
+        except Exception as e:  # not logged in, no network, ...
+            raise UserError(f"--log {cfg.log}: {str(e).splitlines()[0]}") from None
 
     def write(self, row):
         self.rows.append(row)
@@ -399,10 +416,15 @@ def plot_loss(rows, path):
 
 def main():
     cfg = parse_config(sys.argv[1:])
+    # A loader's worker hands over 128 micro-batches at once, each in a few files of shared memory.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = pick_device(cfg.device) == "cuda"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"{world} processes, but {torch.cuda.device_count()} GPUs: torchrun --nproc_per_node="
+                            f"{torch.cuda.device_count()}")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if cfg.effective_batch % world:
@@ -448,7 +470,8 @@ def main():
     if cfg.compile:
         for layer in [*model.encoder.layers, *model.llm.model.layers]:
             layer.compile(dynamic=True)  # layer by layer: they share one graph, and rows have many lengths
-    # gradient_as_bucket_view saves a copy of the gradients; the encoder's frozen buffers need no broadcast.
+    # gradient_as_bucket_view saves a copy of the gradients, as long as they are zeroed and not dropped; the encoder's frozen
+    # buffers need no broadcast.
     net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else model
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
     samples = Chain(pools)
@@ -457,16 +480,17 @@ def main():
     steps = iter(torch.utils.data.DataLoader(
         dataset, collate_fn=dataset.collate, num_workers=cfg.workers, pin_memory=cuda, worker_init_fn=quiet_worker,
         batch_sampler=Schedule([*map(len, pools)], shares, cfg.seed, range(start, cfg.steps), cfg.effective_batch, rank, world)))
+    if cfg.workers:  # they ignore SIGTERM, see quiet_worker: end them before Python's own exit would wait for them
+        atexit.register(steps._shutdown_workers)
     out = Path(cfg.out)
     if chief:
         out.mkdir(parents=True, exist_ok=True)
-        if cfg.overwrite:
-            for old in out.glob("step-*"):
-                shutil.rmtree(old)
         print(json.dumps(asdict(cfg), ensure_ascii=False))
         print(f"{len(samples)} samples; {count(model):,} parameters, {count(model, trained_only=True):,} trained; "
               f"{world} process(es) on {device.type}, batch {cfg.batch_size} x accumulation {accumulation}", flush=True)
     log, peak = Log(cfg, chief, start), peak_flops(device)
+    if chief and cfg.overwrite:
+        remove(out.glob("step-*"))
     stop, stopping = catch_signals(), False
     # A file or pipe gets a line every ten seconds, a terminal a live bar.
     bar = tqdm(total=cfg.steps, initial=start, desc="training", unit="step", disable=not chief,
@@ -520,7 +544,7 @@ def main():
                       f"diverged; {kept}. Try a lower --lr than {cfg.lr:g}.", file=sys.stderr)
             return 1
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=world == 1)
 
         took = time.perf_counter() - began
         row = dict(step=step + 1, loss=loss.item(), lr=lr, grad_norm=norm.item(), ms=took * 1e3,
@@ -585,11 +609,19 @@ def catch_signals():
 
 
 def quiet_worker(_):
-    """A terminal sends Ctrl-C to the loader's processes too; only the loop may answer it."""
+    """Terminals send Ctrl-C, torchrun and queues SIGTERM, to the loader's processes too; only the loop may answer."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def train():
+    """main(), with a word on what to do where the GPU is too small."""
+    try:
+        return main()
+    except torch.cuda.OutOfMemoryError as e:
+        raise UserError(f"the GPU's memory is full: try --grad_checkpoint, a smaller --batch_size, or --max_tokens ({e})") from None
 
 
 if __name__ == "__main__":
-    run(main)
+    run(train)
