@@ -863,7 +863,7 @@ QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
               r"|\s+(?!\S)|\s+")
 
 
-def train_tokenizer(texts, vocab_size=4096):
+def train_tokenizer(texts, vocab_size=1024):
     """BPE over `texts` -> a transformers tokenizer. Any text can be encoded: what was never seen falls to bytes."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -282,6 +282,18 @@ def test_generate_refuses(net, audio, says):
         net.generate(audio)
 
 
+def test_whisper_as_the_hub_has_it(parts, tmp_path):
+    """openai/whisper-*: the model with its decoder and head, in fp16."""
+    from transformers import WhisperForConditionalGeneration
+    config = WhisperConfig.from_pretrained(parts["encoder"])
+    hub = WhisperForConditionalGeneration(config).half()
+    hub.save_pretrained(tmp_path)
+    net = nb.BorealisForConditionalGeneration.from_parts(str(tmp_path), parts["plain"], torch.float32)
+    assert torch.equal(net.encoder.layers[0].fc1.weight, hub.model.encoder.layers[0].fc1.weight.float())
+    with pytest.raises(ValueError, match="is a qwen3 model, not whisper"):
+        nb.BorealisForConditionalGeneration.from_parts(parts["plain"], parts["plain"])
+
+
 def test_from_parts_keeps_pretrained_weights(tokenizer, parts):
     net = nb.BorealisForConditionalGeneration.from_parts(parts["encoder"], parts["llm"])
     assert {m.config._attn_implementation for m in net.modules() if hasattr(m, "config")} == {"sdpa"}
@@ -1171,8 +1183,11 @@ def test_broken_original_checkpoints(original, parts, tmp_path, monkeypatch, har
 def test_the_default_preset_on_stand_ins(hub, original, parts, tmp_path, monkeypatch, capsys):
     """`train.py` as the post runs it: LoRA + adapter on an original checkpoint, audio and text from datasets; then eval.py on
     the six benchmarks, and export."""
-    out, places = tmp_path / "out", ["--encoder", parts["encoder"], "--llm", parts["plain"]]
-    code, rows = train_now(monkeypatch, "--data_dir", hub, "--init_from", original, *places, "--steps", 2, "--workers", 1, "--out", out)
+    out = tmp_path / "out"
+    for name, folder in (("AlexWortega/Borealis5b_90k", original), ("openai/whisper-large-v3", parts["encoder"]), ("Qwen/Qwen3-4B", parts["plain"])):
+        (hub / name).parent.mkdir()
+        (hub / name).symlink_to(folder)
+    code, rows = train_now(monkeypatch, "--data_dir", hub, "--steps", 2, "--workers", 1, "--out", out)
     assert code == 0 and len(rows) == 2
     saved = json.loads((newest(out) / "train_config.json").read_text())
     assert (saved["preset"], saved["mix"], saved["lr"], saved["effective_batch"]) == ("ru_text_10pct", "ru_text_10pct", 1e-5, 128)

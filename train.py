@@ -53,7 +53,7 @@ class TrainConfig:
     overwrite: bool = HfArg(default=False, help="start anew although --out holds a run")
     # data
     mix: Optional[str] = HfArg(default="ru_text_10pct", help="which pools, in which shares: python data.py --mixes")
-    data_dir: Optional[str] = HfArg(default=None, help="folder with copies of the hub's datasets, at owner/name")
+    data_dir: Optional[str] = HfArg(default=None, help="folder with copies of what the hub has, at owner/name: datasets, and models")
     max_rows: Optional[int] = HfArg(default=None, help="of each dataset; then the hub streams them: for a first trial")
     train_manifest: Optional[str] = HfArg(default=None, help="JSONL with your own data (see data.py) instead of a mix")
     strict: bool = HfArg(default=False, help="stop at the first unusable row instead of counting it")
@@ -153,6 +153,9 @@ def parse_config(argv):
     for name in ("init_from", "mix", "data_dir", "train_manifest"):
         if getattr(cfg, name) in ("none", ""):
             setattr(cfg, name, None)
+    for name in ("init_from", "encoder", "llm"):  # what the run would fetch from the hub may lie in --data_dir, too
+        if cfg.data_dir and getattr(cfg, name) and not first.resume and (local := Path(cfg.data_dir, getattr(cfg, name))).is_dir():
+            setattr(cfg, name, str(local))
     if first.resume:
         changed = [k for k, v in asdict(cfg).items() if k not in MACHINE_ONLY and base.get(k, v) != v]
         if changed:
@@ -234,10 +237,11 @@ def build(cfg, samples, device):
     """-> (model, tokenizer): random and tiny; or on a checkpoint, or on pretrained parts. Raises UserError."""
     torch.manual_seed(cfg.seed)
     if cfg.train == "scratch":
-        texts = texts_of(samples)
-        if cfg.mix:  # the runs that start from this one will ask questions, too
+        texts, size = texts_of(samples), 1024
+        if cfg.mix:  # the runs that start from this one will ask questions, in two languages
             texts += texts_of(s for name in ("ru_audio", "en_audio", "text") for s in tiny_pool(name, 1000, cfg.seed))
-        tokenizer = train_tokenizer(texts)
+            size *= 2
+        tokenizer = train_tokenizer(texts, size)
         model = init_from_scratch(BorealisForConditionalGeneration(tiny_config(tokenizer, adapter=cfg.adapter)))
         model.tokenizer = tokenizer
         return model.to(device), tokenizer
