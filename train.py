@@ -304,6 +304,7 @@ def save(cfg, model, tokenizer, optimizer, step):
 def remove(checkpoints):
     for old in checkpoints:
         fresh = old.with_name(".old-step")  # half deleted, it must not look like one
+        shutil.rmtree(fresh, ignore_errors=True)
         os.replace(old, fresh)
         shutil.rmtree(fresh)
 
