@@ -32,6 +32,7 @@ from transformers import (CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationC
                           Qwen3ForCausalLM, WhisperConfig, WhisperFeatureExtractor, WhisperModel)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils.logging import disable_progress_bar
 
 # -----------------------------------------------------------------------------
 # Constants. 16 kHz -> hop 160 (10 ms a mel frame) -> conv stride 2 (20 ms an encoder frame) -> 4x (80 ms a token)
@@ -740,6 +741,7 @@ def main():
     command.add_argument("--llm", default=LLM)
     args = parser.parse_args()
     if args.command == "export":
+        disable_progress_bar()
         try:
             model = export(args.ckpt, args.to, args.encoder, args.llm)
         except (ValueError, OSError) as e:
