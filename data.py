@@ -552,7 +552,8 @@ class Dataset(torch.utils.data.Dataset):
     def collate(self, dealt):
         """One rank's share of a step -> dict(micro=[micro-batches], left_out, seconds of audio, tokens, windows, squares).
 
-        Longest first, so that a micro-batch holds neighbours in length and little padding. The gradient is a sum over all of them: the order changes nothing else."""
+        Longest first, so that a micro-batch holds neighbours in length and little padding. The gradient is a sum over all of
+        them: the order changes nothing else."""
         items = [item for item, _ in dealt if item]
         if len(items) > self.batch_size:
             items.sort(key=lambda item: -len(item[0]))

@@ -421,8 +421,10 @@ def plot_loss(rows, path):
 
 def main():
     cfg = parse_config(sys.argv[1:])
-    # A loader's worker hands over 128 micro-batches at once, each in a few files of shared memory.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    # A loader's worker hands over 128 micro-batches at once, each in a few files of shared memory: the usual 1024 are too few.
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(files, 65536 if most == resource.RLIM_INFINITY else min(most, 65536)), most))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = pick_device(cfg.device) == "cuda"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
