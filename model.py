@@ -679,8 +679,9 @@ def load_base(folder, config, dtype=None):
 
 def assemble(config, tensors, dtype, where):
     """Config and tensors -> model, strictly."""
+    stored_as = tensors.get("llm.model.embed_tokens.weight", next(iter(tensors.values()))).dtype
     model, info = BorealisForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype or tensors["llm.model.embed_tokens.weight"].dtype,
+        None, config=config, state_dict=tensors, dtype=dtype or stored_as,
         output_loading_info=True, ignore_mismatched_sizes=True)  # mismatches are refused here, with a better message
     complain(where, **{k.removesuffix("_keys"): info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")})
     return model

@@ -1689,7 +1689,7 @@ def test_broken_checkpoints(checkpoint, tmp_path, monkeypatch, capsys, harm, say
     elif harm == "other":
         config["model_type"] = "whisper"
     elif harm == "missing":
-        del weights["adapter.w_in.weight"]
+        del weights["adapter.w_in.weight"], weights["llm.model.embed_tokens.weight"]
     elif harm == "unexpected":
         weights["adapter.lora_A.weight"] = torch.zeros(2, 2)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
@@ -1701,3 +1701,4 @@ def test_broken_checkpoints(checkpoint, tmp_path, monkeypatch, capsys, harm, say
     code, _, err = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", out)
     message = [line for line in err.splitlines() if line.startswith("error:")]
     assert code == 2 and len(message) == 1 and says in message[0] and "Traceback" not in err
+    assert exit_of(nb.main, monkeypatch, capsys, "export", "--ckpt", out, "--to", tmp_path / "hf")[0] == 2

@@ -334,19 +334,22 @@ class Log:
     """Where a step's numbers go: metrics.jsonl always, wandb or tensorboard if asked; nowhere on ranks other than 0."""
 
     def __init__(self, cfg, chief, start):
-        self.rows, self.cfg, self.file, self.tracker = read_metrics(Path(cfg.out) / "metrics.jsonl", start), cfg, None, None
+        path = Path(cfg.out) / "metrics.jsonl"
+        self.rows = read_metrics(path, start)
+        self.file, self.track, self.finish = None, lambda row: None, lambda: None
         if not chief:
             return
-        path = Path(cfg.out) / "metrics.jsonl"
         replace_file(path, lambda tmp: Path(tmp).write_text("".join(json.dumps(r) + "\n" for r in self.rows)))
         self.file = open(path, "a", buffering=1)
         try:
             if cfg.log == "wandb":
                 import wandb
-                self.tracker = wandb.init(project="nanoborealis", group=Path(cfg.out).resolve().name, dir=cfg.out, config=asdict(cfg))
+                run = wandb.init(project="nanoborealis", group=Path(cfg.out).resolve().name, dir=cfg.out, config=asdict(cfg))
+                self.track, self.finish = lambda row: run.log(row, step=row["step"]), run.finish
             elif cfg.log == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
-                self.tracker = SummaryWriter(cfg.out, purge_step=start)
+                writer = SummaryWriter(cfg.out, purge_step=start)
+                self.track, self.finish = lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()], writer.close
         except ImportError:
             raise UserError(f"--log {cfg.log} needs a package: pip install {cfg.log}") from None
         except Exception as e:  # not logged in, no network, ...
@@ -356,15 +359,7 @@ class Log:
         self.rows.append(row)
         if self.file:
             self.file.write(json.dumps({k: v if k in ("step", "loss") else float(f"{v:.6g}") for k, v in row.items()}) + "\n")
-        if self.cfg.log == "wandb" and self.tracker:
-            self.tracker.log(row, step=row["step"])
-        elif self.tracker:
-            for name, value in row.items():
-                self.tracker.add_scalar(name, value, row["step"])
-
-    def close(self):
-        if self.tracker:
-            (self.tracker.finish if self.cfg.log == "wandb" else self.tracker.close)()
+        self.track(row)
 
 
 # Dense bf16 FLOP/s of one device, from the makers' data sheets.
@@ -573,7 +568,7 @@ def main():
             break
 
     bar.close()
-    log.close()
+    log.finish()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
