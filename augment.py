@@ -22,7 +22,7 @@ import soundfile
 import torch
 
 from data import CHUNK, ArgumentParser, BadRow, BadRows, Source, UserError, check_out, embedded, load_audio, load_table, \
-    replace_file, run
+    picture, replace_file, run
 from model import HOP, SAMPLE_RATE, BorealisConfig, cut_windows, log_mel
 
 # glibc hands buffers of this size back to the system at every free, and the page faults then cost more than the FFT (3.4
@@ -234,6 +234,17 @@ def noise_at(noise, power, snr_db):
     noise = noise.astype(np.float32)
     own = np.mean(np.square(noise))
     return noise * np.float32(math.sqrt(power / own * 10 ** (-snr_db / 10)) if own > 0 else 0)
+
+
+def estimate_snr(wave):
+    """(samples,) at 16 kHz -> speech power over noise power in dB, -10 to 60, as a mix made by noise_at has it.
+
+    The noise is what the quietest twentieth of all 20 ms frames holds, the speech what is left of the mean. White noise
+    mixed in at 5 to 20 dB is read to within about 1 dB; without any pause, speech itself passes for noise."""
+    frame = SAMPLE_RATE // 50
+    power = wave[:max(1, len(wave) // frame) * frame].unfold(0, min(frame, len(wave)), frame).square().mean(1)
+    noise = power.quantile(0.05).item()
+    return min(60.0, max(-10.0, 10 * math.log10(max(power.mean().item() - noise, 1e-12) / max(noise, 1e-12))))
 
 
 def codec(wave, kbps, kind, rate=SAMPLE_RATE):
@@ -461,23 +472,17 @@ def examples():
 
 def plot(mels, path):
     """{name: log-mel (M, F)} -> one picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    columns = 3
-    figure, axes = plt.subplots(-(-len(mels) // columns), columns, figsize=(15, 1.7 * len(mels) / columns + 1),
-                                layout="constrained", sharey=True)
-    for axis in axes.flat[len(mels):]:
-        axis.axis("off")
-    for axis, (name, mel) in zip(axes.flat, mels.items()):
-        axis.imshow(mel.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-1, vmax=1.5,
-                    extent=(0, mel.shape[1] * HOP / SAMPLE_RATE, 0, len(mel)))
-        axis.set_title(name, loc="left", fontsize=10)
-        axis.set_yticks([])
-    figure.supxlabel("seconds")
-    figure.supylabel("mel bin")
-    replace_file(path, lambda tmp: figure.savefig(tmp, dpi=110, format="png"))
-    plt.close(figure)
+    rows, columns = -(-len(mels) // 3), 3
+    with picture(path, rows, columns, figsize=(15, 1.7 * rows + 1), sharey=True) as (figure, axes):
+        for axis in axes.flat[len(mels):]:
+            axis.axis("off")
+        for axis, (name, mel) in zip(axes.flat, mels.items()):
+            axis.imshow(mel.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-1, vmax=1.5,
+                        extent=(0, mel.shape[1] * HOP / SAMPLE_RATE, 0, len(mel)))
+            axis.set_title(name, loc="left", fontsize=10)
+            axis.set_yticks([])
+        figure.supxlabel("seconds")
+        figure.supylabel("mel bin")
 
 
 def main():

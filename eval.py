@@ -1,34 +1,50 @@
 """
-eval.py -- measure a checkpoint: transcribe held-out speech greedily and compare with what was said.
+eval.py -- measure a checkpoint: decode greedily, compare with what was said, and say how sure the figures are.
 
-    python eval.py --ckpt out/                        # what it was made for: the held-out voices, for the tiny preset
-    python eval.py --ckpt out/ --manifest my.jsonl    # your own recordings (data.py describes the format)
-    python eval.py --ckpt out/ --audio a.wav          # one recording, no score
-    python eval.py --ckpt out/ --audio a.wav --prompt "О чём говорится в этом аудио?"
-    python eval.py --compare out_a/ out_b/ --out out  # the results of several runs as one table and one heat map
+    python eval.py --ckpt out/                        # the post's six benchmarks; for a tiny checkpoint, its own six
+    torchrun --nproc_per_node=8 eval.py --ckpt out/ --baseline openai/whisper-large-v3    # eight GPUs, beside Whisper
+    python eval.py --ckpt out/ --manifest my.jsonl    # your own recordings (data.py describes the format); --task qa: answers
+    python eval.py --ckpt out/ --audio a.wav --prompt "О чём говорится в этом аудио?"     # one answer, no score
+    python eval.py --compare out_a/ out_b/ --out out  # several runs as one table and one heat map; which differences are real?
 
-Writes into the checkpoint's folder, or --out: results.json, hypotheses.jsonl (raw and normalised texts) and wer.png.
+Writes into the checkpoint's folder, or --out: results.json, report.md (tables, diagnosis, the worst utterances),
+hypotheses.jsonl (every answer as it came) and wer.png. Interrupted, the same command goes on where it stopped.
+
+Letters in shape comments: n utterances of a split, R draws of the bootstrap.
 """
+import contextlib
+import functools
+import hashlib
 import json
+import os
+import re
+import string
 import sys
 import time
 import unicodedata
+import zlib
+from collections import Counter
 from dataclasses import replace
+from datetime import timedelta
+from itertools import combinations, groupby
 from pathlib import Path
 
 import jiwer
 import numpy as np
 import torch
+import torch.distributed as dist
+import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from augment import HARD, augment, open_banks
-from data import BENCHMARK, EVAL_SPLITS, EVAL_UTTERANCES, ArgumentParser, BadRow, BadRows, Rows, Sample, UserError, check_out, \
-    embedded, load_audio, pick_device, read_manifest, replace_file, run
-from model import ASR_PROMPT, ENCODER, LLM, SAMPLE_RATE, find_checkpoint, load_checkpoint, place_audio
+from augment import HARD, augment, estimate_snr, open_banks
+from data import BENCHMARK, BIG_BENCH_AUDIO, EVAL_SPLITS, EVAL_UTTERANCES, ArgumentParser, BadRow, BadRows, Rows, Sample, \
+    UserError, check_out, embedded, load_audio, pick_device, picture, read_manifest, replace_file, run
+from model import ASR_PROMPT, ENCODER, LLM, SAMPLE_RATE, cut_at_pauses, find_checkpoint, fingerprint, load_checkpoint, part_of, \
+    place_audio
 
 # -----------------------------------------------------------------------------
-# The one text normaliser
+# What is compared: text, normalised
 
 STRESS = "\u0301"  # the accent of за́мок, a reading aid
 
@@ -46,27 +62,149 @@ def normalise(text):
     return " ".join("".join(kept).split())
 
 
-def score(references, hypotheses):
-    """Normalised texts -> corpus WER and CER in percent (all edits over all reference words or characters), with
-    substitutions, deletions, insertions and reference words. By jiwer."""
-    words, chars = jiwer.process_words(references, hypotheses), jiwer.process_characters(references, hypotheses)
-    total = words.hits + words.substitutions + words.deletions
-    edits = words.substitutions + words.deletions + words.insertions
-    return dict(wer=round(100 * edits / max(1, total), 2),
-                cer=round(100 * (chars.substitutions + chars.deletions + chars.insertions)
-                          / max(1, chars.hits + chars.substitutions + chars.deletions), 2),
-                **{"sub": words.substitutions, "del": words.deletions, "ins": words.insertions, "words": total})
+def normalise_as_the_post(text):
+    """The original's: lower case, and the 32 ASCII marks deleted. So кто-то becomes ктото, « » — … stay, and ё is not е."""
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+NORMALIZERS = {"default": normalise, "post": normalise_as_the_post}
+
+
+def normalised(rows, normalizer):
+    """Rows of hypotheses.jsonl, with what is compared."""
+    clean = NORMALIZERS[normalizer]
+    return [r | dict(reference_normalised=clean(r["reference"]), hypothesis_normalised=clean(r["hypothesis"])) for r in rows]
+
+
+def said_and_heard(rows):
+    return [r["reference_normalised"] for r in rows], [r["hypothesis_normalised"] for r in rows]
 
 
 # -----------------------------------------------------------------------------
-# Model and data
+# Figures, and how sure they are
 
-def load_model(folder, device, encoder=ENCODER, llm=LLM):
-    """Any checkpoint, ready to answer; a UserError says what is missing or does not fit."""
-    try:
-        return load_checkpoint(folder, encoder, llm, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
-    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError) as e:
-        raise UserError(f"cannot load {folder}: {str(e).strip().splitlines()[0]}") from None
+TASKS = {"asr": ("wer", "cer"), "qa": ("em", "f1"), "bigbench": ("accuracy",)}  # the first is the one that counts
+TITLES = dict(wer="WER", cer="CER", em="exact match", f1="F1", accuracy="accuracy")
+DRAWS = 2000
+
+
+def edits(references, hypotheses, process=jiwer.process_words):
+    """Normalised texts -> (n, 4): substitutions, deletions, insertions, and words of the reference, of each utterance."""
+    output, rows = process(references, hypotheses), []
+    for chunks, reference in zip(output.alignments, output.references):
+        counts = Counter()
+        for c in chunks:
+            counts[c.type] += max(c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx)
+        rows.append([counts["substitute"], counts["delete"], counts["insert"], len(reference)])
+    return np.array(rows)
+
+
+def measure(task, rows):
+    """Normalised rows of a split -> {metric: (n, k) counts of each utterance}; see figure()."""
+    said, heard = said_and_heard(rows)
+    if task == "asr":
+        return dict(wer=edits(said, heard), cer=edits(said, heard, jiwer.process_characters))
+    if task == "qa":
+        values = dict(em=[s == h for s, h in zip(said, heard)], f1=[token_f1(s, h) for s, h in zip(said, heard)])
+    else:
+        values = dict(accuracy=[r["reference"].lower() == chosen(r["hypothesis"], r["split"]) for r in rows])
+    return {metric: np.stack([x, np.ones(len(rows))], axis=1) for metric, x in values.items()}
+
+
+def token_f1(reference, hypothesis):
+    """Harmonic mean of precision and recall over the words both texts share, as SQuAD scores answers (arXiv:1606.05250)."""
+    reference, hypothesis = reference.split(), hypothesis.split()
+    shared = sum((Counter(reference) & Counter(hypothesis)).values())
+    return 2 * shared / (len(reference) + len(hypothesis)) if shared else float(reference == hypothesis)
+
+
+def figure(counts):
+    """(..., n, k) counts -> (...) percent: all that is in the first columns over all that is in the last. So WER is over the
+    corpus: all edits over all words of the references."""
+    total = counts.sum(-2)
+    return 100 * total[..., :-1].sum(-1) / np.maximum(total[..., -1], 1)
+
+
+def bootstrap(counts, seed=0):
+    """(n, k) -> (R,): the figure of R sets of n utterances drawn from these with replacement (Bisani and Ney 2004). The same
+    seed draws the same utterances, so that two systems are compared on equal terms, however hard a draw is."""
+    return figure(counts[np.random.default_rng(seed).integers(len(counts), size=(DRAWS, len(counts)))])
+
+
+def interval(draws):
+    """(R,) -> [low, high], 95 %."""
+    return [round(float(x), 2) for x in np.percentile(draws, [2.5, 97.5])]
+
+
+def p_value(differences):
+    """(R,) paired differences -> two-sided p: how often the draws disagree about which of the two is better."""
+    either = min((differences <= 0).sum(), (differences >= 0).sum())
+    return float(min(1.0, 2 * (either + 1) / (len(differences) + 1)))
+
+
+# -----------------------------------------------------------------------------
+# Diagnosis: what kind of errors make up a figure
+
+def longest_loop(words):
+    """How many words the longest stretch has that says one phrase three times in a row or more, four words at least:
+    "на на на на столе" -> 4. 0 if there is none."""
+    longest = 0
+    for size in range(1, len(words) // 3 + 1):
+        for start in range(size):
+            phrases = (words[i:i + size] for i in range(start, len(words) - size + 1, size))
+            longest = max([longest, *(n * size for n in (len(list(same)) for _, same in groupby(phrases)) if n >= 3 and n * size > 3)])
+    return longest
+
+
+def diagnose(rows):
+    """Normalised rows of a split -> in how many utterances what went wrong."""
+    kinds = Counter(dict.fromkeys(("stopped_early", "loops", "cut", "silence", "text_on_silence"), 0))
+    for r, said, heard in zip(rows, *said_and_heard(rows)):
+        said, heard = said.split(), heard.split()
+        kinds["stopped_early"] += len(said) > 1.5 * len(heard)
+        kinds["loops"] += longest_loop(heard) > longest_loop(said)
+        kinds["cut"] += r["cut"]
+        kinds["silence"] += not said
+        kinds["text_on_silence"] += bool(heard) and not said
+    return dict(kinds)
+
+
+def worst(rows, task, n=10):
+    """The utterances with the most errors, as text: reference above hypothesis, word by word."""
+    counts = list(measure(task, rows).values())
+    errors = counts[0][:, :3].sum(1) if task == "asr" else 1 - counts[-1][:, 0]
+    blocks = []
+    for i in np.argsort(-errors, kind="stable")[:n]:
+        said, heard = rows[i]["reference_normalised"], rows[i]["hypothesis_normalised"]
+        if errors[i] and task == "asr":
+            aligned = jiwer.visualize_alignment(jiwer.process_words(said, heard), show_measures=False, line_width=110)
+            blocks.append(f"{rows[i]['id']}: {errors[i]} errors\n" + aligned.split("===\n", 1)[1].strip("\n"))
+        elif errors[i]:
+            blocks.append(f"{rows[i]['id']}\nREF: {rows[i]['reference']}\nHYP: {rows[i]['hypothesis']}")
+    return "\n\n".join(blocks)
+
+
+# -----------------------------------------------------------------------------
+# What is decoded: samples by split
+
+RIDDLES = {  # how a category of BigBenchAudio wants to be answered, and the answers there are
+    "formal_fallacies": ("Is the argument deductively valid? Answer with one word: valid or invalid.", "invalid|not valid|valid"),
+    "navigate": ("Does the walk end where it began? Answer with one word: yes or no.", "yes|no|true|false|correct|incorrect"),
+    "object_counting": ("Count what is asked for. Answer with the number alone.", r"\d+"),
+    "web_of_lies": ("Does the last person tell the truth? Answer with one word: yes or no.",
+                    "yes|no|true|false|correct|incorrect")}
+SAME = {"not valid": "invalid", "true": "yes", "correct": "yes", "false": "no", "incorrect": "no"}
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+           "eighteen nineteen twenty").split()
+
+
+def chosen(text, category):
+    """What an answer comes down to: the last of the category's options behind "answer is", or anywhere; "" if there is none."""
+    text = re.sub(rf"\b({'|'.join(NUMBERS)})\b", lambda m: str(NUMBERS.index(m[1])), text.lower())
+    tail = re.split(r"answer(?: is)?\b:?", text)[-1]
+    options = rf"\b(?:{RIDDLES[category][1]})\b"
+    found = re.findall(options, tail) or re.findall(options, text)
+    return SAME.get(found[-1], found[-1]) if found else ""
 
 
 def training_config(where):
@@ -74,22 +212,24 @@ def training_config(where):
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def embedded_splits(lang, seed, n=EVAL_UTTERANCES):
+def embedded_splits(lang, seed, n=EVAL_UTTERANCES, names=(*EVAL_SPLITS, *HARD)):
     """The post's ladder of difficulty, made here -> {split: n samples}. Voices and sentences were never trained on; webinars
     and devices are the clean split again, with noises and rooms never trained on."""
-    splits = {name: embedded(lang, name, n, seed) for name in EVAL_SPLITS}
-    banks = open_banks(voices="clean")
+    splits = {name: embedded(lang, name, n, seed) for name in EVAL_SPLITS if name in names}
+    banks = open_banks(voices="clean") if set(HARD) & set(names) else None
     for k, (name, config) in enumerate(HARD.items()):
+        if name not in names:
+            continue
         splits[name] = []
-        for i, s in enumerate(splits["clean"]):
+        for i, s in enumerate(splits.get("clean") or embedded(lang, "clean", n, seed)):
             x = augment(load_audio(s.audio[0]).numpy(), config, np.random.default_rng([seed % 2 ** 32, k, i]), *banks)
             splits[name].append(replace(s, audio=[(x * 32767).round().astype(np.int16)], name=f"{s.name}/{name}"))
     return splits
 
 
-def benchmark(source, args):
-    """The samples of one split of the post's benchmark, from the hub or --data_dir."""
-    rows, bad, samples = Rows(source, args.data_dir, args.limit), BadRows(args.strict), []
+def from_hub(source, args):
+    """The samples of one dataset, from the hub or --data_dir. What has no reference is left out, and counted."""
+    rows, bad, samples = Rows(source, args.data_dir, None if source is BIG_BENCH_AUDIO else args.limit), BadRows(args.strict), []
     for i in range(len(rows)):
         try:
             samples.append(rows[i])
@@ -99,62 +239,125 @@ def benchmark(source, args):
     return samples
 
 
+def riddles(args):
+    """BigBenchAudio by category."""
+    splits = {category: [] for category in RIDDLES}
+    for s in from_hub(BIG_BENCH_AUDIO, args):
+        if s.question not in RIDDLES:  # the category came in place of a question
+            raise UserError(f"{BIG_BENCH_AUDIO.hub} has the category {s.question!r}: known are {', '.join(RIDDLES)}")
+        splits[s.question].append(replace(s, question="Listen carefully and answer the question.",
+                                          system=RIDDLES[s.question][0]))
+    return {category: samples for category, samples in splits.items() if samples}
+
+
 def load_splits(args):
-    """-> {split: samples}: the manifest that was given, or the embedded held-out sets of the training languages, or the post's
-    six benchmarks."""
+    """-> {split: samples}: the manifest that was given; or the post's six benchmarks; or the embedded held-out sets of the
+    training languages."""
     if args.manifest:
         bad = BadRows(args.strict)
-        samples, total = read_manifest(args.manifest, bad)
+        samples, total = read_manifest(args.manifest, bad, wordless=True)
         bad.report(total, args.manifest)
         return {Path(args.manifest).stem: samples}
+    if args.task == "bigbench":
+        return wanted(args, list(RIDDLES)) and riddles(args)
     trained_on = training_config(args.ckpt)
+    if args.data_dir or not (trained_on.get("embedded") or trained_on.get("train_manifest")) or (
+            args.split and set(args.split) <= set(BENCHMARK)):
+        return {name: from_hub(BENCHMARK[name], args) for name in wanted(args, list(BENCHMARK))}
     if trained_on.get("train_manifest"):
         raise UserError(f"{args.ckpt} was trained on a manifest: name your recordings with --manifest FILE")
-    if not trained_on.get("embedded"):
-        return {name: benchmark(source, args) for name, source in BENCHMARK.items()}
     first, *others = (args.lang or trained_on["lang"]).split(",")
-    n = min(args.limit or EVAL_UTTERANCES, EVAL_UTTERANCES)  # what is cut off anyway need not be made
-    return embedded_splits(first, trained_on["seed"], n) | {
-        f"{name}_{lang}": samples for lang in others
-        for name, samples in embedded_splits(lang, trained_on["seed"], n).items()}
+    makeable = [*EVAL_SPLITS, *HARD] + [f"{name}_{lang}" for lang in others for name in (*EVAL_SPLITS, *HARD)]
+    names, n = wanted(args, makeable), min(args.limit or EVAL_UTTERANCES, EVAL_UTTERANCES)  # the rest need not be made
+    splits = embedded_splits(first, trained_on["seed"], n, names)
+    for lang in others:
+        ours = [name.removesuffix(f"_{lang}") for name in names if name.endswith(f"_{lang}")]
+        splits |= {f"{name}_{lang}": s for name, s in embedded_splits(lang, trained_on["seed"], n, ours).items()}
+    return splits
+
+
+def wanted(args, names):
+    """--split among what there is; raises UserError."""
+    if missing := [name for name in args.split or () if name not in names]:
+        raise UserError(f"--split {missing[0]}: choose from {', '.join(names)}")
+    return [name for name in names if not args.split or name in args.split]
 
 
 # -----------------------------------------------------------------------------
-# Decoding
+# Who answers. A system is a function: (samples, their waves) -> [(text, tokens generated, cut by the limit?)]
 
-def transcribe(model, samples, batch_size, max_new_tokens, name):
-    """Samples -> (hypotheses, {index: reason} of those that failed, seconds of audio, seconds it took).
+THINK = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)  # other people's checkpoints may think aloud
 
-    An utterance that cannot be decoded, or whose generation raises, counts as an empty hypothesis: it stays in the
-    score, and it is named. A batch that raises is tried again one by one, so that one bad row harms no other."""
-    waves, failed, began = {}, {}, time.perf_counter()
-    for i, sample in enumerate(samples):
-        try:
-            waves[i] = [load_audio(a) for a in sample.audio]
-        except BadRow as e:
-            failed[i] = str(e)
-    length = {i: sum(map(len, w)) for i, w in waves.items()}
-    hypotheses, queue = [""] * len(samples), sorted(waves, key=lambda i: -length[i])  # longest first: memory shows early
 
-    def answer(batch):
-        ids = model.chat([samples[i].messages(with_answer=False) for i in batch], [waves[i] for i in batch],
-                         max_new_tokens=max_new_tokens)
-        for i, text in zip(batch, model.decode(ids)):
-            hypotheses[i] = text
+def load_model(folder, device, encoder=ENCODER, llm=LLM):
+    """Any checkpoint, ready to answer; a UserError says what is missing or does not fit."""
+    try:
+        return load_checkpoint(folder, encoder, llm, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"cannot load {folder}: {str(e).strip().splitlines()[0]}") from None
 
-    with tqdm(total=len(queue), desc=name, unit=" utterances", mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-        for start in range(0, len(queue), batch_size):
-            batch = queue[start:start + batch_size]
-            try:
-                answer(batch)
-            except Exception:
-                for i in batch:
-                    try:
-                        answer([i])
-                    except Exception as e:
-                        failed[i] = f"{type(e).__name__}: {e}".splitlines()[0]
-            bar.update(len(batch))
-    return hypotheses, failed, sum(length.values()) / SAMPLE_RATE, time.perf_counter() - began
+
+def until_end(ids, ends):
+    """One answer's ids, padded -> (tokens, its end included; was there none?)."""
+    stops = torch.isin(ids, ends).nonzero()
+    return (int(stops[0]) + 1, False) if len(stops) else (len(ids), True)
+
+
+def in_pieces(answer, longest, batch_size):
+    """A system that hears long recordings piece by piece, cut at pauses, and joins the texts."""
+    def pieces_of(waves):
+        if len(waves) != 1:
+            raise BadRow(f"a transcript is of one recording, not of {len(waves)}")
+        return cut_at_pauses(waves[0], longest)
+
+    def joined(samples, waves):
+        jobs = [(i, piece) for i, w in enumerate(waves) for piece in pieces_of(w)]
+        parts = [[] for _ in samples]
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start:start + batch_size]
+            for (i, _), part in zip(batch, answer([samples[i] for i, _ in batch], [[piece] for _, piece in batch])):
+                parts[i].append(part)
+        return [(" ".join(filter(None, texts)), sum(tokens), any(cut)) for texts, tokens, cut in (zip(*p) for p in parts)]
+    return joined
+
+
+def native(model, args):
+    """Our model."""
+    ends = torch.tensor(model.ends)
+
+    def answer(samples, waves):
+        ids = model.chat([s.messages(with_answer=False) for s in samples], waves, max_new_tokens=args.max_new_tokens).cpu()
+        return [(THINK.sub("", text).strip(), *until_end(row, ends)) for text, row in zip(model.decode(ids), ids)]
+    return answer if args.chunk == "window" else in_pieces(answer, model.config.window_samples, args.batch_size)
+
+
+def whisper(where, args, device):
+    """The baseline: Whisper with its own decoder, by transformers, greedy, its language forced."""
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+    try:
+        model = part_of(WhisperForConditionalGeneration, where, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        processor = WhisperProcessor.from_pretrained(where)
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError) as e:
+        raise UserError(f"cannot load --baseline {where}: {str(e).strip().splitlines()[0]}") from None
+    settings, vocabulary, language = model.generation_config, processor.tokenizer.get_vocab(), f"<|{args.lang or 'ru'}|>"
+    if language not in vocabulary or getattr(settings, "is_multilingual", None) is False:
+        raise UserError(f"--baseline {where} does not know {language}: name a multilingual Whisper")
+    for name, value in dict(is_multilingual=True, lang_to_id={language: vocabulary[language]},  # which old files lack
+                            task_to_id={"transcribe": vocabulary.get("<|transcribe|>")},
+                            no_timestamps_token_id=vocabulary.get("<|notimestamps|>")).items():
+        if getattr(settings, name, None) is None:
+            setattr(settings, name, value)
+    model.to(device).eval()
+    most = min(args.max_new_tokens, model.config.max_target_positions - 4)  # four go to start, language, task, no timestamps
+
+    def answer(samples, waves):
+        mel = processor.feature_extractor([w.numpy() for w, in waves], sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        ids = model.generate(mel.input_features.to(device, model.dtype), language=language, task="transcribe",
+                             max_new_tokens=most, do_sample=False, num_beams=1).cpu()
+        texts = processor.batch_decode(ids, skip_special_tokens=True)
+        lengths = [int((row != model.config.eos_token_id).sum()) for row in ids]  # it pads with the end
+        return [(text.strip(), n, n >= most) for text, n in zip(texts, lengths)]
+    return in_pieces(answer, processor.feature_extractor.n_samples, args.batch_size)
 
 
 def answer_one(model, path, prompt, max_new_tokens):
@@ -176,19 +379,189 @@ def answer_one(model, path, prompt, max_new_tokens):
 
 
 # -----------------------------------------------------------------------------
+# Decoding. Blocks of a few batches are dealt out over the ranks; how a batch is made up depends on neither the number of
+# ranks nor on where an earlier attempt stopped. Every answer is on disk as soon as it is there.
+
+BLOCK = 4  # batches
+
+
+class Answers(dict):
+    """{key: row of hypotheses.jsonl}: what has been answered so far, by any rank. Kept in part files until finish()."""
+
+    def __init__(self, folder, rank=0, world=1, also=()):
+        self.folder, self.rank, self.world = folder, rank, world
+        for path in [*also, *self.parts()]:
+            for line in path.read_text().splitlines() if path.is_file() else ():
+                with contextlib.suppress(ValueError):  # a kill may have cut a line
+                    row = json.loads(line)
+                    if "key" in row and not row["failed"]:  # what failed is tried again
+                        self[row["key"]] = {k: row[k] for k in ROW}
+        self.meet()  # nobody writes before all have read
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(folder / f"hypotheses.{rank}.part.jsonl", "a", buffering=1)
+
+    def parts(self):
+        return sorted(self.folder.glob("hypotheses.*.part.jsonl"))
+
+    def meet(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def add(self, row):
+        self[row["key"]] = row
+        self.file.write("\n" + line_of(row))  # on a line of its own, whatever a kill has left
+
+    def share(self):
+        """Let every rank know what all have."""
+        if self.world > 1:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, dict(self))
+            for answers in everyone:
+                self.update(answers)
+
+    def finish(self, used):
+        """The results are written: forget the answers in them, but keep those of another, unfinished evaluation."""
+        self.file.close()
+        self.meet()
+        if self.rank == 0:
+            for path in self.parts():
+                path.unlink()
+            if left := [row for key, row in self.items() if key not in used and not row["failed"]]:
+                replace_file(self.folder / "hypotheses.0.part.jsonl", lambda tmp: Path(tmp).write_text("".join(map(line_of, left))))
+
+
+ROW = ("key", "split", "id", "reference", "hypothesis", "failed", "seconds", "took", "tokens", "cut", "snr")
+
+
+def line_of(row):
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def key_of(system, split, sample):
+    """What an answer depends on: the system with its settings, the question, and the recordings."""
+    def what(audio):
+        if isinstance(audio, str):
+            return (audio, *os.stat(audio)[6:9:2]) if os.path.isfile(audio) else audio  # size and time of change
+        return len(audio), zlib.crc32(audio)
+    facts = [system, split, sample.name, sample.messages(), list(map(what, sample.audio))]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+def decode(answer, todo, answers, batch_size, label):
+    """Answer what is not in `answers` yet. todo: list of (key, split, sample).
+
+    An utterance that cannot be decoded, or whose generation raises, counts as an empty hypothesis: it stays in the
+    score, and it is named. A batch that raises is tried again one by one, so that one bad row harms no other."""
+    size = BLOCK * batch_size
+    mine = [todo[i:i + size] for i in range(0, len(todo), size)][answers.rank::answers.world]
+    with tqdm(total=sum(map(len, mine)), desc=label, unit=" utterances", disable=answers.rank > 0,
+              mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+        for block in mine:
+            if any(key not in answers for key, *_ in block):
+                queue = hear(block, answers)
+                for start in range(0, len(queue), batch_size):
+                    if any(row["key"] not in answers for row, *_ in queue[start:start + batch_size]):
+                        for row in decode_batch(answer, queue[start:start + batch_size]):
+                            answers.add(row)
+            bar.update(len(block))
+    answers.share()
+
+
+def hear(block, answers):
+    """Read the recordings of a block -> [(row, sample, waves)], longest first: memory shows early."""
+    queue = []
+    for key, split, sample in block:
+        row = dict(zip(ROW, (key, split, sample.name, sample.answer, "", None, 0.0, 0.0, 0, False, None)))
+        try:
+            waves = [load_audio(a, silence=not sample.answer) for a in sample.audio]
+        except BadRow as e:
+            answers.add(row | dict(failed=str(e)))
+        else:
+            row["seconds"] = round(sum(map(len, waves)) / SAMPLE_RATE, 3)
+            row["snr"] = round(min(map(estimate_snr, waves)), 1) if waves else None
+            queue.append((row, sample, waves))
+    return sorted(queue, key=lambda item: -item[0]["seconds"])
+
+
+def decode_batch(answer, batch):
+    """-> the rows, filled in."""
+    rows, samples, waves = zip(*batch)
+    began = time.perf_counter()
+    try:
+        heard = answer(samples, waves)
+    except Exception:
+        heard = []
+        for sample, wave in zip(samples, waves):
+            try:
+                heard += answer([sample], [wave])
+            except Exception as e:
+                heard.append(e)
+    took = round((time.perf_counter() - began) / len(rows), 5)
+    for row, x in zip(rows, heard):
+        if isinstance(x, Exception):
+            reason = str(x) if isinstance(x, BadRow) else f"{type(x).__name__}: {x}"
+            yield row | dict(took=took, failed=reason.splitlines()[0])
+        else:
+            yield row | dict(zip(("hypothesis", "tokens", "cut"), x), took=took)
+
+
+# -----------------------------------------------------------------------------
 # Report
 
-def table(run_name, splits, average):
-    """The results as a markdown table; with several splits, their WER once more in the shape of the post's table."""
-    lines = ["| split | WER % | CER % | sub | del | ins | words | samples | failed | x real time |",
-             "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    lines += [f"| {name} | {r['wer']:.2f} | {r['cer']:.2f} | {r['sub']} | {r['del']} | {r['ins']} | {r['words']} | "
-              f"{r['samples']} | {r['failed']} | {r['rtfx']:.1f} |" for name, r in splits.items()]
-    if len(splits) > 1:
-        wers = " | ".join(f"{x:.2f}" for x in [*(r["wer"] for r in splits.values()), average])
-        lines += ["", f"| WER % | {' | '.join(splits)} | average |", "|---" + "|--:" * (len(splits) + 1) + "|",
-                  f"| {run_name} | {wers} |"]
-    return "\n".join(lines)
+def assess(rows, task):
+    """{split: normalised rows} of one system -> what results.json says about it."""
+    splits, draws = {}, []
+    for seed, (split, own) in enumerate(rows.items()):
+        counts, result = measure(task, own), {}
+        for metric, x in counts.items():
+            drawn = bootstrap(x, seed)
+            result |= {metric: round(float(figure(x)), 2), f"{metric}_ci": interval(drawn)}
+            draws += [drawn] * (metric == TASKS[task][0])
+        if task == "asr":
+            result |= dict(zip(("sub", "del", "ins", "words"), counts["wer"].sum(0).tolist())) | diagnose(own)
+        seconds, took = sum(r["seconds"] for r in own), sum(r["took"] for r in own)
+        splits[split] = result | dict(
+            samples=len(own), failed=sum(bool(r["failed"]) for r in own), seconds=round(seconds, 1),
+            rtf=round(took / max(seconds, 1e-9), 5), tokens_per_s=round(sum(r["tokens"] for r in own) / max(took, 1e-9), 1))
+    metric = TASKS[task][0]
+    return dict(splits=splits) | {f"avg_{metric}": round(sum(r[metric] for r in splits.values()) / len(splits), 2),
+                                  f"avg_{metric}_ci": interval(np.mean(draws, axis=0))}
+
+
+def markdown(header, rows):
+    """A table; the first column reads from the left, figures from the right."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (
+        header, ["---"] + ["--:"] * (len(header) - 1), *rows)).replace("| --- |", "|---|").replace(" --: |", "--:|")
+
+
+def results_table(result, task):
+    """A system's figures by split, and for transcripts what kind of errors they are made of."""
+    asr = task == "asr"
+    def certain(r, metric):
+        return f"{r[metric]:.2f} [{r[metric + '_ci'][0]:.2f}, {r[metric + '_ci'][1]:.2f}]"
+    names = ["sub", "del", "ins", "words"] * asr + ["samples", "failed"]
+    tables = [markdown(
+        ["split", *(f"{TITLES[m]} % [95 %]" for m in TASKS[task]), *names, "RTF", "tokens/s"],
+        [[split, *(certain(r, m) for m in TASKS[task]), *(r[n] for n in names), f"{r['rtf']:.4f}", f"{r['tokens_per_s']:.0f}"]
+         for split, r in result["splits"].items()])]
+    if asr:
+        def share(r, name):
+            return f"{100 * r[name] / r['samples']:.1f}"
+        tables.append(markdown(
+            ["split", "deletions %", "insertions %", "stopped early %", "loops %", "cut by the limit %", "text on silence"],
+            [[split, *(f"{100 * r[n] / max(1, r['words']):.1f}" for n in ("del", "ins")),
+              *(share(r, n) for n in ("stopped_early", "loops", "cut")),
+              f"{r['text_on_silence']} of {r['silence']}" if r["silence"] else "-"] for split, r in result["splits"].items()]))
+    return "\n\n".join(tables)
+
+
+def overview(systems, task):
+    """{name: assessed} -> one line a system, in the shape of the post's table."""
+    metric = TASKS[task][0]
+    columns = list(next(iter(systems.values()))["splits"])
+    return markdown([f"{TITLES[metric]} %", *columns, "average [95 %]"], [
+        [name, *(f"{r['splits'][c][metric]:.2f}" for c in columns),
+         "{:.2f} [{:.2f}, {:.2f}]".format(r[f"avg_{metric}"], *r[f"avg_{metric}_ci"])] for name, r in systems.items()])
 
 
 def transcripts(rows, n=6):
@@ -199,127 +572,282 @@ def transcripts(rows, n=6):
                      f"      heard  {r['hypothesis'] or '(nothing)'}" for r in shown)
 
 
-def plot_wer(run_name, splits, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(max(3.5, 1.5 * len(splits)), 4), layout="constrained")
-    bars = axis.bar(list(splits), [r["wer"] for r in splits.values()], width=0.5, color="#1f4e9c")
-    axis.bar_label(bars, [f"{r['wer']:.2f}" for r in splits.values()], padding=3)
-    axis.set(ylabel="word error rate, %", title=run_name, xlim=(-0.6, len(splits) - 0.4))
-    axis.margins(y=0.15)
-    axis.spines[["top", "right"]].set_visible(False)
-    replace_file(path, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
-    plt.close(figure)
+def plot_figures(systems, task, path):
+    """Bars by split, one a system, with their intervals."""
+    metric = TASKS[task][0]
+    columns, width = list(next(iter(systems.values()))["splits"]), 0.7 / len(systems)
+    with picture(path, figsize=(max(4, (1 + 0.5 * len(systems)) * len(columns)), 4.5)) as (_, axis):
+        for k, (name, result) in enumerate(systems.items()):
+            values = np.array([r[metric] for r in result["splits"].values()])
+            low, high = np.array([r[f"{metric}_ci"] for r in result["splits"].values()]).T
+            bars = axis.bar(np.arange(len(columns)) + (k - (len(systems) - 1) / 2) * width, values, 0.9 * width, label=name,
+                            yerr=np.clip([values - low, high - values], 0, None), capsize=3, ecolor="#555555",
+                            color=("#1f4e9c", "#e08a1e", "#4f9c5a")[k % 3])
+            axis.bar_label(bars, [f"{v:.2f}" for v in values], padding=3, fontsize=8)
+        axis.set(ylabel=f"{TITLES[metric]}, % (bars: 95 % intervals)", xlim=(-0.6, len(columns) - 0.4))
+        axis.set_xticks(range(len(columns)), [c.replace("_", "\n") for c in columns])
+        axis.margins(y=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
 
 
-def compare(folders, out):
-    """Several runs' results.json as the post's table, best first, and as a heat map: table.md and heatmap.png in `out`."""
+def write_results(out, rows, args, step):
+    """{system: {split: rows}}, ours first -> results.json, hypotheses.jsonl, report.md and a picture; prints the short version."""
+    task, name = args.task, next(iter(rows))
+    clean = {n: {split: normalised(own, args.normalizer) for split, own in splits.items()} for n, splits in rows.items()}
+    systems = {n: assess(splits, task) for n, splits in clean.items()}
+    flat = [(n, split, r) for n, splits in clean.items() for split, own in splits.items() for r in own]
+    replace_file(out / "hypotheses.jsonl", lambda tmp: Path(tmp).write_text("".join(line_of(dict(run=n) | r) for n, _, r in flat)))
+    replace_file(out / "results.json", lambda tmp: Path(tmp).write_text(json.dumps(
+        dict(run=name, step=step, task=task, normalizer=args.normalizer, **systems[name],
+             others={n: r for n, r in systems.items() if n != name}), indent=1, ensure_ascii=False)))
+    plot_figures(systems, task, out / "wer.png" if task == "asr" else out / f"{task}.png")
+
+    tables = [("" if len(systems) == 1 else f"{n}\n\n") + results_table(r, task) for n, r in systems.items()]
+    if task == "asr" and args.normalizer != "default":  # beside the default one
+        systems |= {f"{n}, default normaliser": assess({s: normalised(r, "default") for s, r in splits.items()}, task)
+                    for n, splits in rows.items()}
+    if len(systems) > 1 or len(rows[name]) > 1:
+        tables.append(overview(systems, task))
+    report = [f"# {name}", f"Greedy, at most {args.max_new_tokens} tokens, normaliser: {args.normalizer}. Intervals: 95 %, bootstrap "
+              "over utterances. RTF: seconds of computing for a second of audio, of one process.", *tables]
+    if failed := [f"- {r['id']} ({n}, {split}): {r['failed']}" for n, split, r in flat if r["failed"]]:
+        report += ["## Failed, counted as empty", "\n".join(failed)]
+    report += [f"## The worst of {n}, {split}\n\n```\n{text}\n```" for n, splits in clean.items() for split, own in splits.items()
+               if (text := worst(own, task))]
+    replace_file(out / "report.md", lambda tmp: Path(tmp).write_text("\n\n".join(report) + "\n"))
+    print("\n" + "\n\n".join(tables) + f"\n\n{transcripts([r for n, _, r in flat if n == name])}\n\nwrote results.json, report.md "
+          f"(the worst utterances are there), hypotheses.jsonl and a picture to {out}")
+
+
+# -----------------------------------------------------------------------------
+# Several runs in one table
+
+PUBLISHED = {  # the post's aggregated table, WER % on RuASRBenchmark: steps, six splits, average
+    "Whisper-v3": (None, (11.68, 12.23, 7.77, 11.95, 2.68, 19.87), 11.03),
+    "ru_text_10pct": (1624, (6.42, 15.79, 60.69, 11.36, 1.99, 18.75), 19.17),
+    "ru_only": (1000, (6.54, 13.64, 61.32, 10.06, 1.94, 22.43), 19.32),
+    "en_only": (1172, (6.89, 27.92, 59.76, 8.56, 2.09, 20.03), 20.88),
+    "mixed_large": (1000, (6.65, 26.69, 62.09, 11.69, 1.75, 23.82), 22.11),
+    "ru_text_25pct": (1000, (6.35, 35.02, None, None, None, None), 24.02),  # the other four were not published
+    "IT_fresh (no pretrain)": (2400, (14.85, 181.09, 100.67, 44.83, 24.83, 42.81), 68.18)}  # seems another run's row
+
+
+def read_run(folder):
+    """-> {name: (step, task, {split: rows})} of every system that was evaluated into a folder. Raises UserError."""
+    folder, runs = Path(folder), {}
+    try:
+        result = json.loads((folder / "results.json").read_text())
+        rows = [json.loads(line) for line in (folder / "hypotheses.jsonl").read_text().splitlines()]
+        for r in rows:
+            main = r.get("run", result["run"]) == result["run"]
+            name = folder.resolve().name.removeprefix("out_") if main else r["run"]
+            run_ = runs.setdefault(name, (result["step"] if main else None, result.get("task", "asr"), {}))
+            run_[2].setdefault(r["split"], []).append(r)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        runs = {}
+    if not runs:
+        raise UserError(f"no results of eval.py in {folder}: run python eval.py --ckpt {folder}")
+    return runs
+
+
+def read_runs(folders):
+    """Several folders -> as read_run. Raises UserError if they were not evaluated on the same utterances."""
     runs = {}
     for folder in folders:
-        try:
-            result = json.loads((Path(folder) / "results.json").read_text())
-            runs[Path(folder).resolve().name.removeprefix("out_")] = (
-                result.get("step"), {name: r["wer"] for name, r in result["splits"].items()}, result["avg_wer"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"no results.json of eval.py in {folder}: run python eval.py --ckpt {folder}") from None
-    runs = dict(sorted(runs.items(), key=lambda item: item[1][2]))
-    columns = list(next(iter(runs.values()))[1])
-    if other := [name for name, (_, wers, _) in runs.items() if list(wers) != columns]:
-        raise UserError(f"{other[0]} was evaluated on other splits: only results on the same ones compare")
-    lines = [f"| Run | Steps | {' | '.join(columns)} | Avg |", "|---" + "|--:" * (len(columns) + 2) + "|"]
-    lines += [f"| {name} | {step or ''} | {' | '.join(f'{w:.2f}' for w in wers.values())} | {average:.2f} |"
-              for name, (step, wers, average) in runs.items()]
+        for name, run_ in read_run(folder).items():  # a baseline that several folders hold is shown once
+            runs[f"{Path(folder).name}/{name}" if name in runs and runs[name] != run_ else name] = run_
+    def what(run_):
+        return run_[1], {split: [(r["id"], r["reference"]) for r in rows] for split, rows in run_[2].items()}
+    first = next(iter(runs))
+    if other := [name for name in runs if what(runs[name]) != what(runs[first])]:
+        raise UserError(f"{other[0]} was evaluated on other utterances than {first}: only results on the same ones compare")
+    return runs
+
+
+def compare(folders, out, normalizer):
+    """Runs as the post's table, best first, with p-values of all differences, and as a heat map: table.md, heatmap.png."""
+    runs = read_runs(folders)
+    _, task, splits = next(iter(runs.values()))
+    columns, metric = list(splits), TASKS[task][0]
+    figures, draws = {}, {}  # {run: (splits + 1,)}, {run: (splits + 1, R)}: the last is the average
+    for name, (_, _, splits) in runs.items():
+        counts = [measure(task, normalised(splits[c], normalizer))[metric] for c in columns]
+        figures[name] = [figure(x) for x in counts]
+        figures[name].append(sum(figures[name]) / len(columns))
+        drawn = [bootstrap(x, seed) for seed, x in enumerate(counts)]
+        draws[name] = np.array([*drawn, np.mean(drawn, axis=0)])
+    steps, sign = {name: run_[0] for name, run_ in runs.items()}, 1 if metric == "wer" else -1
+    published = {f"{name} (published)": [*splits, average] for name, (_, splits, average) in PUBLISHED.items()}
+    if columns == list(BENCHMARK) and metric == "wer":
+        figures |= published
+        steps |= {f"{name} (published)": p[0] for name, p in PUBLISHED.items()}
+    figures = dict(sorted(figures.items(), key=lambda item: sign * item[1][-1]))
+
+    def line(name, values, step):
+        return [name, step or "-", *("-" if v is None else f"{v:.2f}" for v in values)]
+    tables = [f"{TITLES[metric]}, %, normaliser: {normalizer}.", markdown(
+        ["Run", "Steps", *columns, "Avg"], [line(name, values, steps[name]) for name, values in figures.items()])]
+    pairs = list(combinations([name for name in figures if name in draws], 2))
+    if pairs:
+        tables += [f"Differences and, in brackets, their p-value by a paired bootstrap over utterances, {DRAWS} draws. Below 0.05 a "
+                   "difference on these utterances is unlikely to be chance; of twenty pairs that do not differ, one will look "
+                   "so. Another seed of training is another source of chance, which no such test sees.", markdown(
+                       ["Difference", *columns, "Avg"], [[f"{a} - {b}", *(f"{x - y:+.2f} ({p_value(d):.3f})" for x, y, d in zip(
+                           figures[a], figures[b], draws[a] - draws[b]))] for a, b in pairs])]
+    if metric == "wer" and not published.keys() <= figures.keys():
+        tables += ["Published by the post: WER, %, on RuASRBenchmark, which is other speech than the above.", markdown(
+            ["Run", "Steps", *BENCHMARK, "Avg"],
+            [line(f"{n} (published)", [*splits, average], step) for n, (step, splits, average) in PUBLISHED.items()])]
     out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "table.md", lambda tmp: Path(tmp).write_text("\n".join(lines) + "\n"))
-    plot_heatmap(list(runs), columns, [list(wers.values()) for _, wers, _ in runs.values()], out / "heatmap.png")
-    print("\n".join(lines) + f"\n\nWER, %. Wrote table.md and heatmap.png to {out}")
+    replace_file(out / "table.md", lambda tmp: Path(tmp).write_text("\n\n".join(tables) + "\n"))
+    plot_heatmap(list(figures), [*columns, "Avg"], list(figures.values()), metric, out / "heatmap.png")
+    print("\n\n".join(tables) + f"\n\nwrote table.md and heatmap.png to {out}")
 
 
-def plot_heatmap(rows, columns, wers, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(1.3 * len(columns) + 2.5, 0.5 * len(rows) + 1.4), layout="constrained")
-    shade = np.log(np.clip(wers, 0.5, 100))  # 1 against 2 is as much as 50 against 100, and beyond 100 all is lost
-    axis.imshow(shade, cmap="RdYlGn_r", aspect="auto", vmin=np.log(0.5), vmax=np.log(100))
-    for i, row in enumerate(wers):
-        for j, wer in enumerate(row):
-            axis.text(j, i, f"{wer:.2f}", ha="center", va="center", color="white" if wer > 35 else "black")
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(rows)), rows)
-    axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    axis.spines[:].set_visible(False)
-    axis.set_xlabel("word error rate, %")
-    replace_file(path, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
-    plt.close(figure)
+def plot_heatmap(rows, columns, values, metric, path):
+    """Green is good. WER is shaded by its logarithm: 1 against 2 is as much as 50 against 100, and beyond 100 all is lost."""
+    values = np.array(values, float)
+    shade = np.log(np.clip(values, 0.5, 100)) if metric == "wer" else -values
+    low, high = (np.log(0.5), np.log(100)) if metric == "wer" else (-100, 0)
+    with picture(path, figsize=(1.3 * len(columns) + 0.1 * max(map(len, rows)) + 0.5, 0.5 * len(rows) + 1.4)) as (_, axis):
+        axis.imshow(np.ma.masked_invalid(shade), cmap="RdYlGn_r", aspect="auto", vmin=low, vmax=high)
+        for (i, j), value in np.ndenumerate(values):
+            dark = (shade[i, j] - low) / (high - low) > 0.83
+            axis.text(j, i, "-" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
+        axis.axvline(len(columns) - 1.5, color="white", linewidth=4)
+        axis.set_xticks(range(len(columns)), [c.replace("_", "\n", 1) for c in columns])
+        axis.set_yticks(range(len(rows)), rows)
+        axis.tick_params(length=0, labeltop=True, labelbottom=False)
+        axis.spines[:].set_visible(False)
+        axis.set_xlabel(f"{TITLES[metric]}, %")
 
 
-def main():
+# -----------------------------------------------------------------------------
+
+def parse_args():
     parser = ArgumentParser(prog="eval.py", allow_abbrev=False, description="Measure a checkpoint, or ask it about one file.")
-    parser.add_argument("--ckpt", default="out", help="folder that train.py wrote")
+    parser.add_argument("--ckpt", default="out", help="folder that train.py wrote, or any other checkpoint")
     parser.add_argument("--encoder", default=ENCODER, help="what a checkpoint in the original's layout was made of")
     parser.add_argument("--llm", default=LLM, help="the same")
+    parser.add_argument("--task", default="asr", choices=TASKS, help="transcripts by WER; qa: answers by exact match and F1; "
+                        "bigbench: BigBenchAudio by accuracy")
     parser.add_argument("--manifest", help="JSONL with recordings and references; default: what the checkpoint is for")
-    parser.add_argument("--lang", choices=("ru", "en", "ru,en"), help="of the embedded splits; default: as trained")
-    parser.add_argument("--data_dir", help="folder with a copy of Vikhrmodels/RuASRBenchmark, instead of the hub")
+    parser.add_argument("--split", type=lambda s: s.split(","), help="only these, separated by commas")
+    parser.add_argument("--lang", choices=("ru", "en", "ru,en"), help="of the embedded splits (default: as trained), and of --baseline")
+    parser.add_argument("--data_dir", help="folder with a copy of the hub's dataset, at owner/name")
+    parser.add_argument("--limit", type=int, help="at most so many utterances a split")
+    parser.add_argument("--baseline", help="a Whisper, hub name or path, as another row")
+    parser.add_argument("--fallback", choices=("whisper",), help="one more row: noisy utterances go to the baseline "
+                        f"(default: {ENCODER}), all others to the checkpoint")
+    parser.add_argument("--fallback_snr", type=float, default=15, help="noisy: with an estimated SNR below this, in dB")
+    parser.add_argument("--chunk", default="window", choices=("window", "vad"), help="recordings longer than a window: all windows "
+                        "at once, or cut at pauses and the texts joined")
+    parser.add_argument("--normalizer", default="default", choices=NORMALIZERS, help="post: the original's")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_new_tokens", type=int, help="default: 256; 64 for bigbench")
+    parser.add_argument("--reuse", action="store_true", help="take the answers that --out holds already, if checkpoint, settings "
+                        "and recordings are the same")
     parser.add_argument("--audio", help="answer for this file instead of measuring")
     parser.add_argument("--prompt", help="the question for --audio; default: transcribe")
     parser.add_argument("--compare", nargs="+", metavar="DIR", help="evaluated runs to put into one table instead")
     parser.add_argument("--out", help="where results go; default: the checkpoint's folder")
-    parser.add_argument("--limit", type=int, help="at most so many utterances a split")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--strict", action="store_true", help="stop at the first unusable row of the manifest")
     args = parser.parse_args()
+    args.max_new_tokens = 64 if args.max_new_tokens is None and args.task == "bigbench" else args.max_new_tokens
+    args.max_new_tokens = 256 if args.max_new_tokens is None else args.max_new_tokens
     for name in ("batch_size", "max_new_tokens", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.prompt is not None and not args.audio:
-        raise UserError("--prompt asks about one file: name it with --audio")
-    if args.audio and args.manifest:
-        raise UserError("--audio answers for one file, --manifest measures many: give one of the two")
-    if args.audio and not Path(args.audio).is_file():
-        raise UserError(f"no file at {args.audio}")
+    for wrong, says in (
+            (args.prompt is not None and not args.audio, "--prompt asks about one file: name it with --audio"),
+            (args.audio and args.manifest, "--audio answers for one file, --manifest measures many: give one of the two"),
+            (args.audio and not Path(args.audio).is_file(), f"no file at {args.audio}"),
+            (args.data_dir and not Path(args.data_dir).is_dir(), f"no folder at --data_dir {args.data_dir}"),
+            (args.task == "qa" and not args.manifest, "--task qa: name a --manifest with questions and answers"),
+            (args.task == "bigbench" and args.manifest, "--task bigbench has its own data: leave out --manifest"),
+            (args.task != "asr" and (args.baseline or args.fallback or args.chunk == "vad"),
+             f"--baseline, --fallback and --chunk vad are for transcripts, not for --task {args.task}"),
+            (args.split and args.manifest, "--split chooses among benchmarks, a manifest is one split: give one of the two"),
+            ((args.baseline or args.fallback) and args.lang == "ru,en", "--baseline listens in one language: give --lang ru or --lang en")):
+        if wrong:
+            raise UserError(says)
+    return args
+
+
+def main():
+    args = parse_args()
     out = Path(args.out or (args.ckpt if Path(args.ckpt).is_dir() and not args.compare else "out"))
     check_out(out)
     if args.compare:
-        return compare(args.compare, out)
+        return compare(args.compare, out, args.normalizer)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(pick_device(args.device))
-    splits = load_splits(args) if args.manifest else {}  # a wrong row is found sooner than a model is loaded
-    model = load_model(args.ckpt, device, args.encoder, args.llm)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(hours=3))  # only texts travel
+    transformers.utils.logging.set_verbosity_error()  # remarks about generation flags, once a batch
     if args.audio:
-        return answer_one(model, args.audio, args.prompt, args.max_new_tokens)
-    splits = splits or load_splits(args)
+        return answer_one(load_model(args.ckpt, device, args.encoder, args.llm), args.audio, args.prompt, args.max_new_tokens)
+    load = functools.cache(functools.partial(load_splits, args))
+    if args.manifest:  # a wrong row is found sooner than a model is loaded
+        load()
+    systems = {"run": native(load_model(args.ckpt, device, args.encoder, args.llm), args)}
+    if rank == 0:  # fetches or speaks what the others then find
+        load()
+    if world > 1:
+        dist.barrier()
+    with contextlib.redirect_stderr(sys.stderr if rank == 0 else open(os.devnull, "w")):
+        splits = {split: samples[:args.limit] for split, samples in load().items()}
+    if args.baseline or args.fallback:
+        systems["baseline"] = whisper(args.baseline or ENCODER, args, device)
 
-    results, rows = {}, []
-    for split, samples in splits.items():
-        samples = samples[:args.limit]
-        hypotheses, failed, seconds, took = transcribe(model, samples, args.batch_size, args.max_new_tokens, split)
-        new = [dict(split=split, id=s.name, reference=s.answer, hypothesis=h, reference_normalised=normalise(s.answer),
-                    hypothesis_normalised=normalise(h), failed=failed.get(i))
-               for i, (s, h) in enumerate(zip(samples, hypotheses))]
-        results[split] = dict(**score([r["reference_normalised"] for r in new], [r["hypothesis_normalised"] for r in new]),
-                              samples=len(samples), failed=len(failed), rtfx=round(seconds / took, 1))
-        rows += new
-    average = round(sum(r["wer"] for r in results.values()) / len(results), 2)
-    trained_as = training_config(args.ckpt)
-    run_name = trained_as.get("preset", Path(args.ckpt).resolve().name)
+    answers = Answers(out, rank, world, [out / "hypotheses.jsonl"] if args.reuse else [])
+    rows, used = answer_all(systems, splits, answers, args, device.type)
+    if rank == 0:
+        write_results(out, rows, args, training_config(args.ckpt).get("step"))
+    answers.finish(used)
+    if world > 1:
+        dist.destroy_process_group()
+    everything = [[r for own in splits.values() for r in own] for splits in rows.values()]
+    broken = [r for own in everything for r in own if r["failed"]]
+    if rank == 0 and broken:
+        print(f"warning: {len(broken)} of {sum(map(len, everything))} utterances failed and count as empty: "
+              + "; ".join(f"{r['id']}: {r['failed']}" for r in broken[:5]) + ("; ..." if len(broken) > 5 else ""), file=sys.stderr)
+    return 1 if any(all(r["failed"] for r in own) for own in everything) else 0
 
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "hypotheses.jsonl", lambda tmp: Path(tmp).write_text(
-        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)))
-    replace_file(out / "results.json", lambda tmp: Path(tmp).write_text(
-        json.dumps(dict(run=run_name, step=trained_as.get("step"), splits=results, avg_wer=average), indent=1)))
-    plot_wer(run_name, results, out / "wer.png")
-    print(f"\n{table(run_name, results, average)}\n\n{transcripts(rows)}\n\nwrote results.json, hypotheses.jsonl, wer.png to {out}")
-    broken = [r for r in rows if r["failed"]]
-    if broken:
-        print(f"warning: {len(broken)} of {len(rows)} utterances failed and count as empty: "
-              + "; ".join(f"{r['id']}: {r['failed']}" for r in broken[:5]) + ("; ..." if len(broken) > 5 else ""),
-              file=sys.stderr)
-    return 1 if len(broken) == len(rows) else 0
+
+def answer_all(systems, splits, answers, args, device):
+    """Every system on every split -> ({system: {split: rows}}, the keys of the rows)."""
+    baseline, run_name = args.baseline or ENCODER, training_config(args.ckpt).get("preset", Path(args.ckpt).resolve().name)
+    names = {"run": run_name, "baseline": Path(baseline).name + " (baseline)" * (Path(baseline).name == run_name)}
+    places, keys, noisy = {"run": args.ckpt, "baseline": baseline}, {}, set()
+    for kind, answer in systems.items():
+        local = kind == "run" or Path(baseline).exists()
+        settings = [fingerprint(find_checkpoint(places[kind])) if local else baseline, kind, device, args.encoder, args.llm,
+                    args.task, args.max_new_tokens, args.chunk, args.lang]
+        keys[kind] = {split: [key_of(settings, split, s) for s in samples] for split, samples in splits.items()}
+        todo = [(key, split, s) for split, samples in splits.items() for key, s in zip(keys[kind][split], samples)]
+        if kind == "baseline" and not args.baseline:  # only what falls back to it
+            todo = [job for job, ours in zip(todo, sum(keys["run"].values(), [])) if ours in noisy]
+        if answers.rank == 0 and (again := sum(key in answers for key, *_ in todo)):
+            print(f"{names[kind]}: {again} of {len(todo)} utterances were answered before", file=sys.stderr)
+        decode(answer, todo, answers, args.batch_size, names[kind])
+        if kind == "run":
+            noisy = {key for key, *_ in todo if answers[key]["snr"] is not None and answers[key]["snr"] < args.fallback_snr}
+
+    rows = {names[kind]: {split: [answers[key] for key in own] for split, own in keys[kind].items()}
+            for kind in systems if kind == "run" or args.baseline}
+    if args.fallback:
+        if answers.rank == 0:
+            print(f"{names['baseline']} answers for {len(noisy)} of {sum(map(len, splits.values()))} utterances, whose SNR is "
+                  f"estimated below {args.fallback_snr:g} dB", file=sys.stderr)
+        rows[f"{names['run']}, noisy ones by {names['baseline']}"] = {
+            split: [answers[theirs if ours in noisy else ours] for ours, theirs in zip(keys["run"][split], keys["baseline"][split])]
+            for split in splits}
+    return rows, {key for own in keys.values() for split in own.values() for key in split}
 
 
 if __name__ == "__main__":

@@ -249,6 +249,18 @@ def cut_windows(wave, config):
     return list(wave.split(config.window_samples))
 
 
+def cut_at_pauses(wave, longest):
+    """(samples,) -> list of pieces of at most `longest` samples, cut at the quietest 0.2 s of each piece's second half."""
+    pieces, span = [], SAMPLE_RATE // 5
+    while len(wave) > longest:
+        end = min(longest, len(wave) - longest // 4)  # and leave no sliver, in which a model would invent words
+        power = wave[longest // 2:end].unfold(0, span, HOP).square().mean(1)
+        cut = end - span // 2 - HOP * int(power.flip(0).argmin())  # of equally quiet places the last
+        pieces.append(wave[:cut])
+        wave = wave[cut:]
+    return [*pieces, wave]
+
+
 @functools.lru_cache
 def feature_extractor(mel_bins, seconds):
     return WhisperFeatureExtractor(feature_size=mel_bins, chunk_length=seconds)
@@ -497,6 +509,11 @@ class BorealisForConditionalGeneration(PreTrainedModel):
 
     # ---- generation
 
+    @property
+    def ends(self):
+        """Ids that end an answer."""
+        return self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+
     def generate(self, audio=None, user_prompt=ASR_PROMPT, system_prompt=ASR_SYSTEM, **settings):
         """Answer about recordings; returns the new token ids only, (B, <= max_new_tokens), padded at the end.
 
@@ -523,8 +540,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         ids = torch.tensor([[pad] * (L - len(r)) + r for r in rows], device=self.device)
         mask = torch.tensor([[0] * (L - len(r)) + [1] * len(r) for r in rows], device=self.device)
         settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=do_sample, pad_token_id=pad,
-                                    eos_token_id=self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]),
-                                    **sampling)
+                                    eos_token_id=self.ends, **sampling)
         embeds = self.embed(ids, log_mel(pieces, self.config) if pieces else None)
         return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=settings)
 

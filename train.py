@@ -38,7 +38,7 @@ from transformers.hf_argparser import HfArg
 
 from augment import CURRICULUM, Augmenter, check_source, open_banks
 from data import GRAMMAR, MIXES, POOLS, RETRIES, ArgumentParser, BadRows, Chain, Dataset, Rows, Schedule, UserError, check_out, \
-    pick_device, read_manifest, replace_file, run, texts_of, tiny_pool, train_tokenizer, usable
+    picture, pick_device, read_manifest, replace_file, run, texts_of, tiny_pool, train_tokenizer, usable
 from model import ENCODER, LLM, BorealisConfig, BorealisForConditionalGeneration, count, find_checkpoint, fingerprint, \
     init_from_scratch, load_base, load_checkpoint, newest_step, read_weights, tiny_config
 
@@ -393,22 +393,17 @@ def step_flops(model, tokens, squares, windows, labels):
 
 
 def plot_loss(rows, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     steps, loss = [r["step"] for r in rows], [r["loss"] for r in rows]
     smooth, level = [], loss[0]
     for x in loss:
         level += 0.05 * (x - level)
         smooth.append(level)
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    axis.plot(steps, loss, color="#c6d3e6", linewidth=0.8, label="each step")
-    axis.plot(steps, smooth, color="#1f4e9c", label="moving average")
-    axis.set(xlabel="step", ylabel="loss (nats a label token)", yscale="log", title="Training loss")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    replace_file(path, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
-    plt.close(figure)
+    with picture(path, figsize=(7, 4)) as (_, axis):
+        axis.plot(steps, loss, color="#c6d3e6", linewidth=0.8, label="each step")
+        axis.plot(steps, smooth, color="#1f4e9c", label="moving average")
+        axis.set(xlabel="step", ylabel="loss (nats a label token)", yscale="log", title="Training loss")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
 
 
 # -----------------------------------------------------------------------------
