@@ -36,6 +36,7 @@ bench: $(READY) requirements-bench.txt
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-bench.txt
 	$(PY) bench.py augment
 	$(PY) bench.py train
+	$(PY) bench.py generate
 	$(PY) bench.py memory
 
 # PyPI has torchaudio and torchvision for CUDA only. Beside a CPU torch their libraries fail to load and take

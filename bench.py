@@ -3,6 +3,7 @@ bench.py -- speeds, each as a ratio to something else measured in the same run.
 
     python bench.py augment    # seconds of audio a second on one core, beside the same chains built with audiomentations
     python bench.py train      # a training step, beside transformers' Trainer the way the original uses it
+    python bench.py generate   # transcribing in batches, beside one by one
     python bench.py memory     # what full size needs, computed: memory by part, and the cost of 1000 steps
 
 Both sides of a comparison run on the same machine in one go. augment needs packages that nothing else does:
@@ -24,8 +25,8 @@ import soundfile
 import torch
 
 from augment import CURRICULUM, augment, codec, effects, open_banks
-from data import CHUNK, ArgumentParser, Dataset, UserError, embedded, run, texts_of, train_tokenizer
-from model import QWEN3_4B, SAMPLE_RATE, BorealisConfig, BorealisForConditionalGeneration
+from data import CHUNK, ArgumentParser, Dataset, UserError, embedded, load_audio, run, texts_of, train_tokenizer
+from model import QWEN3_4B, SAMPLE_RATE, BorealisConfig, BorealisForConditionalGeneration, count, tiny_config
 
 SECONDS = 10  # of a clip
 
@@ -271,6 +272,58 @@ def bench_train():
 
 
 # -----------------------------------------------------------------------------
+# generate
+
+SIZES = {  # encoder, LLM, new tokens an utterance, utterances
+    "tiny": (None, None, 8, 64),  # the tiny preset; a sentence of its corpus is some 6 tokens
+    "110m": (dict(MID["encoder"], d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048),  # Whisper-base's
+             dict(QWEN3_4B, hidden_size=768, num_hidden_layers=14, num_attention_heads=12, num_key_value_heads=4, head_dim=64,
+                  intermediate_size=2048), 64, 8)}
+
+
+def random_model(size, texts):
+    """A model with random weights and a tokenizer of its own: speed needs no more."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(texts)
+    config = tiny_config(tokenizer)
+    encoder, llm, *_ = SIZES[size]
+    if encoder:
+        ends = {k: getattr(config.llm_config, k) for k in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+        config = tiny_config(tokenizer, encoder_config=encoder, llm_config=llm | ends)
+    model = BorealisForConditionalGeneration(config).eval()
+    model.tokenizer = tokenizer
+    return model
+
+
+def bench_generate():
+    """Every answer is made as long as the next, so that all batch sizes do the same work."""
+    samples = embedded("ru", "clean", CHUNK)
+    print(f"{torch.get_num_threads()} cores, float32, random weights, median of 3 rounds\n\n"
+          "| model | batch | x real time | tokens/s | speed |\n|---|--:|--:|--:|--:|")
+    for size, (*_, tokens, utterances) in SIZES.items():
+        model, spoken = random_model(size, texts_of(samples)), samples[:utterances]
+        waves = [[load_audio(s.audio[0])] for s in spoken]
+        messages = [s.messages(with_answer=False) for s in spoken]
+
+        def answer_all(batch):
+            began = time.perf_counter()
+            for i in range(0, utterances, batch):
+                model.chat(messages[i:i + batch], waves[i:i + batch], max_new_tokens=tokens, min_new_tokens=tokens)
+            return time.perf_counter() - began
+
+        took = {batch: [] for batch in (1, 2, 4, 8, 16) if batch <= utterances}
+        answer_all(8)
+        for _ in range(3):
+            for batch in took:
+                took[batch].append(answer_all(batch))
+        one, seconds = statistics.median(took[1]), sum(len(w) for w, in waves) / SAMPLE_RATE
+        for batch, times in took.items():
+            t = statistics.median(times)
+            print(f"| {size}, {count(model) / 1e6:.0f} M | {batch} | {seconds / t:.1f} | {utterances * tokens / t:,.0f} | {one / t:.1f} x |",
+                  flush=True)
+
+
+# -----------------------------------------------------------------------------
 # memory
 
 TEXT = 512               # tokens beside 30 s of audio; at worst all of them have labels
@@ -338,7 +391,7 @@ def bench_memory():
           f"MFU of {MFU:.0%}, {8 * hours:.1f} GPU hours")
 
 
-BENCHES = {"augment": bench_augment, "train": bench_train, "memory": bench_memory}
+BENCHES = {"augment": bench_augment, "train": bench_train, "generate": bench_generate, "memory": bench_memory}
 
 
 def main():

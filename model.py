@@ -253,7 +253,7 @@ def cut_at_pauses(wave, longest):
     """(samples,) -> list of pieces of at most `longest` samples, cut at the quietest 0.2 s of each piece's second half."""
     pieces, span = [], SAMPLE_RATE // 5
     while len(wave) > longest:
-        end = min(longest, len(wave) - longest // 4)  # and leave no sliver, in which a model would invent words
+        end = min(longest, len(wave) - SAMPLE_RATE // 2)  # leave no sliver, in which a model would invent words
         power = wave[longest // 2:end].unfold(0, span, HOP).square().mean(1)
         cut = end - span // 2 - HOP * int(power.flip(0).argmin())  # of equally quiet places the last
         pieces.append(wave[:cut])

@@ -838,10 +838,10 @@ def test_accumulation_is_one_big_batch(manifest, tmp_path, monkeypatch):
     assert np.abs(losses(runs[0]) - losses(runs[2])).max() < 1e-5
 
 
-def torchrun(processes, *flags):
+def torchrun(processes, *flags, script="train.py"):
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
-                           "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(HERE / "train.py"), *map(str, flags)],
+                           "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(HERE / script), *map(str, flags)],
                           capture_output=True, text=True, env=env, timeout=300)
 
 
@@ -1493,30 +1493,155 @@ def test_tensorboard(manifest, tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 # eval.py
 
-@pytest.mark.parametrize("text, clean", [
-    ("Ещё, «Ёлка» — 5 шт.!", "еще елка 5 шт"), ("кто-то", "кто то"), ("Мой и\u0306од, е\u0308ж", "мой йод еж"),
-    ("за\u0301мок", "замок"), ("don't  STOP…", "dont stop"), ("тёмно–синий", "темно синий"), ("  ", ""), ("50%", "50")])
-def test_normaliser(text, clean):
-    assert evaluation.normalise(text) == clean
+@pytest.mark.parametrize("text, clean, posts", [
+    ("Ещё, «Ёлка» — 5 шт.!", "еще елка 5 шт", "ещё «ёлка» — 5 шт"), ("кто-то", "кто то", "ктото"),
+    ("Мой и\u0306од, е\u0308ж", "мой йод еж", "мой и\u0306од е\u0308ж"), ("за\u0301мок", "замок", "за\u0301мок"),
+    ("don't  STOP…", "dont stop", "dont stop…"), ("тёмно–синий", "темно синий", "тёмно–синий"), ("  ", "", ""), ("50%", "50", "50"),
+    ("№ 7 — №7", "7 7", "№ 7 — №7"), ("<think>да", "thinkда", "thinkда")])
+def test_normalisers(text, clean, posts):
+    assert evaluation.normalise(text) == clean and evaluation.normalise_as_the_post(text) == posts
 
 
-@pytest.mark.parametrize("reference, hypothesis, expected", [
-    ("мама мыла раму", "мама мыла раму", (0, 0, 0, 0.0)),
-    ("мама мыла раму", "мама раму", (0, 1, 0, 33.33)),
-    ("мама мыла раму", "мама мыла белую раму вчера", (0, 0, 2, 66.67)),
-    ("мама мыла раму", "папа мыл раму", (2, 0, 0, 66.67)),
-    ("мама мыла раму", "", (0, 3, 0, 100.0)),
-    ("Ёлка кто-то мой", "елка кто то мои", (1, 0, 0, 25.0))])
-def test_wer_by_hand(reference, hypothesis, expected):
-    r = evaluation.score([evaluation.normalise(reference)], [evaluation.normalise(hypothesis)])
-    assert (r["sub"], r["del"], r["ins"], r["wer"]) == expected
+def row(reference, hypothesis, **more):
+    return dict(reference=reference, hypothesis=hypothesis, cut=False, failed=None, seconds=1.0, took=0.1, tokens=2, split="s",
+                id="u") | more
+
+
+def assess(pairs, task="asr", normalizer="default"):
+    rows = evaluation.normalised([row(*p) for p in pairs], normalizer)
+    return evaluation.assess({"s": rows}, task)["splits"]["s"]
+
+
+@pytest.mark.parametrize("reference, hypothesis, sub, del_, ins, words, wer, cer", [
+    ("мама мыла раму", "мама мыла раму", 0, 0, 0, 3, 0.0, 0.0),
+    ("мама мыла раму", "мама раму", 0, 1, 0, 3, 33.33, 35.71),           # 5 of 14 characters go, a space with them
+    ("мама мыла раму", "мама мыла белую раму вчера", 0, 0, 2, 3, 66.67, 85.71),
+    ("мама мыла раму", "папа мыл раму", 2, 0, 0, 3, 66.67, 21.43),       # м->п twice, а gone
+    ("мама мыла раму", "", 0, 3, 0, 3, 100.0, 100.0),
+    ("Ёлка кто-то мой", "елка кто то мои", 1, 0, 0, 4, 25.0, 6.67),      # й is not и; 1 of 15
+    ("Ещё раз: 25 марта!", "еще раз 25 марта", 0, 0, 0, 4, 0.0, 0.0),
+    ("в 25 домах", "в двадцать пять домах", 1, 0, 1, 3, 66.67, 130.0),   # digits stay digits: 13 edits of 10
+    ("по-русски", "по русски", 0, 0, 0, 2, 0.0, 0.0),
+    ("по-русски", "порусски", 1, 1, 0, 2, 100.0, 11.11)])
+def test_wer_by_hand(reference, hypothesis, sub, del_, ins, words, wer, cer):
+    r = assess([(reference, hypothesis)])
+    assert (r["sub"], r["del"], r["ins"], r["words"], r["wer"], r["cer"]) == (sub, del_, ins, words, wer, cer)
+
+
+def test_the_posts_normaliser_counts_differently():
+    """кто-то against "кто то": right by ours; by the post's one word replaced and one inserted. ё is not е there."""
+    assert assess([("Кто-то пришёл.", "кто то пришел")])["wer"] == 0
+    posts = assess([("Кто-то пришёл.", "кто то пришел")], normalizer="post")
+    assert (posts["sub"], posts["ins"], posts["words"], posts["wer"]) == (2, 1, 2, 150.0)
+
+
+def levenshtein(a, b):
+    """By the book, as another opinion than jiwer's."""
+    line = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, line[0] = line[0], i
+        for j, y in enumerate(b, 1):
+            previous, line[j] = line[j], min(line[j] + 1, line[j - 1] + 1, previous + (x != y))
+    return line[-1]
+
+
+def test_agreement_on_random_pairs():
+    """200 pairs of random Russian texts: with jiwer on the corpus, and with the book on each utterance."""
+    rng = np.random.default_rng(0)
+    words = [w for w in data.vocabulary("ru") if evaluation.normalise(w) == w]
+    pairs = []
+    for _ in range(200):
+        reference = list(rng.choice(words, rng.integers(1, 12)))
+        hypothesis = [str(rng.choice(words)) if rng.random() < 0.3 else w for w in reference for _ in range(rng.choice([0, 1, 1, 1, 2]))]
+        pairs.append((" ".join(reference), " ".join(hypothesis)))
+    references, hypotheses = map(list, zip(*pairs))
+    result, theirs = assess(pairs), jiwer.process_words(references, hypotheses)
+    assert (result["sub"], result["del"], result["ins"]) == (theirs.substitutions, theirs.deletions, theirs.insertions)
+    assert result["wer"] == round(100 * theirs.wer, 2) and result["cer"] == round(100 * jiwer.cer(references, hypotheses), 2)
+    ours = evaluation.edits(references, hypotheses)
+    assert ours[:, :3].sum(1).tolist() == [levenshtein(r.split(), h.split()) for r, h in pairs]
+    assert ours[:, 3].tolist() == [len(r.split()) for r in references]
 
 
 def test_wer_is_over_the_corpus():
-    """1 error in 1 word and 0 in 9: 10 %, not the mean of 100 % and 0 %. CER: 4 edits (раз -> кот: 3, + 1) of 4 + ..."""
-    r = evaluation.score(["раз", "а б в г д е ж з и"], ["кот", "а б в г д е ж з и"])
-    assert r["wer"] == 10.0 and r["words"] == 10 and r["cer"] == round(100 * 3 / 20, 2)
-    assert r["wer"] == round(100 * jiwer.wer(["раз", "а б в г д е ж з и"], ["кот", "а б в г д е ж з и"]), 2)
+    """1 error in 1 word and 0 in 9: 10 %, not the mean of 100 % and 0 %. CER: раз -> кот is 3 edits of 3 + 17 characters."""
+    r = assess([("раз", "кот"), ("а б в г д е ж з и", "а б в г д е ж з и")])
+    assert r["wer"] == 10.0 and r["words"] == 10 and r["cer"] == 15.0
+
+
+def simulated(rng, n, rate):
+    """n utterances of 1 to 20 words; each speaker errs at a rate of their own -> (n, 2) errors and words."""
+    words = rng.integers(1, 21, n)
+    return np.stack([rng.binomial(words, np.clip(rng.gamma(2, rate / 2, n), 0, 1)), words], axis=1)
+
+
+def test_intervals_cover_the_truth():
+    """On simulated data the 95 % interval holds the true WER about 95 times in 100."""
+    rng = np.random.default_rng(0)
+    truth = evaluation.figure(simulated(rng, 2_000_000, 0.1))
+    inside = 0
+    for seed in range(300):
+        low, high = evaluation.interval(evaluation.bootstrap(simulated(rng, 150, 0.1), seed))
+        inside += low <= truth <= high
+    assert 0.91 <= inside / 300 <= 0.98
+
+
+def test_p_values_call_chance_chance():
+    """Two systems of equal quality differ "significantly" one time in twenty; one that is truly better nearly always does."""
+    rng = np.random.default_rng(1)
+    def p(better):
+        hard = rng.gamma(2, 0.05, 200)  # some utterances are hard for both: pairing takes that out
+        a, b = (np.stack([rng.binomial(10, np.clip(hard * k, 0, 1)), np.full(200, 10)], axis=1) for k in (1, better))
+        return evaluation.p_value(evaluation.bootstrap(a) - evaluation.bootstrap(b))
+    assert np.mean([p(1) < 0.05 for _ in range(200)]) == pytest.approx(0.05, abs=0.04)
+    assert np.mean([p(0.6) < 0.05 for _ in range(50)]) > 0.9
+    same = evaluation.bootstrap(simulated(rng, 100, 0.2))
+    assert evaluation.p_value(same - same) == 1.0
+
+
+@pytest.mark.parametrize("text, n", [
+    ("раз два три", 0), ("на на на на столе", 4), ("да да да", 0), ("мой кот спит кот спит кот спит", 6),
+    ("а б в а б в а б в а б в", 12), ("", 0), ("кот спит кот спит", 0)])
+def test_loops(text, n):
+    assert evaluation.longest_loop(text.split()) == n
+
+
+def test_diagnosis_by_hand():
+    rows = evaluation.normalised([
+        row("раз два три четыре", "раз два"),                            # 4 > 1.5 * 2: stopped early
+        row("раз два три", "раз два"),                                   # 3 = 1.5 * 2: not yet
+        row("раз два", "раз два два два два два", cut=True),             # a loop, and it ran into the limit
+        row("да да да да", "да да да да"),                               # it was said so
+        row("", "спасибо за просмотр"), row("…", "")], "default")        # nobody spoke
+    assert evaluation.diagnose(rows) == dict(stopped_early=1, loops=1, cut=1, silence=2, text_on_silence=1)
+    text = evaluation.worst(rows, "asr")
+    assert text.splitlines()[1:4] == ["REF: раз два *** *** *** ***", "HYP: раз два два два два два", "               I   I   I   I"]
+    assert text.count("errors") == 4 and evaluation.worst(rows[3:4], "asr") == ""
+
+
+@pytest.mark.parametrize("snr", [0, 5, 10, 15, 20])
+def test_snr_is_estimated(corpus, snr):
+    """Speech with white noise at a known SNR: the mean of 20 clips, and each of them."""
+    rng = np.random.default_rng(snr)
+    clips = [data.load_audio(s.audio[0]).numpy() for s in corpus[:20]]
+    mixed = [x + augment.noise_at(rng.normal(size=len(x)), np.mean(x ** 2), snr) for x in clips]
+    estimates = np.array([augment.estimate_snr(torch.as_tensor(x)) for x in mixed])
+    assert estimates.mean() == pytest.approx(snr, abs=1.5) and np.abs(estimates - snr).max() < 5
+    assert augment.estimate_snr(torch.zeros(16000)) <= 0 and -10 <= augment.estimate_snr(torch.ones(100)) <= 60
+
+
+@pytest.mark.parametrize("seconds, most", [(1.9, 1), (2.0, 1), (2.01, 2), (5.0, 5), (61.3, 61)])
+def test_cuts_at_pauses(seconds, most):
+    """Nothing is lost, no piece is longer than a window or a sliver, and the cuts lie in the pauses."""
+    wave = tone(seconds)
+    spoken = torch.ones(len(wave))
+    for start in range(2000, len(wave), 7000):  # pauses of 0.25 s
+        spoken[start:start + 4000] = 0
+    pieces = nb.cut_at_pauses(wave * spoken, 32000)
+    assert torch.equal(torch.cat(pieces), wave * spoken) and len(pieces) <= most
+    assert all(8000 <= len(p) <= 32000 for p in pieces)
+    for cut in np.cumsum([len(p) for p in pieces])[:-1]:
+        assert not spoken[cut - 1000:cut + 1000].any()
 
 
 @pytest.fixture(scope="session")
@@ -1543,9 +1668,9 @@ def test_six_splits_climb_the_ladder(splits):
 
 
 def test_hard_splits_are_the_same_every_time(splits):
-    again = evaluation.embedded_splits("ru", 0)
-    assert all(np.array_equal(a.audio[0], b.audio[0]) for name in ("webinars", "devices")
-               for a, b in zip(splits[name], again[name]))
+    again = evaluation.embedded_splits("ru", 0, names=["webinars", "devices"])
+    assert list(again) == ["webinars", "devices"]
+    assert all(np.array_equal(a.audio[0], b.audio[0]) for name in again for a, b in zip(splits[name], again[name]))
 
 
 @pytest.fixture(scope="session")
@@ -1558,17 +1683,38 @@ def checkpoint(tmp_path_factory, net, tokenizer):
     return out
 
 
+def results_of(folder):
+    """-> (results.json, rows of hypotheses.jsonl)."""
+    return json.loads((folder / "results.json").read_text()), [
+        json.loads(line) for line in (folder / "hypotheses.jsonl").read_text().splitlines()]
+
+
+def heard_in(folder):
+    """What an evaluation found, without how long it took."""
+    return [{k: v for k, v in r.items() if k != "took"} for r in results_of(folder)[1]]
+
+
 def test_eval_writes_what_it_promises(checkpoint, tmp_path, monkeypatch, capsys):
     code, out, _ = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--out", tmp_path, "--limit", 5,
                            "--max_new_tokens", 4)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results) == {"run", "step", "splits", "avg_wer"} and results["run"] == "tiny"
-    assert code == 0 and "said" in out and all(f"| {name} |" in out for name in evaluation.embedded_splits("ru", 0))
+    results, rows = results_of(tmp_path)
+    assert set(results) == {"run", "step", "task", "normalizer", "splits", "avg_wer", "avg_wer_ci", "others"}
+    assert results["run"] == "tiny" and results["others"] == {}
+    assert code == 0 and "said" in out and all(f"| {name} |" in out for name in results["splits"])
+    assert list(results["splits"]) == ["clean", "voices", "books", "speak", "webinars", "devices"]
     assert results["avg_wer"] == pytest.approx(np.mean([r["wer"] for r in results["splits"].values()]), abs=0.01)
-    assert set(results["splits"]["clean"]) == {"wer", "cer", "sub", "del", "ins", "words", "samples", "failed", "rtfx"}
-    rows = [json.loads(line) for line in (tmp_path / "hypotheses.jsonl").read_text().splitlines()]
-    assert len(rows) == 6 * 5 and all(r["reference_normalised"] == evaluation.normalise(r["reference"]) for r in rows)
-    assert (tmp_path / "wer.png").read_bytes()[:4] == b"\x89PNG"
+    for name, r in results["splits"].items():
+        own = [x for x in rows if x["split"] == name]
+        assert r["wer_ci"][0] <= r["wer"] <= r["wer_ci"][1] and r["samples"] == len(own) == 5 and r["cut"] == sum(x["cut"] for x in own)
+        assert r["rtf"] == pytest.approx(sum(x["took"] for x in own) / sum(x["seconds"] for x in own), abs=1e-4)
+        assert r["wer"] == round(100 * jiwer.wer([x["reference_normalised"] for x in own], [x["hypothesis_normalised"] for x in own]), 2)
+    assert all(1 <= x["tokens"] <= 4 and x["reference_normalised"] == evaluation.normalise(x["reference"]) for x in rows)
+    report = (tmp_path / "report.md").read_text()
+    assert "## The worst of tiny, webinars" in report and "REF: " in report
+    assert (tmp_path / "wer.png").read_bytes()[:4] == b"\x89PNG" and not list(tmp_path.glob("*.part*"))
+    exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--out", tmp_path, "--limit", 2, "--max_new_tokens", 4,
+            "--split", "devices,voices")
+    assert list(results_of(tmp_path)[0]["splits"]) == ["voices", "devices"]
 
 
 def test_failed_utterances_count_as_empty(checkpoint, bad_files, tmp_path, monkeypatch, capsys):
@@ -1580,18 +1726,317 @@ def test_failed_utterances_count_as_empty(checkpoint, bad_files, tmp_path, monke
 
     def fragile(self, conversations, recordings, **settings):
         if any(len(w) > 100_000 for waves in recordings for w in waves):
-            raise RuntimeError("out of memory")
+            raise RuntimeError("out of memory\nand more")
         return real(self, conversations, recordings, **settings)
 
-    monkeypatch.setattr(nb.BorealisForConditionalGeneration, "chat", fragile)
-    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--manifest", path, "--out",
-                           tmp_path / "e", "--max_new_tokens", 3)
+    flags = ["--ckpt", checkpoint, "--manifest", path, "--out", tmp_path / "e", "--max_new_tokens", 3]
+    exit_of(evaluation.main, monkeypatch, capsys, *flags)
+    whole = heard_in(tmp_path / "e")
+    with monkeypatch.context() as patch:
+        patch.setattr(nb.BorealisForConditionalGeneration, "chat", fragile)
+        code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *flags)
     assert code == 0 and "2 of 3 utterances failed" in err and "m.jsonl:2" in err and "out of memory" in err
-    result = json.loads((tmp_path / "e" / "results.json").read_text())["splits"]["m"]
+    results, rows = results_of(tmp_path / "e")
+    result = results["splits"]["m"]
     assert result["words"] == 6 and result["failed"] == 2 and result["samples"] == 3
-    monkeypatch.setattr(nb.BorealisForConditionalGeneration, "chat", lambda *a, **k: 1 / 0)
-    assert exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--manifest", path, "--out",
-                   tmp_path / "e")[0] == 1
+    assert [r["hypothesis"] for r in rows] == [whole[0]["hypothesis"], "", ""]
+    report = (tmp_path / "e" / "report.md").read_text()
+    assert "m.jsonl:3 (tiny, m): RuntimeError: out of memory" in report and "m.jsonl:2 (tiny, m): audio holds NaN" in report
+    with monkeypatch.context() as patch:
+        patch.setattr(nb.BorealisForConditionalGeneration, "chat", lambda *a, **k: 1 / 0)
+        assert exit_of(evaluation.main, monkeypatch, capsys, *flags)[0] == 1
+
+
+def test_text_on_silence(checkpoint, tmp_path, monkeypatch, capsys):
+    """A row without words is no bad row: whatever is heard there was made up. Digital silence is decoded like any sound."""
+    soundfile.write(tmp_path / "zeros.wav", np.zeros(16000), 16000)
+    soundfile.write(tmp_path / "hum.wav", tone(1).numpy(), 16000)
+    path = write_manifest(tmp_path / "m.jsonl", [{"audio": "zeros.wav", "text": ""}, {"audio": "hum.wav", "text": "…"},
+                                                 {"audio": "hum.wav", "text": "раз"}, {"audio": "zeros.wav", "text": "раз"}])
+    code, out, err = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--manifest", path, "--out", tmp_path / "e",
+                             "--max_new_tokens", 4)
+    result, rows = results_of(tmp_path / "e")
+    assert code == 0 and result["splits"]["m"]["silence"] == 2 and result["splits"]["m"]["words"] == 2
+    assert result["splits"]["m"]["text_on_silence"] == sum(bool(r["hypothesis_normalised"]) for r in rows[:2])
+    assert f"{result['splits']['m']['text_on_silence']} of 2 |" in out and [r["failed"] for r in rows] == [None] * 3 + ["silent"]
+
+
+class Stopped(KeyboardInterrupt):
+    pass
+
+
+def test_an_interrupted_evaluation_goes_on(checkpoint, hub, tmp_path, monkeypatch, capsys):
+    """Stopped after three batches, on a half-written line: the same result as in one go, and no batch is decoded twice."""
+    flags = ["--ckpt", checkpoint, "--data_dir", hub, "--batch_size", 2, "--max_new_tokens", 4]
+    assert exit_of(evaluation.main, monkeypatch, capsys, *flags, "--out", tmp_path / "whole")[0] == 0
+    real, calls = nb.BorealisForConditionalGeneration.chat, []
+
+    def counted(self, *args, **settings):
+        if len(calls) == limit:
+            raise Stopped
+        calls.append(1)
+        return real(self, *args, **settings)
+
+    monkeypatch.setattr(nb.BorealisForConditionalGeneration, "chat", counted)
+    limit = 3
+    assert exit_of(evaluation.main, monkeypatch, capsys, *flags, "--out", tmp_path / "e")[0] == 130
+    assert not (tmp_path / "e" / "results.json").exists()
+    (part,) = (tmp_path / "e").glob("*.part.jsonl")
+    part.write_text(part.read_text() + '\n{"key": "ab')
+    limit = 99
+    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *flags, "--out", tmp_path / "e")
+    assert code == 0 and "6 of 18 utterances were answered before" in err and len(calls) == 9
+    assert heard_in(tmp_path / "e") == heard_in(tmp_path / "whole") and not list((tmp_path / "e").glob("*.part*"))
+    # What is finished is decoded anew, unless --reuse says otherwise; and never for other settings or weights.
+    exit_of(evaluation.main, monkeypatch, capsys, *flags, "--out", tmp_path / "e", "--reuse")
+    assert len(calls) == 9
+    exit_of(evaluation.main, monkeypatch, capsys, *flags[:-1], 3, "--out", tmp_path / "e", "--reuse")
+    exit_of(evaluation.main, monkeypatch, capsys, *flags, "--out", tmp_path / "whole")
+    assert len(calls) == 27
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({k: v + 0.01 for k, v in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    exit_of(evaluation.main, monkeypatch, capsys, *flags, "--ckpt", other, "--out", tmp_path / "whole", "--reuse")
+    assert len(calls) == 36
+
+
+def test_ranks_share_the_work(checkpoint, hub, baseline, tmp_path, monkeypatch, capsys):
+    """Two processes under torchrun find what one finds."""
+    flags = ["--ckpt", checkpoint, "--data_dir", hub, "--batch_size", 2, "--max_new_tokens", 4, "--baseline", baseline]
+    assert exit_of(evaluation.main, monkeypatch, capsys, *flags, "--out", tmp_path / "one")[0] == 0
+    torchrun(2, *flags, "--out", tmp_path / "two", script="eval.py")
+    assert heard_in(tmp_path / "two") == heard_in(tmp_path / "one")
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["hypotheses.jsonl", "report.md", "results.json", "wer.png"]
+
+
+# ---- the baseline
+
+@pytest.fixture(scope="session")
+def baseline(tmp_path_factory, corpus):
+    """A small multilingual Whisper, saved as the hub has it, that knows four sentences by heart, in Russian only."""
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperProcessor, WhisperTokenizer
+    bpe = json.loads(data.train_tokenizer([s.answer for s in corpus], 400).backend_tokenizer.to_str())["model"]
+    tokenizer = WhisperTokenizer(vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]])
+    tokenizer.add_tokens(["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|ru|>", "<|translate|>", "<|transcribe|>",
+                          "<|startofprev|>", "<|notimestamps|>"], special_tokens=True)
+    ids, extractor = tokenizer.convert_tokens_to_ids, WhisperFeatureExtractor(feature_size=80, chunk_length=2)
+    end, start = ids("<|endoftext|>"), ids("<|startoftranscript|>")
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(WhisperConfig(
+        d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=128,
+        decoder_ffn_dim=128, num_mel_bins=80, max_source_positions=100, max_target_positions=40, vocab_size=len(tokenizer),
+        pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=start, init_std=0.1))
+    settings = model.generation_config
+    settings.is_multilingual, settings.no_timestamps_token_id = True, ids("<|notimestamps|>")
+    settings.lang_to_id, settings.task_to_id = {t: ids(t) for t in ("<|en|>", "<|ru|>")}, {
+        t: ids(f"<|{t}|>") for t in ("transcribe", "translate")}
+    rows = []
+    for s in corpus[:4]:  # in English it says something else, so that a test sees which language was forced
+        for language, text in (("<|ru|>", s.answer), ("<|en|>", "no")):
+            rows.append([start, ids(language), ids("<|transcribe|>"), ids("<|notimestamps|>"),
+                         *tokenizer(text, add_special_tokens=False).input_ids, end])
+    mel = extractor([data.load_audio(s.audio[0]).numpy() for s in corpus[:4] for _ in range(2)], sampling_rate=16000,
+                    return_tensors="pt").input_features
+    L = max(map(len, rows))
+    told = torch.tensor([r[:-1] + [end] * (L - len(r)) for r in rows])
+    labels = torch.tensor([[-100] * 3 + r[4:] + [-100] * (L - len(r)) for r in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(120):
+        loss = model(input_features=mel, decoder_input_ids=told, labels=labels).loss
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert loss < 0.05
+    folder = tmp_path_factory.mktemp("baseline") / "whisper-tiny"
+    model.save_pretrained(folder), WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def four(corpus, tmp_path):
+    """A manifest of the four sentences the baseline knows, and of two of them in one recording."""
+    for i, s in enumerate(corpus[:4]):
+        soundfile.write(tmp_path / f"{i}.wav", s.audio[0], 16000)
+    pause = np.zeros(8000, np.int16)
+    soundfile.write(tmp_path / "both.wav", np.concatenate([corpus[0].audio[0], pause, corpus[1].audio[0]]), 16000)
+    return write_manifest(tmp_path / "four.jsonl", [{"audio": f"{i}.wav", "text": s.answer.upper() + "!"} for i, s in enumerate(
+        corpus[:4])] + [{"audio": "both.wav", "text": f"{corpus[0].answer} {corpus[1].answer}"}])
+
+
+def test_the_baseline_is_whisper_in_russian(checkpoint, baseline, four, tmp_path, monkeypatch, capsys):
+    """Its language is forced, its long recordings are cut at pauses, and generation_config may be as old as Whisper."""
+    flags = ["--ckpt", checkpoint, "--manifest", four, "--max_new_tokens", 30, "--out", tmp_path / "e"]
+    code, out, _ = exit_of(evaluation.main, monkeypatch, capsys, *flags, "--baseline", baseline)
+    results, rows = results_of(tmp_path / "e")
+    theirs = results["others"]["whisper-tiny"]["splits"]["four"]
+    assert code == 0 and theirs["wer"] == 0 and theirs["wer_ci"] == [0, 0] and results["splits"]["four"]["wer"] > 50
+    assert "| whisper-tiny | 0.00 | 0.00 [0.00, 0.00] |" in out and [r["run"] for r in rows] == ["tiny"] * 5 + ["whisper-tiny"] * 5
+    exit_of(evaluation.main, monkeypatch, capsys, *flags, "--baseline", baseline, "--lang", "en")
+    assert {r["hypothesis"] for r in results_of(tmp_path / "e")[1][5:9]} == {"no"}
+    old = shutil.copytree(baseline, tmp_path / "old")
+    settings = json.loads((old / "generation_config.json").read_text())
+    for name in ("is_multilingual", "lang_to_id", "task_to_id", "no_timestamps_token_id"):
+        del settings[name]
+    (old / "generation_config.json").write_text(json.dumps(settings))
+    exit_of(evaluation.main, monkeypatch, capsys, *flags, "--baseline", old)
+    assert results_of(tmp_path / "e")[0]["others"]["old"]["splits"]["four"]["wer"] == 0
+    settings["is_multilingual"] = False  # as in whisper-tiny.en
+    del settings["_from_model_config"]  # which tells transformers to make a new one
+    (old / "generation_config.json").write_text(json.dumps(settings))
+    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *flags, "--baseline", old)
+    assert code == 2 and "name a multilingual Whisper" in err
+
+
+def test_noisy_ones_fall_back(checkpoint, baseline, four, tmp_path, monkeypatch, capsys):
+    """Below the threshold the baseline's answer counts, above it ours; and only those are sent to it."""
+    wave, rate = soundfile.read(tmp_path / "2.wav", dtype="float32")
+    soundfile.write(tmp_path / "2.wav", wave + np.random.default_rng(0).normal(size=len(wave)) * wave.std() * 0.5, rate)  # 6 dB
+    flags = ["--ckpt", checkpoint, "--manifest", four, "--max_new_tokens", 30, "--out", tmp_path / "e", "--fallback", "whisper"]
+    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *flags, "--baseline", baseline, "--fallback_snr", 9)
+    results, rows = results_of(tmp_path / "e")
+    assert code == 0 and "whisper-tiny answers for 1 of 5" in err and list(results["others"]) == [
+        "whisper-tiny", "tiny, noisy ones by whisper-tiny"]
+    ours, theirs, mixed = ([r["hypothesis"] for r in rows[k:k + 5]] for k in (0, 5, 10))
+    assert mixed == [*ours[:2], theirs[2], *ours[3:]] and mixed != ours and 4 < rows[2]["snr"] < 8
+    monkeypatch.setattr(evaluation, "ENCODER", str(baseline))  # as --baseline's default, and without a row of its own
+    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *flags, "--fallback_snr", 9)
+    assert list(results_of(tmp_path / "e")[0]["others"]) == ["tiny, noisy ones by whisper-tiny"]
+    assert [r["hypothesis"] for r in results_of(tmp_path / "e")[1]] == ours + mixed
+
+
+def test_the_benchmark_end_to_end(checkpoint, hub, baseline, tmp_path, monkeypatch, capsys):
+    """RuASRBenchmark with its real splits and columns, from parquet: a tiny checkpoint beside a tiny Whisper."""
+    flags = ["--ckpt", checkpoint, "--data_dir", hub, "--baseline", baseline, "--max_new_tokens", 30]
+    code, out, _ = exit_of(evaluation.main, monkeypatch, capsys, *flags, "--out", tmp_path / "a", "--normalizer", "post")
+    results, rows = results_of(tmp_path / "a")
+    assert code == 0 and list(results["splits"]) == list(data.BENCHMARK) and len(rows) == 2 * 6 * 3
+    assert results["normalizer"] == "post" and "| tiny, default normaliser |" in out and "| whisper-tiny, default normaliser |" in out
+    assert rows[0]["id"] == "Vikhrmodels/RuASRBenchmark/Russian_LibriSpeech:0"
+    assert results["others"]["whisper-tiny"]["splits"]["Tone_Speak"]["wer"] == 0  # the corpus's first sentences: it knows them
+    for folder in (hub / "Vikhrmodels", hub / "Vikhrmodels" / "RuASRBenchmark"):  # as people name a copy
+        exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--data_dir", folder, "--max_new_tokens", 8, "--out",
+                tmp_path / "b", "--split", "Tone_Webinars,Tone_Books")
+        assert list(results_of(tmp_path / "b")[0]["splits"]) == ["Tone_Webinars", "Tone_Books"]
+    code, out, _ = exit_of(evaluation.main, monkeypatch, capsys, "--compare", tmp_path / "a", "--out", tmp_path / "c")
+    assert code == 0 and "| ru_text_10pct (published) | 1624 | 6.42 | 15.79 | 60.69 | 11.36 | 1.99 | 18.75 | 19.17 |" in out
+    lines = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|") and "(" not in line.split("|")[2]]
+    assert lines.index("whisper-tiny") < lines.index("Whisper-v3 (published)") < lines.index("a") and "other speech" not in out
+
+
+# ---- long recordings, questions
+
+def test_long_recordings_by_pieces(checkpoint, net, four, corpus, tmp_path, monkeypatch, capsys):
+    """--chunk vad: what each piece says alone, joined."""
+    flags = ["--ckpt", checkpoint, "--manifest", four, "--max_new_tokens", 6, "--out", tmp_path / "e"]
+    exit_of(evaluation.main, monkeypatch, capsys, *flags)
+    whole = heard_in(tmp_path / "e")
+    exit_of(evaluation.main, monkeypatch, capsys, *flags, "--chunk", "vad", "--batch_size", 3)
+    pieces = heard_in(tmp_path / "e")
+    wave = data.load_audio(str(tmp_path / "both.wav"))
+    parts = nb.cut_at_pauses(wave, net.config.window_samples)
+    assert len(parts) > 1 and pieces[4]["hypothesis"] == " ".join(filter(None, net.decode(net.generate(parts, max_new_tokens=6))))
+    assert pieces[4]["tokens"] > whole[4]["tokens"] and [p["hypothesis"] for p in pieces[:4]] == [w["hypothesis"] for w in whole[:4]]
+
+
+@pytest.mark.parametrize("reference, hypothesis, em, f1", [
+    ("Париж.", "париж", 100, 100), ("в саду", "кот в саду", 0, 80), ("кот кот пёс", "кот пес лис", 0, 66.67), ("да", "нет", 0, 0),
+    ("да", "", 0, 0)])
+def test_answers_by_hand(reference, hypothesis, em, f1):
+    """F1: 2 * shared / (words of both); кот is shared once, for it was said once."""
+    r = assess([(reference, hypothesis)], task="qa")
+    assert (r["em"], r["f1"]) == (em, f1)
+
+
+def test_questions(checkpoint, four, corpus, tmp_path, monkeypatch, capsys):
+    path = write_manifest(tmp_path / "qa.jsonl", [
+        {"audio": "0.wav", "question": "Какое слово первое?", "answer": corpus[0].answer.split()[0]},
+        {"conversation": [{"role": "user", "content": "Столица Франции?"}, {"role": "assistant", "content": "Париж"}]}])
+    real = nb.BorealisForConditionalGeneration.decode
+    monkeypatch.setattr(nb.BorealisForConditionalGeneration, "decode", lambda self, ids: [
+        "<think>хм</think>\n\n ПАРИЖ." for _ in real(self, ids)])
+    code, out, _ = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--manifest", path, "--task", "qa", "--out",
+                           tmp_path / "e", "--max_new_tokens", 3)
+    results, rows = results_of(tmp_path / "e")
+    assert code == 0 and results["splits"]["qa"]["em"] == results["avg_em"] == 50 and "exact match % [95 %]" in out
+    assert rows[1]["hypothesis"] == "ПАРИЖ." and rows[1]["seconds"] == 0 and rows[1]["snr"] is None
+    code, out, _ = exit_of(evaluation.main, monkeypatch, capsys, "--compare", tmp_path / "e", "--out", tmp_path / "c")
+    assert code == 0 and "| e | - | 50.00 | 50.00 |" in out and "published" not in out
+
+
+@pytest.mark.parametrize("category, text, answer", [
+    ("formal_fallacies", "The argument is invalid.", "invalid"), ("formal_fallacies", "Valid", "valid"),
+    ("formal_fallacies", "it is not valid", "invalid"), ("formal_fallacies", "Some would say valid. The answer is: invalid", "invalid"),
+    ("navigate", "Yes, you return.", "yes"), ("navigate", "True", "yes"), ("web_of_lies", "No.", "no"), ("web_of_lies", "incorrect", "no"),
+    ("object_counting", "3 pianos and 4 flutes, so the answer is 7.", "7"), ("object_counting", "You have seven.", "7"),
+    ("object_counting", "many", ""), ("navigate", "knowing nothing", "")])
+def test_what_an_answer_comes_down_to(category, text, answer):
+    assert evaluation.chosen(text, category) == answer
+
+
+def test_big_bench_audio(checkpoint, corpus, tmp_path, monkeypatch, capsys):
+    """The hub's layout: data/question_0.mp3 and a metadata file; accuracy by category."""
+    folder = tmp_path / "hub" / "ArtificialAnalysis" / "big_bench_audio" / "data"
+    folder.mkdir(parents=True)
+    items = [("formal_fallacies", "invalid"), ("navigate", "Yes"), ("object_counting", "7"), ("web_of_lies", "No"), ("navigate", "No")]
+    for i, (category, answer) in enumerate(items):
+        (folder / f"question_{i}.mp3").write_bytes(clip(corpus[i], "MP3")["bytes"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(dict(
+        file_name=f"question_{i}.mp3", category=c, official_answer=a, id=i)) + "\n" for i, (c, a) in enumerate(items)))
+    asked = []
+
+    def chat(self, conversations, recordings, max_new_tokens):
+        asked.extend((c[0]["content"], max_new_tokens) for c in conversations)
+        return torch.zeros(len(conversations), 2, dtype=torch.long)
+
+    monkeypatch.setattr(nb.BorealisForConditionalGeneration, "chat", chat)
+    monkeypatch.setattr(nb.BorealisForConditionalGeneration, "decode", lambda self, ids: ["The answer is yes, or 7, or valid."] * len(ids))
+    code, out, _ = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--task", "bigbench", "--data_dir",
+                           tmp_path / "hub", "--out", tmp_path / "e")
+    results, _ = results_of(tmp_path / "e")
+    assert code == 0 and {k: r["accuracy"] for k, r in results["splits"].items()} == dict(
+        formal_fallacies=0, navigate=50, object_counting=100, web_of_lies=0)
+    assert len(asked) == 5 and {n for _, n in asked} == {64} and len({s for s, _ in asked}) == 4 and results["avg_accuracy"] == 37.5
+
+
+# ---- several runs
+
+def evaluated(folder, names, rng, rate, step=1, ids=40):
+    """A folder as an evaluation leaves it, of a system that gets words wrong at a rate."""
+    folder.mkdir()
+    rows = []
+    for split in names:
+        for i in range(ids):
+            words = data.vocabulary("ru")[i:i + 8]
+            rows.append(dict(run="x", split=split, id=f"{split}/{i}", reference=" ".join(words),
+                             hypothesis=" ".join(w if rng.random() > rate else "ой" for w in words)))
+    (folder / "hypotheses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "results.json").write_text(json.dumps(dict(run="x", step=step, task="asr")))
+    return folder
+
+
+def test_compare_tells_what_is_real(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    folders = [evaluated(tmp_path / f"out_{name}", ["clean", "webinars"], rng, rate) for name, rate in (
+        ("bad", 0.3), ("good", 0.1), ("alike", 0.1))]
+    code, out, _ = exit_of(evaluation.main, monkeypatch, capsys, "--compare", *folders, "--out", tmp_path / "all")
+    assert code == 0 and out.index("| good |") < out.index("| bad |")  # best first
+    differences = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("|") and " - " in line.split("|")[1]}
+    assert len(differences) == 3
+    p = {name: float(line.rsplit("(", 1)[1].split(")")[0]) for name, line in differences.items()}
+    assert [v < 0.05 for k, v in sorted(p.items(), key=lambda item: "bad" in item[0])] == [False, True, True]
+    wers = [float(x) for x in next(line for line in out.splitlines() if line.startswith("| bad |")).split("|")[3:6]]
+    assert wers[2] == pytest.approx((wers[0] + wers[1]) / 2, abs=0.02)
+    assert "| Whisper-v3 (published) | - | 11.68 | 12.23 | 7.77 | 11.95 | 2.68 | 19.87 | 11.03 |" in out and "other speech" in out
+    assert (tmp_path / "all" / "heatmap.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "all" / "table.md").read_text() in out
+    other = evaluated(tmp_path / "other", ["clean", "webinars"], rng, 0.1, ids=39)
+    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, "--compare", *folders, other, "--out", tmp_path / "all")
+    assert code == 2 and "other was evaluated on other utterances than bad" in err
+    assert exit_of(evaluation.main, monkeypatch, capsys, "--compare", tmp_path, "--out", tmp_path / "all")[0] == 2
+
+
+def test_published_averages_are_means():
+    for name, (_, wers, average) in evaluation.PUBLISHED.items():
+        if None not in wers:
+            assert average == pytest.approx(np.mean(wers), abs=0.006), name
 
 
 @needs_shared
