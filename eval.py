@@ -805,7 +805,12 @@ def main():
         systems["baseline"] = whisper(args.baseline or ENCODER, args, device)
 
     answers = Answers(out, rank, world, [out / "hypotheses.jsonl"] if args.reuse else [])
-    rows, used = answer_all(systems, splits, answers, args, device.type)
+    try:
+        rows, used = answer_all(systems, splits, answers, args, device.type)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(f"stopped; {len(answers)} answers are kept in {out}, the same command goes on with them", file=sys.stderr)
+        raise
     if rank == 0:
         write_results(out, rows, args, training_config(args.ckpt).get("step"))
     answers.finish(used)

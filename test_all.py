@@ -1779,7 +1779,8 @@ def test_an_interrupted_evaluation_goes_on(checkpoint, hub, tmp_path, monkeypatc
 
     monkeypatch.setattr(nb.BorealisForConditionalGeneration, "chat", counted)
     limit = 3
-    assert exit_of(evaluation.main, monkeypatch, capsys, *flags, "--out", tmp_path / "e")[0] == 130
+    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *flags, "--out", tmp_path / "e")
+    assert code == 130 and "6 answers are kept" in err
     assert not (tmp_path / "e" / "results.json").exists()
     (part,) = (tmp_path / "e").glob("*.part.jsonl")
     part.write_text(part.read_text() + '\n{"key": "ab')
@@ -2112,11 +2113,17 @@ def test_a_preset_with_a_folder_of_its_own_resumes_there(tmp_path, monkeypatch):
     (["--audio", "short.wav"], "shorter"), (["--audio", "nan.wav"], "NaN"), (["--prompt", "что?"], "--audio"),
     (["--audio", "good.wav", "--prompt", f"{A} {A}"], "placeholders"), (["--manifest", "empty.jsonl"], "is empty"),
     (["--batch_size", "0"], "at least 1"), (["--nonsense"], "--nonsense"), (["--device", "tpu"], "choose cpu"),
-    (["--out", "good.wav"], "is a file")])
+    (["--out", "good.wav"], "is a file"), (["--task", "qa"], "name a --manifest"), (["--task", "bigbench", "--manifest", "m"], "leave out"),
+    (["--split", "clean,nowhere"], "choose from clean, voices"), (["--baseline", "nowhere/w"], "cannot load --baseline nowhere/w"),
+    (["--split", "clean", "--limit", "1", "--baseline", "CKPT"], "is a borealis model, not whisper"), (["--data_dir", "nowhere"], "no folder"),
+    (["--data_dir", "."], "has no Vikhrmodels/RuASRBenchmark"), (["--task", "qa", "--manifest", "m", "--baseline", "w"], "for transcripts"),
+    (["--lang", "ru,en", "--fallback", "whisper"], "one language"), (["--fallback", "piano"], "whisper"),
+    (["--compare", "nowhere"], "no results of eval.py in nowhere"), (["--task", "bigbench", "--split", "clean"], "formal_fallacies")])
 def test_wrong_evaluation_flags(checkpoint, bad_files, monkeypatch, capsys, argv, says):
     (bad_files / "empty.jsonl").write_text("\n")
     soundfile.write(bad_files / "good.wav", tone(1).numpy(), 16000)
     monkeypatch.chdir(bad_files)
+    argv = [checkpoint if a == "CKPT" else a for a in argv]
     argv = argv if "--ckpt" in argv else [*argv, "--ckpt", checkpoint]
     code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *argv)
     message = [line for line in err.splitlines() if line.startswith("error:")]
