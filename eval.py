@@ -247,7 +247,7 @@ def riddles(args):
             raise UserError(f"{BIG_BENCH_AUDIO.hub} has the category {s.question!r}: known are {', '.join(RIDDLES)}")
         splits[s.question].append(replace(s, question="Listen carefully and answer the question.",
                                           system=RIDDLES[s.question][0]))
-    return {category: samples for category, samples in splits.items() if samples}
+    return splits
 
 
 def load_splits(args):
@@ -259,7 +259,8 @@ def load_splits(args):
         bad.report(total, args.manifest)
         return {Path(args.manifest).stem: samples}
     if args.task == "bigbench":
-        return wanted(args, list(RIDDLES)) and riddles(args)
+        names = wanted(args, list(RIDDLES))
+        return {category: samples for category, samples in riddles(args).items() if category in names}
     trained_on = training_config(args.ckpt)
     if args.data_dir or not (trained_on.get("embedded") or trained_on.get("train_manifest")) or (
             args.split and set(args.split) <= set(BENCHMARK)):
@@ -331,7 +332,7 @@ def native(model, args):
     return answer if args.chunk == "window" else in_pieces(answer, model.config.window_samples, args.batch_size)
 
 
-def whisper(where, args, device):
+def whisper(where, args, device, language):
     """The baseline: Whisper with its own decoder, by transformers, greedy, its language forced."""
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
     try:
@@ -339,7 +340,7 @@ def whisper(where, args, device):
         processor = WhisperProcessor.from_pretrained(where)
     except (OSError, ValueError, AttributeError, TypeError, RuntimeError) as e:
         raise UserError(f"cannot load --baseline {where}: {str(e).strip().splitlines()[0]}") from None
-    settings, vocabulary, language = model.generation_config, processor.tokenizer.get_vocab(), f"<|{args.lang or 'ru'}|>"
+    settings, vocabulary, language = model.generation_config, processor.tokenizer.get_vocab(), f"<|{language}|>"
     if language not in vocabulary or getattr(settings, "is_multilingual", None) is False:
         raise UserError(f"--baseline {where} does not know {language}: name a multilingual Whisper")
     for name, value in dict(is_multilingual=True, lang_to_id={language: vocabulary[language]},  # which old files lack
@@ -473,7 +474,7 @@ def hear(block, answers):
     for key, split, sample in block:
         row = dict(zip(ROW, (key, split, sample.name, sample.answer, "", None, 0.0, 0.0, 0, False, None)))
         try:
-            waves = [load_audio(a, silence=not sample.answer) for a in sample.audio]
+            waves = [load_audio(a, silence=not normalise(sample.answer)) for a in sample.audio]
         except BadRow as e:
             answers.add(row | dict(failed=str(e)))
         else:
@@ -522,7 +523,7 @@ def assess(rows, task):
         seconds, took = sum(r["seconds"] for r in own), sum(r["took"] for r in own)
         splits[split] = result | dict(
             samples=len(own), failed=sum(bool(r["failed"]) for r in own), seconds=round(seconds, 1),
-            rtf=round(took / max(seconds, 1e-9), 5), tokens_per_s=round(sum(r["tokens"] for r in own) / max(took, 1e-9), 1))
+            rtf=round(took / seconds, 5) if seconds else None, tokens_per_s=round(sum(r["tokens"] for r in own) / max(took, 1e-9), 1))
     metric = TASKS[task][0]
     return dict(splits=splits) | {f"avg_{metric}": round(sum(r[metric] for r in splits.values()) / len(splits), 2),
                                   f"avg_{metric}_ci": interval(np.mean(draws, axis=0))}
@@ -542,7 +543,7 @@ def results_table(result, task):
     names = ["sub", "del", "ins", "words"] * asr + ["samples", "failed"]
     tables = [markdown(
         ["split", *(f"{TITLES[m]} % [95 %]" for m in TASKS[task]), *names, "RTF", "tokens/s"],
-        [[split, *(certain(r, m) for m in TASKS[task]), *(r[n] for n in names), f"{r['rtf']:.4f}", f"{r['tokens_per_s']:.0f}"]
+        [[split, *(certain(r, m) for m in TASKS[task]), *(r[n] for n in names), f"{r['rtf']:.4f}" if r["rtf"] else "-", f"{r['tokens_per_s']:.0f}"]
          for split, r in result["splits"].items()])]
     if asr:
         def share(r, name):
@@ -623,7 +624,7 @@ def write_results(out, rows, args, step):
 # -----------------------------------------------------------------------------
 # Several runs in one table
 
-PUBLISHED = {  # the post's aggregated table, WER % on RuASRBenchmark: steps, six splits, average
+PUBLISHED = {  # the post's tables, WER % on RuASRBenchmark: steps, six splits, average
     "Whisper-v3": (None, (11.68, 12.23, 7.77, 11.95, 2.68, 19.87), 11.03),
     "ru_text_10pct": (1624, (6.42, 15.79, 60.69, 11.36, 1.99, 18.75), 19.17),
     "ru_only": (1000, (6.54, 13.64, 61.32, 10.06, 1.94, 22.43), 19.32),
@@ -653,14 +654,16 @@ def read_run(folder):
 
 def read_runs(folders):
     """Several folders -> as read_run. Raises UserError if they were not evaluated on the same utterances."""
+    def texts(run_, *kinds):
+        return run_[1], {split: [[r[k] for k in kinds] for r in rows] for split, rows in run_[2].items()}
     runs = {}
     for folder in folders:
-        for name, run_ in read_run(folder).items():  # a baseline that several folders hold is shown once
-            runs[f"{Path(folder).name}/{name}" if name in runs and runs[name] != run_ else name] = run_
-    def what(run_):
-        return run_[1], {split: [(r["id"], r["reference"]) for r in rows] for split, rows in run_[2].items()}
+        for name, run_ in read_run(folder).items():
+            if name in runs and texts(runs[name], "id", "hypothesis") != texts(run_, "id", "hypothesis"):
+                name = f"{folder}/{name}"  # but a baseline that several folders hold is shown once
+            runs[name] = run_
     first = next(iter(runs))
-    if other := [name for name in runs if what(runs[name]) != what(runs[first])]:
+    if other := [name for name in runs if texts(runs[name], "id", "reference") != texts(runs[first], "id", "reference")]:
         raise UserError(f"{other[0]} was evaluated on other utterances than {first}: only results on the same ones compare")
     return runs
 
@@ -769,8 +772,7 @@ def parse_args():
             (args.task == "bigbench" and args.manifest, "--task bigbench has its own data: leave out --manifest"),
             (args.task != "asr" and (args.baseline or args.fallback or args.chunk == "vad"),
              f"--baseline, --fallback and --chunk vad are for transcripts, not for --task {args.task}"),
-            (args.split and args.manifest, "--split chooses among benchmarks, a manifest is one split: give one of the two"),
-            ((args.baseline or args.fallback) and args.lang == "ru,en", "--baseline listens in one language: give --lang ru or --lang en")):
+            (args.split and args.manifest, "--split chooses among benchmarks, a manifest is one split: give one of the two")):
         if wrong:
             raise UserError(says)
     return args
@@ -801,8 +803,13 @@ def main():
         dist.barrier()
     with contextlib.redirect_stderr(sys.stderr if rank == 0 else open(os.devnull, "w")):
         splits = {split: samples[:args.limit] for split, samples in load().items()}
+    if empty := [split for split, samples in splits.items() if not samples]:
+        raise UserError(f"the split {empty[0]} has no utterances: nothing to measure")
     if args.baseline or args.fallback:
-        systems["baseline"] = whisper(args.baseline or ENCODER, args, device)
+        if any(split.endswith("_en") for split in splits):
+            raise UserError("--baseline listens in one language: give --lang ru or --lang en")
+        language = (args.lang or training_config(args.ckpt).get("lang") or "ru").split(",")[0]
+        systems["baseline"] = whisper(args.baseline or ENCODER, args, device, language)
 
     answers = Answers(out, rank, world, [out / "hypotheses.jsonl"] if args.reuse else [])
     try:

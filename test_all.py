@@ -2028,6 +2028,14 @@ def test_compare_tells_what_is_real(tmp_path, monkeypatch, capsys):
     assert wers[2] == pytest.approx((wers[0] + wers[1]) / 2, abs=0.02)
     assert "| Whisper-v3 (published) | - | 11.68 | 12.23 | 7.77 | 11.95 | 2.68 | 19.87 | 11.03 |" in out and "other speech" in out
     assert (tmp_path / "all" / "heatmap.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "all" / "table.md").read_text() in out
+    for name in ("x", "y"):  # two runs of one name, and the same baseline beside both
+        folder = shutil.copytree(folders[0] if name == "x" else folders[1], tmp_path / name / "out_run")
+        with open(folder / "hypotheses.jsonl", "a") as f:
+            for line in (folders[2] / "hypotheses.jsonl").read_text().splitlines():
+                f.write(json.dumps(json.loads(line) | dict(run="w", took=ord(name))) + "\n")
+    code, out, _ = exit_of(evaluation.main, monkeypatch, capsys, "--compare", tmp_path / "x" / "out_run", tmp_path / "y" / "out_run",
+                           "--out", tmp_path / "two")
+    assert code == 0 and [out.count(f"\n| {n} | ") for n in ("run", tmp_path / "y" / "out_run" / "run", "w")] == [1, 1, 1]
     other = evaluated(tmp_path / "other", ["clean", "webinars"], rng, 0.1, ids=39)
     code, _, err = exit_of(evaluation.main, monkeypatch, capsys, "--compare", *folders, other, "--out", tmp_path / "all")
     assert code == 2 and "other was evaluated on other utterances than bad" in err
@@ -2117,7 +2125,7 @@ def test_a_preset_with_a_folder_of_its_own_resumes_there(tmp_path, monkeypatch):
     (["--split", "clean,nowhere"], "choose from clean, voices"), (["--baseline", "nowhere/w"], "cannot load --baseline nowhere/w"),
     (["--split", "clean", "--limit", "1", "--baseline", "CKPT"], "is a borealis model, not whisper"), (["--data_dir", "nowhere"], "no folder"),
     (["--data_dir", "."], "has no Vikhrmodels/RuASRBenchmark"), (["--task", "qa", "--manifest", "m", "--baseline", "w"], "for transcripts"),
-    (["--lang", "ru,en", "--fallback", "whisper"], "one language"), (["--fallback", "piano"], "whisper"),
+    (["--lang", "ru,en", "--limit", "1", "--fallback", "whisper"], "one language"), (["--fallback", "piano"], "whisper"),
     (["--compare", "nowhere"], "no results of eval.py in nowhere"), (["--task", "bigbench", "--split", "clean"], "formal_fallacies")])
 def test_wrong_evaluation_flags(checkpoint, bad_files, monkeypatch, capsys, argv, says):
     (bad_files / "empty.jsonl").write_text("\n")
