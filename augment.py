@@ -239,10 +239,14 @@ def noise_at(noise, power, snr_db):
 def estimate_snr(wave):
     """(samples,) at 16 kHz -> speech power over noise power in dB, -10 to 60, as a mix made by noise_at has it.
 
-    The noise is what the quietest twentieth of all 20 ms frames holds, the speech what is left of the mean. White noise
-    mixed in at 5 to 20 dB is read to within about 1 dB; without any pause, speech itself passes for noise."""
+    The noise is what the quietest twentieth of the 20 ms frames holds, the speech what is left of the mean; digital silence,
+    which files are padded with, does not count. White noise mixed in at 0 to 20 dB is read to within 1.5 dB on average;
+    without any pause, speech itself passes for noise."""
     frame = SAMPLE_RATE // 50
     power = wave[:max(1, len(wave) // frame) * frame].unfold(0, min(frame, len(wave)), frame).square().mean(1)
+    power = power[power > 1e-10]
+    if not len(power):
+        return -10.0
     noise = power.quantile(0.05).item()
     return min(60.0, max(-10.0, 10 * math.log10(max(power.mean().item() - noise, 1e-12) / max(noise, 1e-12))))
 

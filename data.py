@@ -218,9 +218,9 @@ def resampler(rate, new_rate):
 CONTROL = re.compile(r"<\|\w+\|>")
 
 
-def read_manifest(path, bad, wordless=False):
+def read_manifest(path, bad, evaluation=False):
     """JSONL -> (list of Samples, number of rows). What is wrong with the text of a row goes to `bad`; the audio is
-    looked at later, by usable() for training, or while decoding for evaluation. Raises UserError. wordless: see parse_row."""
+    looked at later, by usable() for training, or while decoding for evaluation. Raises UserError. evaluation: see parse_row."""
     if not os.path.isfile(path):
         raise UserError(f"no manifest at {path}: give a JSONL file, one object a line")
     samples, total = [], 0
@@ -231,7 +231,7 @@ def read_manifest(path, bad, wordless=False):
             total += 1
             name = f"{os.path.basename(path)}:{number}"
             try:
-                samples.append(replace(parse_line(line, os.path.dirname(path), wordless), name=name))
+                samples.append(replace(parse_line(line, os.path.dirname(path), evaluation), name=name))
             except BadRow as e:
                 bad.add(str(e), name)
     if not total:
@@ -239,7 +239,7 @@ def read_manifest(path, bad, wordless=False):
     return samples, total
 
 
-def parse_line(line, folder, wordless=False):
+def parse_line(line, folder, evaluation=False):
     """One line of a manifest -> Sample; raises BadRow."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
@@ -247,16 +247,18 @@ def parse_line(line, folder, wordless=False):
         raise BadRow("broken JSON") from None
     if not isinstance(row, dict):
         raise BadRow("not a JSON object")
-    return parse_row(row, folder, wordless)
+    return parse_row(row, folder, evaluation)
 
 
-def parse_row(row, folder="", wordless=False):
+def parse_row(row, folder="", evaluation=False):
     """{"audio", "text"}, {"audio", "question", "answer"} or {"conversation"} -> Sample; raises BadRow. The audio is a path,
-    below `folder` if relative, the bytes of a file, or a list of these. wordless: a text may be "", as evaluation wants it of
-    a recording in which nobody speaks."""
+    below `folder` if relative, the bytes of a file, or a list of these. evaluation: nothing is left out that has a reference; a
+    missing recording is load_audio's to refuse, and the text "" says that nobody speaks."""
     def text(value):
         if not isinstance(value, str) or not value.strip():
             raise BadRow("empty text")
+        if not value.isprintable() and re.search("[\ud800-\udfff]", value):
+            raise BadRow("broken text")  # half a character, which no file can hold
         if CONTROL.search(value.replace(TAG_PAIR, "").replace(AUDIO, "")):
             raise BadRow("control token in the text")
         return value.strip()
@@ -278,8 +280,10 @@ def parse_row(row, folder="", wordless=False):
     audio = row.get("audio")
     audio = audio if isinstance(audio, list) else [audio]
     if not audio or not all(isinstance(a, (str, bytes)) and a for a in audio):
-        raise BadRow("no audio field")
-    nothing = wordless and isinstance(row.get("text"), str) and not row["text"].strip()
+        if not evaluation:
+            raise BadRow("no audio field")
+        audio = [b""]
+    nothing = evaluation and isinstance(row.get("text"), str) and not row["text"].strip()
     sample = Sample("" if nothing else text(row.get("text", row.get("answer"))),
                     [os.path.join(folder, a) if isinstance(a, str) else a for a in audio])
     if AUDIO in sample.answer or TAG_PAIR in sample.answer:
@@ -326,7 +330,7 @@ class Source:
     Without a question column every row gets `prompt`, the one transcription prompt. (The original asks "Transcribe the
     audio." of some sets and "Что слышно на аудио?" of ToneBooks, and evaluates with none of these.)
     only: (columns, word): rows where one of these columns contains the word. rows: then so many, from the start.
-    wordless: see parse_row."""
+    evaluation: see parse_row."""
     hub: str
     split: str = "train"
     config: Optional[str] = None
@@ -337,7 +341,7 @@ class Source:
     prompt: str = ASR_PROMPT
     only: tuple = ()
     rows: Optional[int] = None
-    wordless: bool = False
+    evaluation: bool = False
 
     @property
     def columns(self):
@@ -351,9 +355,10 @@ class Source:
         if isinstance(audio, dict):
             audio = audio.get("bytes") or audio.get("path")
         row = {"audio": audio, "question": row.get(self.question), "answer": row[self.answer]}
-        if self.question:
-            return parse_row(row)
-        return replace(parse_row({"audio": row["audio"], "text": row["answer"]}, wordless=self.wordless), question=self.prompt)
+        if not self.question:
+            row = {"audio": row["audio"], "text": row["answer"]}
+        sample = parse_row(row, evaluation=self.evaluation)
+        return sample if self.question else replace(sample, question=self.prompt)
 
 
 QA = dict(question="question", answer="answer")
@@ -395,12 +400,13 @@ MIXES = {  # pool -> how often its turn comes; inside a pool every row is as lik
     "long_audio": {"ru_audio": 0.6, "text": 0.1, "long_audio": 0.3},
 }
 # For evaluation: the post's six splits (of Tone_Speak there are 700 rows), and spoken riddles of four kinds, in English.
-BENCHMARK = {split: Source("Vikhrmodels/RuASRBenchmark", split, rows=1000, wordless=True) for split in (
+BENCHMARK = {split: Source("Vikhrmodels/RuASRBenchmark", split, rows=1000, evaluation=True) for split in (
     "Russian_LibriSpeech", "Common_Voice_Corpus_22.0", "Tone_Webinars", "Tone_Books", "Tone_Speak", "Sova_RuDevices")}
-BIG_BENCH_AUDIO = Source("ArtificialAnalysis/big_bench_audio", question="category", answer="official_answer")
+BIG_BENCH_AUDIO = Source("ArtificialAnalysis/big_bench_audio", question="category", answer="official_answer", evaluation=True)
 
 
 def unreadable(source, place, e):
+    e = e.__cause__ or e  # datasets says only that something failed
     reason = f"{type(e).__name__}: {e}".splitlines()[0][:200]
     if place:
         return UserError(f"cannot read {source.hub}, split {source.split}, from {place}: {reason}")

@@ -26,7 +26,7 @@ import zlib
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
-from itertools import combinations, groupby
+from itertools import combinations
 from pathlib import Path
 
 import jiwer
@@ -46,19 +46,19 @@ from model import ASR_PROMPT, ENCODER, LLM, SAMPLE_RATE, cut_at_pauses, find_che
 # -----------------------------------------------------------------------------
 # What is compared: text, normalised
 
-STRESS = "\u0301"  # the accent of за́мок, a reading aid
+UNSAID = "\u0301'’ʼ`"  # the accent of за́мок, a reading aid; apostrophes
 
 
 def normalise(text):
-    """What WER compares: NFC, lower case, ё -> е, hyphens and dashes -> space, other punctuation and symbols out.
+    """What WER compares: NFC, lower case, ё -> е, punctuation and symbols -> space, apostrophes and what nobody sees out.
 
-    й stays й, decomposed or not (NFC joins it before anything is removed). Hyphens become spaces, so кто-то and
-    "кто то" score alike, as two words; the post's normaliser glued them into one. Digits stay digits."""
-    text = unicodedata.normalize("NFC", text).lower().replace("ё", "е").replace(STRESS, "")
+    й stays й, decomposed or not (NFC joins it before anything is removed). A space, so that кто-то and "кто то", т.е. and
+    "т. е." score alike, as two words; the post's normaliser glues them into one. Digits stay digits."""
+    text = unicodedata.normalize("NFC", text).lower().replace("ё", "е")
     kept = []
     for c in text:
-        kind = unicodedata.category(c)
-        kept.append(" " if kind == "Pd" else "" if kind[0] in "PS" else c)
+        kind = unicodedata.category(c)  # Cf: soft hyphens, zero-width spaces
+        kept.append("" if c in UNSAID or kind == "Cf" else " " if kind[0] in "PS" else c)
     return " ".join("".join(kept).split())
 
 
@@ -122,22 +122,35 @@ def figure(counts):
     """(..., n, k) counts -> (...) percent: all that is in the first columns over all that is in the last. So WER is over the
     corpus: all edits over all words of the references."""
     total = counts.sum(-2)
-    return 100 * total[..., :-1].sum(-1) / np.maximum(total[..., -1], 1)
+    return np.where(total[..., -1] > 0, 100 * total[..., :-1].sum(-1) / np.maximum(total[..., -1], 1), np.nan)  # nan: nobody spoke
 
 
 def bootstrap(counts, seed=0):
     """(n, k) -> (R,): the figure of R sets of n utterances drawn from these with replacement (Bisani and Ney 2004). The same
     seed draws the same utterances, so that two systems are compared on equal terms, however hard a draw is."""
-    return figure(counts[np.random.default_rng(seed).integers(len(counts), size=(DRAWS, len(counts)))])
+    rng, n = np.random.default_rng(seed), len(counts)
+    return np.concatenate([figure(counts[rng.integers(n, size=(100, n))]) for _ in range(DRAWS // 100)])  # 100: of memory
 
 
 def interval(draws):
     """(R,) -> [low, high], 95 %."""
-    return [round(float(x), 2) for x in np.percentile(draws, [2.5, 97.5])]
+    return [rounded(x) for x in (np.nanpercentile(draws, [2.5, 97.5]) if np.isfinite(draws).any() else (np.nan, np.nan))]
+
+
+def rounded(x):
+    """To two digits; None for what is not defined."""
+    return None if np.isnan(x) else round(float(x), 2)
+
+
+def average(figures):
+    """(splits, ...) -> (...): the plain mean, as in the post, over the splits in which somebody speaks."""
+    figures = np.array(figures, float)
+    return np.nansum(figures, 0) / np.where((n := np.isfinite(figures).sum(0)) > 0, n, np.nan)
 
 
 def p_value(differences):
     """(R,) paired differences -> two-sided p: how often the draws disagree about which of the two is better."""
+    differences = differences[np.isfinite(differences)]
     either = min((differences <= 0).sum(), (differences >= 0).sum())
     return float(min(1.0, 2 * (either + 1) / (len(differences) + 1)))
 
@@ -147,12 +160,15 @@ def p_value(differences):
 
 def longest_loop(words):
     """How many words the longest stretch has that says one phrase three times in a row or more, four words at least:
-    "на на на на столе" -> 4. 0 if there is none."""
+    "на на на на столе" -> 4. 0 if there is none. A phrase has 30 words at most; letters of a word will do as well."""
     longest = 0
-    for size in range(1, len(words) // 3 + 1):
-        for start in range(size):
-            phrases = (words[i:i + size] for i in range(start, len(words) - size + 1, size))
-            longest = max([longest, *(n * size for n in (len(list(same)) for _, same in groupby(phrases)) if n >= 3 and n * size > 3)])
+    for size in range(1, min(30, len(words) // 3) + 1):
+        same = 0  # words in a row that equal the one a phrase earlier
+        for i in range(size, len(words)):
+            same = same + 1 if words[i] == words[i - size] else 0
+            stretch = (same // size + 1) * size
+            if stretch >= max(4, 3 * size):
+                longest = max(longest, stretch)
     return longest
 
 
@@ -162,7 +178,8 @@ def diagnose(rows):
     for r, said, heard in zip(rows, *said_and_heard(rows)):
         said, heard = said.split(), heard.split()
         kinds["stopped_early"] += len(said) > 1.5 * len(heard)
-        kinds["loops"] += longest_loop(heard) > longest_loop(said)
+        kinds["loops"] += any(longest_loop(h) > longest_loop(s) for h, s in ((heard, said), (max(heard, key=len, default=""),
+                                                                                              max(said, key=len, default=""))))
         kinds["cut"] += r["cut"]
         kinds["silence"] += not said
         kinds["text_on_silence"] += bool(heard) and not said
@@ -187,29 +204,45 @@ def worst(rows, task, n=10):
 # -----------------------------------------------------------------------------
 # What is decoded: samples by split
 
+YES_NO = "yes|no|true|false|correct|incorrect"
 RIDDLES = {  # how a category of BigBenchAudio wants to be answered, and the answers there are
-    "formal_fallacies": ("Is the argument deductively valid? Answer with one word: valid or invalid.", "invalid|not valid|valid"),
-    "navigate": ("Does the walk end where it began? Answer with one word: yes or no.", "yes|no|true|false|correct|incorrect"),
+    "formal_fallacies": ("Is the argument deductively valid? Answer with one word: valid or invalid.", "valid|invalid"),
+    "navigate": ("Does the walk end where it began? Answer with one word: yes or no.", YES_NO),
     "object_counting": ("Count what is asked for. Answer with the number alone.", r"\d+"),
-    "web_of_lies": ("Does the last person tell the truth? Answer with one word: yes or no.",
-                    "yes|no|true|false|correct|incorrect")}
-SAME = {"not valid": "invalid", "true": "yes", "correct": "yes", "false": "no", "incorrect": "no"}
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-           "eighteen nineteen twenty").split()
+    "web_of_lies": ("Does the last person tell the truth? Answer with one word: yes or no.", YES_NO)}
+SAME = {"true": "yes", "correct": "yes", "false": "no", "incorrect": "no"}
+OPPOSITE = {"valid": "invalid", "invalid": "valid", "yes": "no", "no": "yes"}
+NUMBERS = {word: n for n, word in enumerate((
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen").split())} | {
+        word: n for n, word in zip(range(20, 100, 10), "twenty thirty forty fifty sixty seventy eighty ninety".split())}
 
 
 def chosen(text, category):
-    """What an answer comes down to: the last of the category's options behind "answer is", or anywhere; "" if there is none."""
-    text = re.sub(rf"\b({'|'.join(NUMBERS)})\b", lambda m: str(NUMBERS.index(m[1])), text.lower())
-    tail = re.split(r"answer(?: is)?\b:?", text)[-1]
+    """What an answer comes down to, "" if to nothing: the option it begins with; else the last one behind "answer is", or
+    anywhere. "not valid" is invalid, "twenty-one" 21."""
+    text, words = text.lower().replace("’", "'"), "|".join(NUMBERS)
+    for numeral in (rf"\b(\w+ty)[- ]({words})\b", rf"\b({words})()\b"):
+        text = re.sub(numeral, lambda m: str(NUMBERS.get(m[1], 0) + NUMBERS.get(m[2], 0)), text)
+    text = re.sub(r"(?<=\d)\.0+\b", "", text).lstrip(" \n*\"'")
     options = rf"\b(?:{RIDDLES[category][1]})\b"
-    found = re.findall(options, tail) or re.findall(options, text)
-    return SAME.get(found[-1], found[-1]) if found else ""
+    first = re.match(rf"({options})\s*(?:[.,;:!*\n]|$)", text)
+    if first and not first[1].isdigit():  # who counts begins with parts of the sum
+        return SAME.get(first[1], first[1])
+    for part in (re.split(r"answer(?: is)?\b:?", text)[-1], text):
+        if found := [*re.finditer(options, part)]:
+            option = SAME.get(found[-1][0], found[-1][0])
+            before = part[:found[-1].start()].split()[-3:]  # "is not deductively valid"
+            return OPPOSITE.get(option, option) if any(w == "not" or w.endswith("n't") for w in before) else option
+    return ""
 
 
 def training_config(where):
     path = find_checkpoint(where) / "train_config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        raise UserError(f"{path} is broken: bring it back, or remove it and name what to evaluate with --manifest") from None
 
 
 def embedded_splits(lang, seed, n=EVAL_UTTERANCES, names=(*EVAL_SPLITS, *HARD)):
@@ -229,7 +262,8 @@ def embedded_splits(lang, seed, n=EVAL_UTTERANCES, names=(*EVAL_SPLITS, *HARD)):
 
 def from_hub(source, args):
     """The samples of one dataset, from the hub or --data_dir. What has no reference is left out, and counted."""
-    rows, bad, samples = Rows(source, args.data_dir, None if source is BIG_BENCH_AUDIO else args.limit), BadRows(args.strict), []
+    limit = None if source is BIG_BENCH_AUDIO or args.data_dir else args.limit or source.rows  # so many are streamed
+    rows, bad, samples = Rows(source, args.data_dir, limit), BadRows(args.strict), []
     for i in range(len(rows)):
         try:
             samples.append(rows[i])
@@ -255,7 +289,7 @@ def load_splits(args):
     training languages."""
     if args.manifest:
         bad = BadRows(args.strict)
-        samples, total = read_manifest(args.manifest, bad, wordless=True)
+        samples, total = read_manifest(args.manifest, bad, evaluation=True)
         bad.report(total, args.manifest)
         return {Path(args.manifest).stem: samples}
     if args.task == "bigbench":
@@ -349,15 +383,15 @@ def whisper(where, args, device, language):
         if getattr(settings, name, None) is None:
             setattr(settings, name, value)
     model.to(device).eval()
+    ends = torch.tensor([i for i in (model.config.eos_token_id, settings.eos_token_id, settings.pad_token_id) if isinstance(i, int)])
     most = min(args.max_new_tokens, model.config.max_target_positions - 4)  # four go to start, language, task, no timestamps
 
     def answer(samples, waves):
         mel = processor.feature_extractor([w.numpy() for w, in waves], sampling_rate=SAMPLE_RATE, return_tensors="pt")
         ids = model.generate(mel.input_features.to(device, model.dtype), language=language, task="transcribe",
                              max_new_tokens=most, do_sample=False, num_beams=1).cpu()
-        texts = processor.batch_decode(ids, skip_special_tokens=True)
-        lengths = [int((row != model.config.eos_token_id).sum()) for row in ids]  # it pads with the end
-        return [(text.strip(), n, n >= most) for text, n in zip(texts, lengths)]
+        texts, lengths = processor.batch_decode(ids, skip_special_tokens=True), [until_end(row, ends) for row in ids]
+        return [(text.strip(), n, endless and n >= most) for text, (n, endless) in zip(texts, lengths)]
     return in_pieces(answer, processor.feature_extractor.n_samples, args.batch_size)
 
 
@@ -376,7 +410,7 @@ def answer_one(model, path, prompt, max_new_tokens):
     print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s), "
           f"{windows * model.config.tokens_per_window} audio tokens", file=sys.stderr)
     messages = Sample("", [path], question).messages(with_answer=False)
-    print(model.decode(model.chat([messages], [[wave]], max_new_tokens=max_new_tokens)[0]))
+    print(THINK.sub("", model.decode(model.chat([messages], [[wave]], max_new_tokens=max_new_tokens)[0])).strip())
 
 
 # -----------------------------------------------------------------------------
@@ -390,13 +424,15 @@ class Answers(dict):
     """{key: row of hypotheses.jsonl}: what has been answered so far, by any rank. Kept in part files until finish()."""
 
     def __init__(self, folder, rank=0, world=1, also=()):
-        self.folder, self.rank, self.world = folder, rank, world
+        self.folder, self.rank, self.world, self.finished = folder, rank, world, set()
         for path in [*also, *self.parts()]:
-            for line in path.read_text().splitlines() if path.is_file() else ():
-                with contextlib.suppress(ValueError):  # a kill may have cut a line
+            for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a kill may have cut it; another program may have made it
                     row = json.loads(line)
-                    if "key" in row and not row["failed"]:  # what failed is tried again
+                    if not row["failed"]:  # what failed is tried again
                         self[row["key"]] = {k: row[k] for k in ROW}
+            if path in also:
+                self.finished = set(self)
         self.meet()  # nobody writes before all have read
         folder.mkdir(parents=True, exist_ok=True)
         self.file = open(folder / f"hypotheses.{rank}.part.jsonl", "a", buffering=1)
@@ -427,7 +463,7 @@ class Answers(dict):
         if self.rank == 0:
             for path in self.parts():
                 path.unlink()
-            if left := [row for key, row in self.items() if key not in used and not row["failed"]]:
+            if left := [row for key, row in self.items() if key not in used | self.finished and not row["failed"]]:
                 replace_file(self.folder / "hypotheses.0.part.jsonl", lambda tmp: Path(tmp).write_text("".join(map(line_of, left))))
 
 
@@ -438,11 +474,21 @@ def line_of(row):
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
+def identity(where):
+    """What a local model is, by its files; a model on the hub by its name."""
+    if not Path(where).exists():
+        return str(where)
+    folder = find_checkpoint(where)
+    return fingerprint(folder), [zlib.crc32(p.read_bytes()) for p in (
+        folder / name for name in ("config.json", "generation_config.json", "tokenizer.json")) if p.is_file()]
+
+
 def key_of(system, split, sample):
     """What an answer depends on: the system with its settings, the question, and the recordings."""
     def what(audio):
         if isinstance(audio, str):
-            return (audio, *os.stat(audio)[6:9:2]) if os.path.isfile(audio) else audio  # size and time of change
+            facts = os.stat(audio) if os.path.isfile(audio) else None
+            return (audio, facts.st_size, facts.st_mtime_ns) if facts else audio
         return len(audio), zlib.crc32(audio)
     facts = [system, split, sample.name, sample.messages(), list(map(what, sample.audio))]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
@@ -511,13 +557,14 @@ def decode_batch(answer, batch):
 
 def assess(rows, task):
     """{split: normalised rows} of one system -> what results.json says about it."""
-    splits, draws = {}, []
+    splits, figures, draws = {}, [], []
     for seed, (split, own) in enumerate(rows.items()):
         counts, result = measure(task, own), {}
         for metric, x in counts.items():
             drawn = bootstrap(x, seed)
-            result |= {metric: round(float(figure(x)), 2), f"{metric}_ci": interval(drawn)}
-            draws += [drawn] * (metric == TASKS[task][0])
+            result |= {metric: rounded(figure(x)), f"{metric}_ci": interval(drawn)}
+            if metric == TASKS[task][0]:
+                figures.append(figure(x)), draws.append(drawn)
         if task == "asr":
             result |= dict(zip(("sub", "del", "ins", "words"), counts["wer"].sum(0).tolist())) | diagnose(own)
         seconds, took = sum(r["seconds"] for r in own), sum(r["took"] for r in own)
@@ -525,8 +572,7 @@ def assess(rows, task):
             samples=len(own), failed=sum(bool(r["failed"]) for r in own), seconds=round(seconds, 1),
             rtf=round(took / seconds, 5) if seconds else None, tokens_per_s=round(sum(r["tokens"] for r in own) / max(took, 1e-9), 1))
     metric = TASKS[task][0]
-    return dict(splits=splits) | {f"avg_{metric}": round(sum(r[metric] for r in splits.values()) / len(splits), 2),
-                                  f"avg_{metric}_ci": interval(np.mean(draws, axis=0))}
+    return dict(splits=splits) | {f"avg_{metric}": rounded(average(figures)), f"avg_{metric}_ci": interval(average(draws))}
 
 
 def markdown(header, rows):
@@ -535,11 +581,14 @@ def markdown(header, rows):
         header, ["---"] + ["--:"] * (len(header) - 1), *rows)).replace("| --- |", "|---|").replace(" --: |", "--:|")
 
 
+def certain(result, metric):
+    value, (low, high) = result[metric], result[f"{metric}_ci"]
+    return "-" if value is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def results_table(result, task):
     """A system's figures by split, and for transcripts what kind of errors they are made of."""
     asr = task == "asr"
-    def certain(r, metric):
-        return f"{r[metric]:.2f} [{r[metric + '_ci'][0]:.2f}, {r[metric + '_ci'][1]:.2f}]"
     names = ["sub", "del", "ins", "words"] * asr + ["samples", "failed"]
     tables = [markdown(
         ["split", *(f"{TITLES[m]} % [95 %]" for m in TASKS[task]), *names, "RTF", "tokens/s"],
@@ -561,15 +610,18 @@ def overview(systems, task):
     metric = TASKS[task][0]
     columns = list(next(iter(systems.values()))["splits"])
     return markdown([f"{TITLES[metric]} %", *columns, "average [95 %]"], [
-        [name, *(f"{r['splits'][c][metric]:.2f}" for c in columns),
-         "{:.2f} [{:.2f}, {:.2f}]".format(r[f"avg_{metric}"], *r[f"avg_{metric}_ci"])] for name, r in systems.items()])
+        [name, *(plain(r["splits"][c][metric]) for c in columns), certain(r, f"avg_{metric}")] for name, r in systems.items()])
+
+
+def plain(value):
+    return "-" if value is None or np.isnan(value) else f"{value:.2f}"
 
 
 def transcripts(rows, n=6):
     """A few lines to read: the first utterances, and the first wrong ones."""
-    wrong = [r for r in rows if r["reference_normalised"] != r["hypothesis_normalised"]]
-    shown = [r for r in rows if r not in wrong][:n - min(n // 2, len(wrong))] + wrong[:n // 2]
-    return "\n".join(f"  {'✗' if r in wrong else '✓'} {r['id']}\n      said   {r['reference']}\n"
+    right, wrong = ([r for r in rows if (r["reference_normalised"] == r["hypothesis_normalised"]) == same] for same in (True, False))
+    shown = right[:n - min(n // 2, len(wrong))] + wrong[:n // 2]
+    return "\n".join(f"  {'✗' if r in wrong[:n] else '✓'} {r['id']}\n      said   {r['reference']}\n"
                      f"      heard  {r['hypothesis'] or '(nothing)'}" for r in shown)
 
 
@@ -579,12 +631,12 @@ def plot_figures(systems, task, path):
     columns, width = list(next(iter(systems.values()))["splits"]), 0.7 / len(systems)
     with picture(path, figsize=(max(4, (1 + 0.5 * len(systems)) * len(columns)), 4.5)) as (_, axis):
         for k, (name, result) in enumerate(systems.items()):
-            values = np.array([r[metric] for r in result["splits"].values()])
-            low, high = np.array([r[f"{metric}_ci"] for r in result["splits"].values()]).T
+            values = np.array([r[metric] for r in result["splits"].values()], float)
+            low, high = np.array([r[f"{metric}_ci"] for r in result["splits"].values()], float).T
             bars = axis.bar(np.arange(len(columns)) + (k - (len(systems) - 1) / 2) * width, values, 0.9 * width, label=name,
                             yerr=np.clip([values - low, high - values], 0, None), capsize=3, ecolor="#555555",
                             color=("#1f4e9c", "#e08a1e", "#4f9c5a")[k % 3])
-            axis.bar_label(bars, [f"{v:.2f}" for v in values], padding=3, fontsize=8)
+            axis.bar_label(bars, [plain(v) for v in values], padding=3, fontsize=8)
         axis.set(ylabel=f"{TITLES[metric]}, % (bars: 95 % intervals)", xlim=(-0.6, len(columns) - 0.4))
         axis.set_xticks(range(len(columns)), [c.replace("_", "\n") for c in columns])
         axis.margins(y=0.15)
@@ -600,7 +652,8 @@ def write_results(out, rows, args, step):
     flat = [(n, split, r) for n, splits in clean.items() for split, own in splits.items() for r in own]
     replace_file(out / "hypotheses.jsonl", lambda tmp: Path(tmp).write_text("".join(line_of(dict(run=n) | r) for n, _, r in flat)))
     replace_file(out / "results.json", lambda tmp: Path(tmp).write_text(json.dumps(
-        dict(run=name, step=step, task=task, normalizer=args.normalizer, **systems[name],
+        dict(run=name, step=step, task=task, normalizer=args.normalizer, settings={k: str(v) for k, v in vars(args).items() if v},
+             **systems[name],
              others={n: r for n, r in systems.items() if n != name}), indent=1, ensure_ascii=False)))
     plot_figures(systems, task, out / "wer.png" if task == "asr" else out / f"{task}.png")
 
@@ -639,12 +692,12 @@ def read_run(folder):
     folder, runs = Path(folder), {}
     try:
         result = json.loads((folder / "results.json").read_text())
-        rows = [json.loads(line) for line in (folder / "hypotheses.jsonl").read_text().splitlines()]
-        for r in rows:
+        for line in (folder / "hypotheses.jsonl").read_text().strip().split("\n"):
+            r = json.loads(line)
             main = r.get("run", result["run"]) == result["run"]
             name = folder.resolve().name.removeprefix("out_") if main else r["run"]
             run_ = runs.setdefault(name, (result["step"] if main else None, result.get("task", "asr"), {}))
-            run_[2].setdefault(r["split"], []).append(r)
+            run_[2].setdefault(r["split"], []).append({k: r[k] for k in ("split", "id", "reference", "hypothesis")})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         runs = {}
     if not runs:
@@ -664,7 +717,8 @@ def read_runs(folders):
             runs[name] = run_
     first = next(iter(runs))
     if other := [name for name in runs if texts(runs[name], "id", "reference") != texts(runs[first], "id", "reference")]:
-        raise UserError(f"{other[0]} was evaluated on other utterances than {first}: only results on the same ones compare")
+        raise UserError(f"{other[0]} was evaluated on other utterances or another --task than {first}: only results on the same "
+                        "ones compare")
     return runs
 
 
@@ -677,31 +731,34 @@ def compare(folders, out, normalizer):
     for name, (_, _, splits) in runs.items():
         counts = [measure(task, normalised(splits[c], normalizer))[metric] for c in columns]
         figures[name] = [figure(x) for x in counts]
-        figures[name].append(sum(figures[name]) / len(columns))
         drawn = [bootstrap(x, seed) for seed, x in enumerate(counts)]
-        draws[name] = np.array([*drawn, np.mean(drawn, axis=0)])
+        figures[name], draws[name] = [*figures[name], average(figures[name])], np.array([*drawn, average(drawn)])
     steps, sign = {name: run_[0] for name, run_ in runs.items()}, 1 if metric == "wer" else -1
-    published = {f"{name} (published)": [*splits, average] for name, (_, splits, average) in PUBLISHED.items()}
-    if columns == list(BENCHMARK) and metric == "wer":
-        figures |= published
-        steps |= {f"{name} (published)": p[0] for name, p in PUBLISHED.items()}
-    figures = dict(sorted(figures.items(), key=lambda item: sign * item[1][-1]))
+    published, same = {}, metric == "wer" and set(columns) <= set(BENCHMARK)  # beside ours, where it is the same speech
+    for name, (step, splits, mean) in PUBLISHED.items():
+        if same:
+            splits = [splits[list(BENCHMARK).index(c)] for c in columns]
+            mean = mean if len(columns) == len(BENCHMARK) else None if None in splits else average(splits)
+        published[f"{name} (published)"] = [np.nan if x is None else x for x in (*splits, mean)]
+        steps[f"{name} (published)"] = step
+    figures |= published if same else {}
+    figures = dict(sorted(figures.items(), key=lambda item: sign * np.nan_to_num(item[1][-1], nan=1e9 * sign)))
 
-    def line(name, values, step):
-        return [name, step or "-", *("-" if v is None else f"{v:.2f}" for v in values)]
-    tables = [f"{TITLES[metric]}, %, normaliser: {normalizer}.", markdown(
-        ["Run", "Steps", *columns, "Avg"], [line(name, values, steps[name]) for name, values in figures.items()])]
+    def line(name, values):
+        return [name, steps[name] or "-", *map(plain, values)]
+    how = "published by the post, decoded by sampling and normalised its way (see --normalizer post)."
+    tables = [f"{TITLES[metric]}, %, normaliser: {normalizer}." + (f" Published rows: {how}" if same else ""), markdown(
+        ["Run", "Steps", *columns, "Avg"], [line(name, values) for name, values in figures.items()])]
     pairs = list(combinations([name for name in figures if name in draws], 2))
     if pairs:
         tables += [f"Differences and, in brackets, their p-value by a paired bootstrap over utterances, {DRAWS} draws. Below 0.05 a "
                    "difference on these utterances is unlikely to be chance; of twenty pairs that do not differ, one will look "
                    "so. Another seed of training is another source of chance, which no such test sees.", markdown(
-                       ["Difference", *columns, "Avg"], [[f"{a} - {b}", *(f"{x - y:+.2f} ({p_value(d):.3f})" for x, y, d in zip(
+                       ["Difference", *columns, "Avg"], [[f"{a} - {b}", *("-" if np.isnan(x - y) else f"{x - y:+.2f} ({p_value(d):.3f})" for x, y, d in zip(
                            figures[a], figures[b], draws[a] - draws[b]))] for a, b in pairs])]
-    if metric == "wer" and not published.keys() <= figures.keys():
-        tables += ["Published by the post: WER, %, on RuASRBenchmark, which is other speech than the above.", markdown(
-            ["Run", "Steps", *BENCHMARK, "Avg"],
-            [line(f"{n} (published)", [*splits, average], step) for n, (step, splits, average) in PUBLISHED.items()])]
+    if metric == "wer" and not same:
+        tables += [f"On RuASRBenchmark, which is other speech than the above: WER, %, {how}", markdown(
+            ["Run", "Steps", *BENCHMARK, "Avg"], [line(name, values) for name, values in published.items()])]
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "table.md", lambda tmp: Path(tmp).write_text("\n\n".join(tables) + "\n"))
     plot_heatmap(list(figures), [*columns, "Avg"], list(figures.values()), metric, out / "heatmap.png")
@@ -717,7 +774,7 @@ def plot_heatmap(rows, columns, values, metric, path):
         axis.imshow(np.ma.masked_invalid(shade), cmap="RdYlGn_r", aspect="auto", vmin=low, vmax=high)
         for (i, j), value in np.ndenumerate(values):
             dark = (shade[i, j] - low) / (high - low) > 0.83
-            axis.text(j, i, "-" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
+            axis.text(j, i, plain(value), ha="center", va="center", color="white" if dark else "black")
         axis.axvline(len(columns) - 1.5, color="white", linewidth=4)
         axis.set_xticks(range(len(columns)), [c.replace("_", "\n", 1) for c in columns])
         axis.set_yticks(range(len(rows)), rows)
@@ -780,8 +837,9 @@ def parse_args():
 
 def main():
     args = parse_args()
-    out = Path(args.out or (args.ckpt if Path(args.ckpt).is_dir() and not args.compare else "out"))
-    check_out(out)
+    out = Path(args.out or ("out" if args.compare else args.ckpt if Path(args.ckpt).is_dir() else Path(args.ckpt).name or "out"))
+    if not args.audio:
+        check_out(out)
     if args.compare:
         return compare(args.compare, out, args.normalizer)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -796,7 +854,7 @@ def main():
     load = functools.cache(functools.partial(load_splits, args))
     if args.manifest:  # a wrong row is found sooner than a model is loaded
         load()
-    systems = {"run": native(load_model(args.ckpt, device, args.encoder, args.llm), args)}
+    systems, language = {"run": native(load_model(args.ckpt, device, args.encoder, args.llm), args)}, None
     if rank == 0:  # fetches or speaks what the others then find
         load()
     if world > 1:
@@ -806,14 +864,14 @@ def main():
     if empty := [split for split, samples in splits.items() if not samples]:
         raise UserError(f"the split {empty[0]} has no utterances: nothing to measure")
     if args.baseline or args.fallback:
-        if any(split.endswith("_en") for split in splits):
+        language, *more = (args.lang or training_config(args.ckpt).get("lang") or "ru").split(",")
+        if more and not (args.manifest or set(splits) <= set(BENCHMARK)):
             raise UserError("--baseline listens in one language: give --lang ru or --lang en")
-        language = (args.lang or training_config(args.ckpt).get("lang") or "ru").split(",")[0]
         systems["baseline"] = whisper(args.baseline or ENCODER, args, device, language)
 
     answers = Answers(out, rank, world, [out / "hypotheses.jsonl"] if args.reuse else [])
     try:
-        rows, used = answer_all(systems, splits, answers, args, device.type)
+        rows, used = answer_all(systems, splits, answers, args, [device.type, language])
     except KeyboardInterrupt:
         if rank == 0:
             print(f"stopped; {len(answers)} answers are kept in {out}, the same command goes on with them", file=sys.stderr)
@@ -823,23 +881,25 @@ def main():
     answers.finish(used)
     if world > 1:
         dist.destroy_process_group()
-    everything = [[r for own in splits.values() for r in own] for splits in rows.values()]
-    broken = [r for own in everything for r in own if r["failed"]]
-    if rank == 0 and broken:
-        print(f"warning: {len(broken)} of {sum(map(len, everything))} utterances failed and count as empty: "
-              + "; ".join(f"{r['id']}: {r['failed']}" for r in broken[:5]) + ("; ..." if len(broken) > 5 else ""), file=sys.stderr)
-    return 1 if any(all(r["failed"] for r in own) for own in everything) else 0
+    code = 0
+    for name, splits in rows.items():
+        broken = [r for own in splits.values() for r in own if r["failed"]]
+        if total := sum(map(len, splits.values())) if broken else 0:
+            code |= len(broken) == total
+            if rank == 0:
+                print(f"warning: {name}: {len(broken)} of {total} utterances failed and count as empty: " + "; ".join(
+                    f"{r['id']}: {r['failed']}" for r in broken[:5]) + ("; ..." if len(broken) > 5 else ""), file=sys.stderr)
+    return int(code)
 
 
-def answer_all(systems, splits, answers, args, device):
-    """Every system on every split -> ({system: {split: rows}}, the keys of the rows)."""
+def answer_all(systems, splits, answers, args, machine):
+    """Every system on every split -> ({system: {split: rows}}, the keys of the rows). machine: what else answers depend on."""
     baseline, run_name = args.baseline or ENCODER, training_config(args.ckpt).get("preset", Path(args.ckpt).resolve().name)
     names = {"run": run_name, "baseline": Path(baseline).name + " (baseline)" * (Path(baseline).name == run_name)}
     places, keys, noisy = {"run": args.ckpt, "baseline": baseline}, {}, set()
     for kind, answer in systems.items():
-        local = kind == "run" or Path(baseline).exists()
-        settings = [fingerprint(find_checkpoint(places[kind])) if local else baseline, kind, device, args.encoder, args.llm,
-                    args.task, args.max_new_tokens, args.chunk, args.lang]
+        settings = [identity(places[kind]), kind, *machine[:1 if kind == "run" else 2], args.encoder, args.llm, args.task,
+                    args.max_new_tokens, args.chunk]
         keys[kind] = {split: [key_of(settings, split, s) for s in samples] for split, samples in splits.items()}
         todo = [(key, split, s) for split, samples in splits.items() for key, s in zip(keys[kind][split], samples)]
         if kind == "baseline" and not args.baseline:  # only what falls back to it

@@ -254,7 +254,7 @@ def cut_at_pauses(wave, longest):
     pieces, span = [], SAMPLE_RATE // 5
     while len(wave) > longest:
         end = min(longest, len(wave) - SAMPLE_RATE // 2)  # leave no sliver, in which a model would invent words
-        power = wave[longest // 2:end].unfold(0, span, HOP).square().mean(1)
+        power = wave[min(longest // 2, end - span):end].unfold(0, span, HOP).square().mean(1)
         cut = end - span // 2 - HOP * int(power.flip(0).argmin())  # of equally quiet places the last
         pieces.append(wave[:cut])
         wave = wave[cut:]
@@ -738,6 +738,8 @@ def export(where, to, encoder=ENCODER, llm=LLM):
     fresh = Path(f"{Path(to)}.{os.getpid()}.tmp")
     model.save_pretrained(fresh)
     model.tokenizer.save_pretrained(fresh)
+    if (how := find_checkpoint(where) / "train_config.json").is_file():  # eval.py reads there what it was made for
+        (fresh / how.name).write_bytes(how.read_bytes())
     os.replace(fresh, to)
     return model
 
