@@ -800,7 +800,7 @@ def parse_args():
     parser.add_argument("--baseline", help="a Whisper, hub name or path, as another row")
     parser.add_argument("--fallback", choices=("whisper",), help="one more row: noisy utterances go to the baseline "
                         f"(default: {ENCODER}), all others to the checkpoint")
-    parser.add_argument("--fallback_snr", type=float, default=15, help="noisy: with an estimated SNR below this, in dB")
+    parser.add_argument("--fallback_snr", type=float, default=12, help="noisy: with an estimated SNR below this, in dB")
     parser.add_argument("--chunk", default="window", choices=("window", "vad"), help="recordings longer than a window: all windows "
                         "at once, or cut at pauses and the texts joined")
     parser.add_argument("--normalizer", default="default", choices=NORMALIZERS, help="post: the original's")
