@@ -5,7 +5,8 @@ model.py -- the whole network: a Whisper encoder listens, Qwen3 answers, an MLP 
     the prompt's <|AUDIO|> slots -> Qwen3 -> text
 
     python model.py                               # parameter counts at full size, on the meta device, no download
-    python model.py export --ckpt out/ --to hf/   # merge a run's LoRA into an ordinary, complete model folder
+    python model.py export --ckpt out/ --to hf/   # an ordinary model folder: LoRA merged, this file as its remote code
+    python model.py export --ckpt out/ --to hf/ --push user/name                  # and up to the hub
 
 This file imports nothing of the project, so that it can travel inside a checkpoint as remote code.
 data.py feeds it, train.py fits it, eval.py measures it.
@@ -17,10 +18,12 @@ E encoder width [1280], D LLM width [2560], V vocabulary [151671].
 import argparse
 import functools
 import hashlib
+import importlib
 import json
 import math
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -369,6 +372,12 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         model.tokenizer = tokenizer
         return model
 
+    @classmethod
+    def from_pretrained(cls, *args, device=None, **settings):
+        """As everywhere in transformers; device is the post's."""
+        model = super().from_pretrained(*args, **settings)
+        return model if device is None else model.to(device)
+
     @property
     def tokenizer(self):
         if self._tokenizer is None:  # it lies beside the weights
@@ -400,8 +409,8 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         self.config.trained, self.config.lora = trained, lora
         self.freeze("encoder", *(["llm"] if trained == "adapter" else []))
         if trained == "lora":
-            from peft import LoraConfig, inject_adapter_in_model
-            inject_adapter_in_model(LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"],
+            peft = importlib.import_module("peft")  # not by import: transformers would want it of all who load this file from the hub
+            peft.inject_adapter_in_model(peft.LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"],
                                                target_modules=LINEARS), self.llm)
             for module in self.llm.modules():  # autocast casts; peft's own cast to fp32 would keep two more copies of each input
                 if hasattr(module, "cast_input_dtype_enabled"):
@@ -416,8 +425,8 @@ class BorealisForConditionalGeneration(PreTrainedModel):
     def merge(self, dtype):
         """Undo prepare: what was learned goes into the weights themselves, each rounded to dtype once."""
         if self.config.trained == "lora":
-            from peft.tuners.lora import LoraLayer
-            for name, module in [m for m in self.llm.named_modules() if isinstance(m[1], LoraLayer)]:
+            layer = importlib.import_module("peft.tuners.lora").LoraLayer
+            for name, module in [m for m in self.llm.named_modules() if isinstance(m[1], layer)]:
                 base, delta = module.get_base_layer(), module.get_delta_weight("default")
                 base.weight.copy_(base.weight.float() + delta.float())
                 self.llm.set_submodule(name, base)
@@ -730,18 +739,90 @@ def load_original(folder, encoder, llm, dtype):
 
 
 def export(where, to, encoder=ENCODER, llm=LLM):
-    """Write a checkpoint as a complete folder that from_pretrained loads; nothing is left half-written."""
+    """Write a checkpoint as a complete folder that AutoModel.from_pretrained and vLLM load without this project; nothing is
+    left half-written. Raises ValueError."""
     if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
         raise ValueError(f"{to} exists already: name a new folder with --to")
     model = load_checkpoint(where, encoder, llm)
     model.cast(model.llm.dtype)
-    fresh = Path(f"{Path(to)}.{os.getpid()}.tmp")
-    model.save_pretrained(fresh)
+    config, fresh = model.config, Path(f"{Path(to)}.{os.getpid()}.tmp")
+    config.architectures, name = [type(model).__name__], Path(__file__).stem
+    config.auto_map = {"AutoConfig": f"{name}.BorealisConfig", "AutoModel": f"{name}.{config.architectures[0]}"}
+    model.save_pretrained(fresh, max_shard_size="5GB")
     model.tokenizer.save_pretrained(fresh)
-    if (how := find_checkpoint(where) / "train_config.json").is_file():  # eval.py reads there what it was made for
-        (fresh / how.name).write_bytes(how.read_bytes())
+    feature_extractor(config.encoder_config.num_mel_bins, config.window_samples // SAMPLE_RATE).save_pretrained(fresh)
+    # By hand: transformers refuses to write a temperature beside do_sample=False, but vLLM samples at 1 unless told not to.
+    (fresh / "generation_config.json").write_text(json.dumps(dict(
+        do_sample=False, temperature=0.0, eos_token_id=model.ends, pad_token_id=config.llm_config.pad_token_id), indent=2))
+    shutil.copy(__file__, fresh)
+    source = find_checkpoint(where)
+    if (source / "train_config.json").is_file():  # eval.py reads there what it was made for
+        shutil.copy(source / "train_config.json", fresh)
+    (fresh / "README.md").write_text(model_card(model, source, Path(to).name))
     os.replace(fresh, to)
     return model
+
+
+def model_card(model, source, name):
+    """What the folder says about itself on the hub: figures, training, how to use it."""
+    def read(path):
+        return json.loads(path.read_text()) if path.is_file() else {}
+    training = read(source / "train_config.json")
+    results = read(source / "results.json") or read(source.parent / "results.json")  # of eval.py, beside the steps of a run
+    rows = {results.get("run"): results} | results.get("others", {}) if results.get("task", "asr") == "asr" and results else {}
+    table = [f"| WER % | {' | '.join(results['splits'])} | average |", "|---" + "|--:" * (len(results["splits"]) + 1) + "|"] if rows else [
+        "Not evaluated yet."]
+    table += [f"| {run} | {' | '.join(str(s['wer']) for s in r['splits'].values())} | {r['avg_wer']} |" for run, r in rows.items()]
+    if rows:
+        table += ["", f"Normaliser: {results.get('normalizer', 'default')}; 95 % intervals and more in the run's results.json."]
+    machine = "out data_dir train_manifest device workers save_every keep log".split()  # nobody else's business
+    settings = "\n".join(f"| {k} | {v} |" for k, v in training.items() if v not in (None, "", False) and k not in machine)
+    c = model.config
+    return f"""---
+language: [ru, en]
+library_name: transformers
+pipeline_tag: audio-text-to-text
+tags: [audio, speech, automatic-speech-recognition]
+---
+# {name}
+
+An audio language model: a Whisper encoder ({c.encoder_config.encoder_layers} layers), every {c.downsample_factor} of its frames side by
+side, a {c.adapter} adapter, and Qwen3 ({c.llm_config.num_hidden_layers} layers). {count(model):,} parameters, {model.dtype}. A window is
+{c.window_samples / SAMPLE_RATE:g} s of sound and takes {c.tokens_per_window} tokens; longer recordings take several.
+
+```python
+import soundfile, torch
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True, device="cuda" if torch.cuda.is_available() else "cpu")
+wave, rate = soundfile.read("audio.wav", dtype="float32")  # mono, 16 kHz
+output = model.generate(audio=wave, user_prompt="О чём говорится в этом аудио? {TAG_PAIR}",
+                        system_prompt="Ты полезный голосовой ассистент.", max_new_tokens=256)
+print(model.decode(output[0]))
+```
+
+Without a prompt, `model.generate(audio=wave)` transcribes.
+
+## Results
+
+{chr(10).join(table)}
+
+## Training
+
+{f"| setting | value |{chr(10)}|---|---|{chr(10)}{settings}" if settings else "Not recorded."}
+"""
+
+
+def push(folder, name):
+    """Upload a folder as user/name. Raises ValueError."""
+    from huggingface_hub import HfApi
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        return api.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as e:  # it fails in many ways, and none of them is ours
+        raise ValueError(f"{folder} is written, but not pushed to {name} ({type(e).__name__}): go online, set HF_TOKEN to a token that "
+                         f"may write there, and run huggingface-cli upload {name} {folder}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -756,6 +837,7 @@ def main():
     command = commands.add_parser("export")
     command.add_argument("--ckpt", default="out", help="a run's folder, or a step of it")
     command.add_argument("--to", required=True, help="new folder")
+    command.add_argument("--push", metavar="USER/NAME", help="also upload it to the hub")
     command.add_argument("--encoder", default=ENCODER, help="what a checkpoint in the original's layout was made of")
     command.add_argument("--llm", default=LLM)
     args = parser.parse_args()
@@ -763,10 +845,13 @@ def main():
         disable_progress_bar()
         try:
             model = export(args.ckpt, args.to, args.encoder, args.llm)
+            link = push(args.to, args.push) if args.push else None
         except (ValueError, OSError) as e:
             print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
             return 2
         print(f"{args.to} holds {count(model):,} parameters in {model.dtype}, LoRA merged")
+        if args.push:
+            print(f"pushed: {link}")
         return 0
     for adapter in ("simple", "deep"):
         with torch.device("meta"):  # shapes without memory

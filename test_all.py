@@ -1491,6 +1491,56 @@ def test_tensorboard(manifest, tmp_path, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
+# Leaving home: an exported folder needs nothing of this project
+
+SNIPPET = """
+import sys
+for name in ("peft", "data", "soundfile", "datasets", "torchaudio", "jiwer"):
+    sys.modules[name] = None  # as if not installed
+import torch
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("hf", trust_remote_code=True, device="cpu")
+audio = torch.load("audio.pt", weights_only=True)
+output = model.generate(audio=audio, user_prompt="О чём говорится в этом аудио? <|start_of_audio|><|end_of_audio|>",
+                        system_prompt="Ты полезный голосовой ассистент.", max_new_tokens=12)
+print(output.tolist())
+print(model.decode(output[0]))
+"""
+
+
+def test_the_posts_snippet_runs_far_from_home(manifest, original, parts, tmp_path, monkeypatch, capsys):
+    """A run with LoRA on top of a checkpoint in the original's layout, evaluated and exported: offline, in a process that knows
+    neither this project nor peft, the post's snippet gives the tokens that the run itself gives."""
+    out, hf = tmp_path / "out", tmp_path / "far" / "hf"
+    hf.parent.mkdir()
+    train_now(monkeypatch, *stand_in_flags(original, parts, "--train_manifest", manifest, "--steps", 2, "--lr", 0.01, "--out", out))
+    exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", out, "--manifest", manifest, "--max_new_tokens", 3)
+    assert exit_of(nb.main, monkeypatch, capsys, "export", "--ckpt", out, "--to", hf)[0] == 0
+    assert {p.name for p in hf.iterdir()} >= {"README.md", "config.json", "generation_config.json", "model.py", "model.safetensors",
+                                             "preprocessor_config.json", "tokenizer.json", "train_config.json"}
+    config = json.loads((hf / "config.json").read_text())
+    assert config["architectures"] == ["BorealisForConditionalGeneration"] and config["auto_map"]["AutoModel"].startswith("model.")
+    assert config["audio_start_id"] != config["audio_end_id"]  # the original's own pair
+    card = (hf / "README.md").read_text()
+    assert f"| {results_of(out)[0]['avg_wer']} |" in card and "| lora_rank |" in card and str(tmp_path) not in card
+    wave = tone(3.0)
+    torch.save(wave, hf.parent / "audio.pt")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", SNIPPET], cwd=hf.parent, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    net = evaluation.load_model(out, torch.device("cpu"))
+    ids = net.generate(wave, "О чём говорится в этом аудио? <|start_of_audio|><|end_of_audio|>", "Ты полезный голосовой ассистент.",
+                       max_new_tokens=12)
+    assert done.stdout.splitlines()[0] == str(ids.tolist()) and done.stdout.splitlines()[1] == net.decode(ids[0])
+
+
+def test_pushing_offline_says_what_to_do(checkpoint, tmp_path, monkeypatch, capsys):
+    code, _, err = exit_of(nb.main, monkeypatch, capsys, "export", "--ckpt", checkpoint, "--to", tmp_path / "hf", "--push", "me/mine")
+    assert code == 2 and "is written, but not pushed to me/mine" in err and (tmp_path / "hf" / "config.json").is_file()
+
+
+# -----------------------------------------------------------------------------
 # eval.py
 
 @pytest.mark.parametrize("text, clean, posts", [
