@@ -366,6 +366,19 @@ def native(model, args):
     return answer if args.chunk == "window" else in_pieces(answer, model.config.window_samples, args.batch_size)
 
 
+def vllm_engine(args):
+    """Our model in vLLM, in this process; the same tokens in float32, sooner."""
+    try:
+        from serve_vllm import offline
+    except ImportError as e:
+        raise UserError(f"--engine vllm needs vLLM ({e}): pip install vllm==0.32.0, without a GPU make vllm") from None
+    try:
+        answer, config = offline(args.ckpt, args.max_new_tokens)
+    except (ValueError, OSError, RuntimeError) as e:
+        raise UserError(f"cannot load {args.ckpt} into vLLM: {str(e).strip().splitlines()[0]}") from None
+    return answer if args.chunk == "window" else in_pieces(answer, config.window_samples, args.batch_size)
+
+
 def whisper(where, args, device, language):
     """The baseline: Whisper with its own decoder, by transformers, greedy, its language forced."""
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
@@ -804,7 +817,8 @@ def parse_args():
     parser.add_argument("--chunk", default="window", choices=("window", "vad"), help="recordings longer than a window: all windows "
                         "at once, or cut at pauses and the texts joined")
     parser.add_argument("--normalizer", default="default", choices=NORMALIZERS, help="post: the original's")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--engine", default="native", choices=("native", "vllm"), help="what generates; vllm: see serve_vllm.py")
+    parser.add_argument("--batch_size", type=int, help="default: 16; 128 with --engine vllm")
     parser.add_argument("--max_new_tokens", type=int, help="default: 256; 64 for bigbench")
     parser.add_argument("--reuse", action="store_true", help="take the answers that --out holds already, if checkpoint, settings "
                         "and recordings are the same")
@@ -815,6 +829,7 @@ def parse_args():
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--strict", action="store_true", help="stop at the first unusable row of the manifest")
     args = parser.parse_args()
+    args.batch_size = (128 if args.engine == "vllm" else 16) if args.batch_size is None else args.batch_size
     args.max_new_tokens = 64 if args.max_new_tokens is None and args.task == "bigbench" else args.max_new_tokens
     args.max_new_tokens = 256 if args.max_new_tokens is None else args.max_new_tokens
     for name in ("batch_size", "max_new_tokens", "limit"):
@@ -846,15 +861,18 @@ def main():
     device = torch.device(pick_device(args.device))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if world > 1 and args.engine == "vllm":
+        raise UserError("--engine vllm shares the work by itself: leave out torchrun")
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(hours=3))  # only texts travel
     transformers.utils.logging.set_verbosity_error()  # remarks about generation flags, once a batch
     if args.audio:
         return answer_one(load_model(args.ckpt, device, args.encoder, args.llm), args.audio, args.prompt, args.max_new_tokens)
     load = functools.cache(functools.partial(load_splits, args))
-    if args.manifest:  # a wrong row is found sooner than a model is loaded
+    if args.manifest or args.engine == "vllm":  # a wrong row is found sooner than a model is loaded
         load()
-    systems, language = {"run": native(load_model(args.ckpt, device, args.encoder, args.llm), args)}, None
+    ours = vllm_engine(args) if args.engine == "vllm" else native(load_model(args.ckpt, device, args.encoder, args.llm), args)
+    systems, language = {"run": ours}, None
     if rank == 0:  # fetches or speaks what the others then find
         load()
     if world > 1:
@@ -899,7 +917,7 @@ def answer_all(systems, splits, answers, args, machine):
     places, keys, noisy = {"run": args.ckpt, "baseline": baseline}, {}, set()
     for kind, answer in systems.items():
         settings = [identity(places[kind]), kind, *machine[:1 if kind == "run" else 2], args.encoder, args.llm, args.task,
-                    args.max_new_tokens, args.chunk]
+                    args.max_new_tokens, args.chunk, args.engine]
         keys[kind] = {split: [key_of(settings, split, s) for s in samples] for split, samples in splits.items()}
         todo = [(key, split, s) for split, samples in splits.items() for key, s in zip(keys[kind][split], samples)]
         if kind == "baseline" and not args.baseline:  # only what falls back to it

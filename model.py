@@ -64,7 +64,10 @@ CHAT_TEMPLATE = """\
         {{- message.content }}
     {%- else %}
         {%- for part in message.content %}
-            {%- if part.type == 'text' %}{{- part.text }}{%- else %}{{- '<|AUDIO|>' }}{%- endif %}
+            {%- if part.type != 'text' %}{{- '<|AUDIO|>' }}
+            {%- elif '<|AUDIO|>' in part.text %}
+                {{- raise_exception('a text part must not hold <|AUDIO|>: send the recording as a part of its own') }}
+            {%- else %}{{- part.text }}{%- endif %}
         {%- endfor %}
     {%- endif %}
     {{- '<|im_end|>\\n' }}
@@ -749,6 +752,7 @@ def export(where, to, encoder=ENCODER, llm=LLM):
     config.architectures, name = [type(model).__name__], Path(__file__).stem
     config.auto_map = {"AutoConfig": f"{name}.BorealisConfig", "AutoModel": f"{name}.{config.architectures[0]}"}
     model.save_pretrained(fresh, max_shard_size="5GB")
+    model.tokenizer.chat_template = CHAT_TEMPLATE  # of today, which takes a server's lists of parts
     model.tokenizer.save_pretrained(fresh)
     feature_extractor(config.encoder_config.num_mel_bins, config.window_samples // SAMPLE_RATE).save_pretrained(fresh)
     # By hand: transformers refuses to write a temperature beside do_sample=False, but vLLM samples at 1 unless told not to.
