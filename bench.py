@@ -4,6 +4,7 @@ bench.py -- speeds, each as a ratio to something else measured in the same run.
     python bench.py augment    # seconds of audio a second on one core, beside the same chains built with audiomentations
     python bench.py train      # a training step, beside transformers' Trainer the way the original uses it
     python bench.py generate   # transcribing in batches, beside one by one
+    python bench.py serve --random_size 110m   # native generation beside vLLM; tiny, 110m or 5b, no weights needed
     python bench.py memory     # what full size needs, computed: memory by part, and the cost of 1000 steps
 
 Both sides of a comparison run on the same machine in one go. augment needs packages that nothing else does:
@@ -25,8 +26,8 @@ import soundfile
 import torch
 
 from augment import CURRICULUM, augment, codec, effects, open_banks
-from data import CHUNK, ArgumentParser, Dataset, UserError, embedded, load_audio, run, texts_of, train_tokenizer
-from model import QWEN3_4B, SAMPLE_RATE, BorealisConfig, BorealisForConditionalGeneration, count, tiny_config
+from data import CHUNK, ArgumentParser, Dataset, Sample, UserError, embedded, load_audio, run, texts_of, train_tokenizer
+from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3, BorealisConfig, BorealisForConditionalGeneration, count, tiny_config
 
 SECONDS = 10  # of a clip
 
@@ -276,9 +277,10 @@ def bench_train():
 
 SIZES = {  # encoder, LLM, new tokens an utterance, utterances
     "tiny": (None, None, 8, 64),  # the tiny preset; a sentence of its corpus is some 6 tokens
-    "110m": (dict(MID["encoder"], d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048),  # Whisper-base's
-             dict(QWEN3_4B, hidden_size=768, num_hidden_layers=14, num_attention_heads=12, num_key_value_heads=4, head_dim=64,
-                  intermediate_size=2048), 128, 8)}
+    "110m": (MID["encoder"],  # Whisper-tiny's: at full size, too, the LLM has most of the weights
+             dict(QWEN3_4B, hidden_size=768, num_hidden_layers=16, num_attention_heads=12, num_key_value_heads=4, head_dim=64,
+                  intermediate_size=2048), 128, 8),
+    "5b": (WHISPER_LARGE_V3, QWEN3_4B, 128, 8)}
 
 
 def random_model(size, texts):
@@ -288,9 +290,15 @@ def random_model(size, texts):
     config = tiny_config(tokenizer)
     encoder, llm, *_ = SIZES[size]
     if encoder:
-        ends = {k: getattr(config.llm_config, k) for k in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+        ends = {k: getattr(config.llm_config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ends["vocab_size"] = llm["vocab_size"] if size == "5b" else len(tokenizer)
         config = tiny_config(tokenizer, encoder_config=encoder, llm_config=llm | ends)
-    model = BorealisForConditionalGeneration(config).eval()
+    gpu = torch.cuda.is_available()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if gpu else torch.float32)
+    with torch.device("cuda" if gpu else "cpu"):  # made where it will run: on the way there 5 B would take minutes
+        model = BorealisForConditionalGeneration(config).eval()
+    torch.set_default_dtype(before)
     model.tokenizer = tokenizer
     return model
 
@@ -302,6 +310,8 @@ def bench_generate():
     print(f"{torch.get_num_threads()} cores, float32, random weights, median of 3 rounds\n\n"
           "| model | batch | x real time | tokens/s | speed | decoding alone, tokens/s | speed |\n|---|--:|--:|--:|--:|--:|--:|")
     for size, (*_, tokens, utterances) in SIZES.items():
+        if size == "5b" and not torch.cuda.is_available():
+            continue
         model, spoken = random_model(size, texts_of(samples)), samples[:utterances]
         waves = [[load_audio(s.audio[0])] for s in spoken]
         messages = [s.messages(with_answer=False) for s in spoken]
@@ -323,6 +333,69 @@ def bench_generate():
             t = took[batch, tokens]
             print(f"| {size}, {count(model) / 1e6:.0f} M | {batch} | {audio / t:.1f} | {utterances * tokens / t:,.0f} | "
                   f"{took[1, tokens] / t:.1f} x | {utterances * (tokens - 1) / seconds:,.0f} | {decoding[1] / seconds:.1f} x |", flush=True)
+
+
+# -----------------------------------------------------------------------------
+# serve
+
+NEW_TOKENS = 128  # of an answer, and 30 s of sound in each request: the post's setting
+
+
+def requests(n, seed):
+    """n recordings of 30 s of speech, all different, and never the same again: what vLLM has heard it does not encode twice."""
+    speech = np.concatenate([s.audio[0] for s in embedded("ru", "train", CHUNK)])
+    rng = np.random.default_rng([seed, n])
+    return [[torch.from_numpy(np.roll(speech, int(k))[:30 * SAMPLE_RATE].astype(np.float32) / 32768)]
+            for k in rng.integers(len(speech), size=n)]
+
+
+def bench_serve(size):
+    try:
+        import serve_vllm
+        from vllm import SamplingParams
+    except ImportError as e:
+        raise UserError(f"vLLM is not installed ({e}): pip install vllm==0.32.0, or make vllm on a machine without a GPU") from None
+    from model import export
+    counts, question, results = (1, 4, 16, 32), Sample("", [b""]).messages(with_answer=False), {}
+    model = random_model(size, texts_of(embedded("ru", "clean", CHUNK)))
+    print(f"{size}: {count(model) / 1e6:.0f} M, {model.dtype}, {model.device.type}, {torch.get_num_threads()} cores; 30 s of sound and "
+          f"{NEW_TOKENS} tokens a request", file=sys.stderr)
+
+    def native(n, tokens, seed):
+        waves = requests(n, seed)
+        began = time.perf_counter()
+        model.chat([question] * n, waves, max_new_tokens=tokens, min_new_tokens=tokens).cpu()
+        return time.perf_counter() - began
+
+    def measure(name, run_):
+        run_(1, 2, 0)
+        for n in counts:
+            rounds = 3 if n <= 4 else 1
+            results[name, n] = [statistics.median(run_(n, tokens, 1000 * tokens + r) for r in range(1, rounds + 1)) for tokens in (1, NEW_TOKENS)]
+            print(name, n, results[name, n], file=sys.stderr)
+
+    measure("native", native)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/ckpt"), model.tokenizer.save_pretrained(f"{folder}/ckpt")
+        export(f"{folder}/ckpt", f"{folder}/hf")
+        model = None  # make room
+        torch.cuda.empty_cache()
+        answer, _ = serve_vllm.offline(f"{folder}/hf", max_model_len=2048, max_num_seqs=max(counts))
+
+        def vllm(n, tokens, seed):
+            prompts = [serve_vllm.prompt(answer.tokenizer, question, w) for w in requests(n, seed)]
+            began = time.perf_counter()
+            answer.llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
+            return time.perf_counter() - began
+        measure("vllm", vllm)
+    print("\n| requests | engine | tokens/s | all first tokens after, s | RTF | vLLM / native |\n|--:|---|--:|--:|--:|--:|")
+    for n in counts:
+        for name in ("native", "vllm"):
+            first, whole = results[name, n]
+            print(f"| {n} | {name} | {n * NEW_TOKENS / whole:.1f} | {first:.2f} | {whole / n / 30:.4f} | "
+                  + (f"{results['native', n][1] / whole:.2f} x |" if name == "vllm" else "|"))
+    best = max(n * NEW_TOKENS / results["native", n][1] for n in counts)
+    print(f"\nvLLM at {counts[-1]} requests beside the best native batch: {counts[-1] * NEW_TOKENS / results['vllm', counts[-1]][1] / best:.2f} x")
 
 
 # -----------------------------------------------------------------------------
@@ -393,13 +466,15 @@ def bench_memory():
           f"MFU of {MFU:.0%}, {8 * hours:.1f} GPU hours")
 
 
-BENCHES = {"augment": bench_augment, "train": bench_train, "generate": bench_generate, "memory": bench_memory}
+BENCHES = {"augment": bench_augment, "train": bench_train, "generate": bench_generate, "serve": bench_serve, "memory": bench_memory}
 
 
 def main():
     parser = ArgumentParser(prog="bench.py", allow_abbrev=False, description="Speeds, as ratios measured in one run.")
     parser.add_argument("what", choices=BENCHES)
-    BENCHES[parser.parse_args().what]()
+    parser.add_argument("--random_size", choices=SIZES, default="110m", help="for serve")
+    args = parser.parse_args()
+    BENCHES[args.what](*[args.random_size] * (args.what == "serve"))
 
 
 if __name__ == "__main__":

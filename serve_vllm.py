@@ -15,7 +15,6 @@ Letters as in model.py: W windows, N audio tokens a window, D width of the LLM.
 import contextlib
 import io
 import json
-import logging
 import os
 import sys
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 
 # Before vLLM is imported. On a CPU it would leave cores unused, and reserve memory for far more than one laptop's requests.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of its own doings, once a request
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for results
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
@@ -262,7 +261,6 @@ def offline(ckpt, max_new_tokens=256, dtype=None, **settings):
     eval.py's systems. It decodes as many at once as it is given. Raises ValueError."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process of its own would import all this again, and talk over a socket
     from vllm import LLM, SamplingParams
-    logging.getLogger("vllm").setLevel(logging.ERROR)
     folder = servable(ckpt)
     dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     llm = LLM(str(folder), dtype=dtype, limit_mm_per_prompt={"audio": 8}, enforce_eager=not torch.cuda.is_available(), **settings)

@@ -3,14 +3,19 @@ test_all.py -- one property a test, literal numbers where a number is claimed, e
 
     make test            # or: python -m pytest -q test_all.py -k labels
 """
+import base64
+import contextlib
+import importlib.util
 import io
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -2162,6 +2167,185 @@ def test_a_real_recording_takes_several_windows(checkpoint, monkeypatch, capsys)
     code, out, err = exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", checkpoint, "--audio",
                              SHARED / "audio" / "jfk.flac", "--max_new_tokens", 5)
     assert code == 0 and "11.00 s, 6 window(s), 150 audio tokens" in err
+
+
+# -----------------------------------------------------------------------------
+# serve_vllm.py: the real server, the real client
+
+needs_vllm = pytest.mark.skipif(not (importlib.util.find_spec("vllm") and importlib.util.find_spec("openai")),
+                                reason="vLLM is not installed: make vllm")
+VLLM_ENV = dict(os.environ, HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH="")
+
+
+def wav_bytes(wave, rate=16000, kind="WAV", subtype=None):
+    soundfile.write(buffer := io.BytesIO(), np.asarray(wave), rate, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+def sound(data):
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": "wav"}}
+
+
+def words(text):
+    return {"type": "text", "text": text}
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint, tmp_path_factory):
+    """A run's folder, served from another working directory; up to two recordings a prompt, of 20 s at most."""
+    openai = pytest.importorskip("openai")
+    place = tmp_path_factory.mktemp("server")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with open(place / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "serve_vllm.py"), "--ckpt", str(checkpoint), "--max_audio_seconds", "20", "--port", str(port),
+             "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--limit-mm-per-prompt", '{"audio": 2}'],
+            cwd=place, env=VLLM_ENV | dict(NANOBOREALIS_CACHE=str(place / "cache")), stdout=log, stderr=log)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+    try:
+        for _ in range(180):
+            assert process.poll() is None, (place / "log").read_text()[-3000:]
+            with contextlib.suppress(openai.APIConnectionError):
+                client.models.list()
+                break
+            time.sleep(1)
+        yield client
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def chat(client, content, **settings):
+    return client.chat.completions.create(model="borealis", messages=[{"role": "user", "content": content}], **(
+        dict(max_tokens=10, extra_body=dict(return_token_ids=True)) | settings))
+
+
+def native_ids(net, text, waves, n=10):
+    ids = net.chat([[{"role": "user", "content": text}]], [waves], max_new_tokens=n)[0].tolist()
+    return ids[:ids.index(net.ends[0]) + 1] if net.ends[0] in ids else ids
+
+
+@needs_vllm
+def test_server_gives_the_tokens_of_generate(server, net, tokenizer):
+    """Short, longer than a window, two recordings, text only, sound anywhere in the prompt: prompt and answer, to the token."""
+    a, b = tone(1.3, 1), tone(5.0, 2)
+    for parts, text, waves in [
+            ([words("что? "), sound(wav_bytes(a, subtype="FLOAT"))], f"что? {A}", [a]),
+            ([sound(wav_bytes(b, subtype="FLOAT")), words("и что?")], f"{A}и что?", [b]),
+            ([words("сравни "), sound(wav_bytes(a, subtype="FLOAT")), words(" и "), sound(wav_bytes(b, subtype="FLOAT")), words("?")],
+             f"сравни {A} и {A}?", [a, b]),
+            ("просто текст", "просто текст", [])]:
+        answer = chat(server, parts)
+        expected, _ = nb.build_ids(tokenizer, net.config, [{"role": "user", "content": text}],
+                                   [len(nb.cut_windows(w, net.config)) for w in waves])
+        assert answer.prompt_token_ids == expected
+        assert answer.choices[0].token_ids == native_ids(net, text, waves)
+
+
+@needs_vllm
+def test_server_under_sixteen_requests_at_once(server, net):
+    waves = [tone(0.5 + i % 5, i) if i % 4 else None for i in range(16)]
+    def one(i):
+        parts = [words(f"номер {i} ")] + ([sound(wav_bytes(waves[i], subtype="FLOAT"))] if waves[i] is not None else [])
+        return chat(server, parts).choices[0].token_ids
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(one, range(16)))
+    assert answers == [native_ids(net, f"номер {i} " + (A if w is not None else ""), [w] if w is not None else [])
+                       for i, w in enumerate(waves)]
+
+
+@needs_vllm
+def test_server_takes_what_clients_send(server, net):
+    wave = tone(1.5, 3)
+    whole = chat(server, [sound(wav_bytes(wave))]).choices[0].message.content
+    url = "data:audio/wav;base64," + base64.b64encode(wav_bytes(wave)).decode()
+    assert chat(server, [{"type": "audio_url", "audio_url": {"url": url}}]).choices[0].message.content == whole
+    stream = chat(server, [sound(wav_bytes(wave))], stream=True, extra_body=None)
+    assert "".join(c.choices[0].delta.content or "" for c in stream if c.choices) == whole
+    stereo = np.stack([wave.repeat_interleave(3)] * 2, axis=1)
+    for encoded in (wav_bytes(stereo, 48000), wav_bytes(wave, kind="FLAC"), wav_bytes(wave, kind="MP3"), wav_bytes(wave, kind="OGG")):
+        assert chat(server, [sound(encoded)]).choices[0].finish_reason
+    asked = net.generate(torch.from_numpy(soundfile.read(io.BytesIO(wav_bytes(wave)), dtype="float32")[0]), max_new_tokens=10)
+    heard = net.decode(asked[0])
+    for language in ("ru", "en"):
+        file = ("a.wav", wav_bytes(wave))
+        said = server.audio.transcriptions.create(model="borealis", file=file, language=language, extra_body=dict(max_completion_tokens=10))
+        assert said.text == heard
+    assert heard in server.audio.transcriptions.create(model="borealis", file=file, response_format="text",
+                                                       extra_body=dict(max_completion_tokens=10))
+    events = list(server.audio.transcriptions.create(model="borealis", file=file, stream=True, extra_body=dict(max_completion_tokens=10)))
+    assert events
+
+
+@needs_vllm
+def test_server_refuses_and_goes_on(server):
+    """Every fault of a client is a 4xx with a reason, and the next request gets its usual answer."""
+    import openai
+    wave, full = tone(1.0, 4), lambda x: np.full(16000, x, np.float32)
+    good = [words("что?"), sound(wav_bytes(wave))]
+    usual = chat(server, good).choices[0].token_ids
+    file, link = lambda data: [words("что?"), sound(data)], lambda url: [words("что?"), {"type": "audio_url", "audio_url": {"url": url}}]
+    for name, content, says in [
+            ("NaN", file(wav_bytes(full(np.nan), subtype="FLOAT")), "NaN"), ("Inf", file(wav_bytes(full(np.inf), subtype="FLOAT")), "Inf"),
+            ("1e30", file(wav_bytes(full(1e30), subtype="FLOAT")), "1e+30"), ("empty", file(b""), "empty"),
+            ("no samples", file(wav_bytes(full(0)[:0])), "0.1 s"), ("0.01 s", file(wav_bytes(wave[:160])), "0.1 s"),
+            ("truncated", file(wav_bytes(wave)[:30]), "not audio"), ("not audio", file(b"hello" * 99), "not audio"),
+            ("junk", file(b"OggS" + b"\0\xff" * 500), "not audio"), ("too long", file(wav_bytes(tone(21))), "20 s at most"),
+            ("host", link("http://example.com/a.wav"), "allowed domains"), ("unreachable", link("http://127.0.0.1:9/a.wav"), "allowed domains"),
+            ("file", link("file:///etc/passwd"), "cannot take"), ("placeholder", [words(f"что {A}?"), sound(wav_bytes(wave))], "part of its own"),
+            ("placeholder alone", f"что {A}?", "part of its own"), ("three", [*good, *good[1:] * 2], "At most 2")]:
+        with pytest.raises(openai.APIStatusError) as e:
+            chat(server, content)
+        assert 400 <= e.value.status_code < 500 and says in str(e.value), (name, str(e.value))
+        assert chat(server, good).choices[0].token_ids == usual, name
+    for broken in (b"", b"hello", wav_bytes(full(np.nan), subtype="FLOAT"), wav_bytes(wave[:160]), wav_bytes(tone(21))):
+        with pytest.raises(openai.BadRequestError):
+            server.audio.transcriptions.create(model="borealis", file=("a.wav", broken))
+    assert chat(server, good).choices[0].token_ids == usual
+
+
+@needs_vllm
+def test_offline_in_vllm(original, parts, manifest, tmp_path, monkeypatch, capsys):
+    """A checkpoint in the original's layout, exported: --transcribe, and eval.py --engine vllm, find what native generation finds,
+    with its own pair of tokens."""
+    hf, folder = tmp_path / "hf", Path(manifest).parent
+    assert exit_of(nb.main, monkeypatch, capsys, "export", "--ckpt", original, "--to", hf, "--encoder", parts["encoder"], "--llm",
+                   parts["plain"])[0] == 0
+    flags = ["--ckpt", hf, "--manifest", manifest, "--max_new_tokens", 6]
+    assert exit_of(evaluation.main, monkeypatch, capsys, *flags, "--out", tmp_path / "native")[0] == 0
+    done = subprocess.run([sys.executable, HERE / "eval.py", *map(str, flags), "--engine", "vllm", "--out", tmp_path / "vllm"],
+                          cwd=tmp_path, env=VLLM_ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = ([(r["id"], r["hypothesis"], r["tokens"], r["cut"]) for r in heard_in(tmp_path / n)] for n in ("native", "vllm"))
+    assert ours == theirs and len(ours) == 32
+    (tmp_path / "bad.wav").write_text("no sound")
+    done = subprocess.run([sys.executable, HERE / "serve_vllm.py", "--ckpt", hf, "--max_new_tokens", "6", "--transcribe", folder / "1.wav",
+                           tmp_path / "bad.wav"], cwd=tmp_path, env=VLLM_ENV, capture_output=True, text=True, timeout=300)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and rows[0] == dict(audio=str(folder / "1.wav"), text=ours[1][1]) and "not audio" in rows[1]["error"]
+
+
+@needs_vllm
+def test_live_says_only_what_it_keeps(corpus, tmp_path, monkeypatch, capsys):
+    """With a listener that hears a word a tone: nothing is taken back, each phrase ends with its pause, and silence says nothing."""
+    import serve_vllm
+    beep, pause = 0.3 * np.sin(np.arange(9600) * 0.2), np.zeros(12800)
+    gap = np.zeros(2400)
+    sounds = [pause, beep, gap, beep, pause, pause, beep, gap, beep, gap, beep, pause]
+    soundfile.write(tmp_path / "a.wav", np.concatenate(sounds), 16000)
+    printed = []
+
+    def answer(samples, waves):
+        loud = (waves[0][0].unfold(0, 800, 800).square().mean(1) > 1e-3).int()
+        printed.append(capsys.readouterr().out)
+        return [(" ".join(f"слово{i}" for i in range(int((loud.diff() == 1).sum() + loud[0]))), 1, False)]
+    monkeypatch.setattr(serve_vllm.time, "sleep", lambda s: None)
+    serve_vllm.live(answer, str(tmp_path / "a.wav"), 160_000)
+    printed.append(capsys.readouterr().out)
+    assert [line.split() for line in "".join(printed).splitlines()] == [["слово0", "слово1"], ["слово0", "слово1", "слово2"]]
+    assert len(printed) > 5 and any(p.strip() and "\n" not in p for p in printed)  # words come before the phrase is over
 
 
 # -----------------------------------------------------------------------------
