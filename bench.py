@@ -26,7 +26,7 @@ import soundfile
 import torch
 
 from augment import CURRICULUM, augment, codec, effects, open_banks
-from data import CHUNK, ArgumentParser, Dataset, Sample, UserError, embedded, load_audio, run, texts_of, train_tokenizer
+from data import CHUNK, ArgumentParser, Dataset, UserError, embedded, load_audio, run, texts_of, train_tokenizer
 from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3, BorealisConfig, BorealisForConditionalGeneration, count, tiny_config
 
 SECONDS = 10  # of a clip
@@ -356,7 +356,7 @@ def bench_serve(size):
     except ImportError as e:
         raise UserError(f"vLLM is not installed ({e}): pip install vllm==0.32.0, or make vllm on a machine without a GPU") from None
     from model import export
-    counts, question, results = (1, 4, 16, 32), Sample("", [b""]).messages(with_answer=False), {}
+    counts, question, results = (1, 4, 16, 32), serve_vllm.TRANSCRIBE.messages(with_answer=False), {}
     model = random_model(size, texts_of(embedded("ru", "clean", CHUNK)))
     print(f"{size}: {count(model) / 1e6:.0f} M, {model.dtype}, {model.device.type}, {torch.get_num_threads()} cores; 30 s of sound and "
           f"{NEW_TOKENS} tokens a request", file=sys.stderr)

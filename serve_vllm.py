@@ -13,6 +13,7 @@ own Qwen3. They are registered below, at the top level of this file: vLLM starts
 Letters as in model.py: W windows, N audio tokens a window, D width of the LLM.
 """
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -31,6 +32,10 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.s
 os.environ.setdefault("VLLM_MEDIA_CONNECTOR", "borealis")  # see Recordings
 MAX_AUDIO_SECONDS = "BOREALIS_MAX_AUDIO_SECONDS"  # of one recording; --max_audio_seconds. The environment reaches all processes
 os.environ.setdefault("VLLM_MAX_AUDIO_DECODE_DURATION_S", os.environ.setdefault(MAX_AUDIO_SECONDS, "600"))
+
+if __name__ == "__main__" and not importlib.util.find_spec("vllm"):
+    print("error: vLLM is not installed: pip install vllm==0.32.0, or, without a GPU, make vllm", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import soundfile
@@ -61,6 +66,7 @@ from model import AUDIO, SAMPLE_RATE, Adapter, cut_at_pauses, check_wave, cut_wi
 # What clients send. One decoder and one resampler for training, evaluation and serving; and every fault of a recording is a
 # ValueError, which vLLM answers with a 400 instead of a 500.
 FETCH_SECONDS = 30  # of waiting for a host
+TRANSCRIBE = Sample("", [b""])  # the one transcription prompt; the sound comes beside it
 
 
 def check_seconds(seconds):
@@ -234,7 +240,7 @@ class BorealisForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
     def get_generation_prompt(cls, stt_params):
         """The one transcription prompt, whatever the language: it is what was trained."""
         tokenizer = AutoTokenizer.from_pretrained(stt_params.model_config.tokenizer)
-        return prompt(tokenizer, Sample("", [b""]).messages(with_answer=False), [stt_params.audio])
+        return prompt(tokenizer, TRANSCRIBE.messages(with_answer=False), [stt_params.audio])
 
     @classmethod
     def post_process_output(cls, text):
@@ -299,7 +305,7 @@ def transcribe(answer, places, batch=64):
                     waves[i] = torch.from_numpy(decode(Path(row["audio"]).read_bytes())[0])
                 except (OSError, ValueError) as e:
                     row["error"] = e.strerror or str(e) if isinstance(e, OSError) else str(e)
-            for i, (text, *_) in zip(waves, answer([Sample("", [b""])] * len(waves), [[w] for w in waves.values()]) if waves else []):
+            for i, (text, *_) in zip(waves, answer([TRANSCRIBE] * len(waves), [[w] for w in waves.values()]) if waves else []):
                 rows[i]["text"] = text
             for row in rows:
                 print(json.dumps(row, ensure_ascii=False), flush=True)
@@ -340,7 +346,7 @@ def live(answer, source, longest):
     heard, before, said, loudest = np.zeros(0, np.float32), [], 0, 0.0
 
     def words_of(wave):
-        return answer([Sample("", [b""])], [[torch.from_numpy(wave)]])[0][0].split()
+        return answer([TRANSCRIBE], [[torch.from_numpy(wave)]])[0][0].split()
 
     def say(words, end):
         nonlocal said
