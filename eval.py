@@ -238,7 +238,10 @@ def chosen(text, category):
 
 
 def training_config(where):
-    path = find_checkpoint(where) / "train_config.json"
+    try:
+        path = find_checkpoint(where) / "train_config.json"
+    except ValueError as e:
+        raise UserError(str(e)) from None
     try:
         return json.loads(path.read_text()) if path.is_file() else {}
     except ValueError:
@@ -284,7 +287,7 @@ def riddles(args):
     return splits
 
 
-def load_splits(args):
+def load_splits(args, trained_on):
     """-> {split: samples}: the manifest that was given; or the post's six benchmarks; or the embedded held-out sets of the
     training languages."""
     if args.manifest:
@@ -295,7 +298,6 @@ def load_splits(args):
     if args.task == "bigbench":
         names = wanted(args, list(RIDDLES))
         return {category: samples for category, samples in riddles(args).items() if category in names}
-    trained_on = training_config(args.ckpt)
     if args.data_dir or not (trained_on.get("embedded") or trained_on.get("train_manifest")) or (
             args.split and set(args.split) <= set(BENCHMARK)):
         return {name: from_hub(BENCHMARK[name], args) for name in wanted(args, list(BENCHMARK))}
@@ -868,7 +870,8 @@ def main():
     transformers.utils.logging.set_verbosity_error()  # remarks about generation flags, once a batch
     if args.audio:
         return answer_one(load_model(args.ckpt, device, args.encoder, args.llm), args.audio, args.prompt, args.max_new_tokens)
-    load = functools.cache(functools.partial(load_splits, args))
+    trained_on = training_config(args.ckpt)
+    load = functools.cache(lambda: load_splits(args, trained_on))
     if args.manifest or args.engine == "vllm":  # a wrong row is found sooner than a model is loaded
         load()
     ours = vllm_engine(args) if args.engine == "vllm" else native(load_model(args.ckpt, device, args.encoder, args.llm), args)
@@ -882,20 +885,21 @@ def main():
     if empty := [split for split, samples in splits.items() if not samples]:
         raise UserError(f"the split {empty[0]} has no utterances: nothing to measure")
     if args.baseline or args.fallback:
-        language, *more = (args.lang or training_config(args.ckpt).get("lang") or "ru").split(",")
+        language, *more = (args.lang or trained_on.get("lang") or "ru").split(",")
         if more and not (args.manifest or set(splits) <= set(BENCHMARK)):
             raise UserError("--baseline listens in one language: give --lang ru or --lang en")
         systems["baseline"] = whisper(args.baseline or ENCODER, args, device, language)
 
+    run_name = trained_on.get("preset", Path(args.ckpt).resolve().name)
     answers = Answers(out, rank, world, [out / "hypotheses.jsonl"] if args.reuse else [])
     try:
-        rows, used = answer_all(systems, splits, answers, args, [device.type, language])
+        rows, used = answer_all(systems, splits, answers, args, run_name, [device.type, language])
     except KeyboardInterrupt:
         if rank == 0:
             print(f"stopped; {len(answers)} answers are kept in {out}, the same command goes on with them", file=sys.stderr)
         raise
     if rank == 0:
-        write_results(out, rows, args, training_config(args.ckpt).get("step"))
+        write_results(out, rows, args, trained_on.get("step"))
     answers.finish(used)
     if world > 1:
         dist.destroy_process_group()
@@ -910,9 +914,9 @@ def main():
     return int(code)
 
 
-def answer_all(systems, splits, answers, args, machine):
+def answer_all(systems, splits, answers, args, run_name, machine):
     """Every system on every split -> ({system: {split: rows}}, the keys of the rows). machine: what else answers depend on."""
-    baseline, run_name = args.baseline or ENCODER, training_config(args.ckpt).get("preset", Path(args.ckpt).resolve().name)
+    baseline = args.baseline or ENCODER
     names = {"run": run_name, "baseline": Path(baseline).name + " (baseline)" * (Path(baseline).name == run_name)}
     places, keys, noisy = {"run": args.ckpt, "baseline": baseline}, {}, set()
     for kind, answer in systems.items():

@@ -2419,7 +2419,8 @@ def test_a_preset_with_a_folder_of_its_own_resumes_there(tmp_path, monkeypatch):
     (["--split", "clean", "--limit", "1", "--baseline", "CKPT"], "is a borealis model, not whisper"), (["--data_dir", "nowhere"], "no folder"),
     (["--data_dir", "."], "has no Vikhrmodels/RuASRBenchmark"), (["--task", "qa", "--manifest", "m", "--baseline", "w"], "for transcripts"),
     (["--lang", "ru,en", "--limit", "1", "--fallback", "whisper"], "one language"), (["--fallback", "piano"], "whisper"),
-    (["--compare", "nowhere"], "no results of eval.py in nowhere"), (["--task", "bigbench", "--split", "clean"], "formal_fallacies")])
+    (["--compare", "nowhere"], "no results of eval.py in nowhere"), (["--ckpt", "nowhere/x", "--engine", "vllm"], "cannot fetch the checkpoint"),
+    (["--task", "bigbench", "--split", "clean"], "formal_fallacies")])
 def test_wrong_evaluation_flags(checkpoint, bad_files, monkeypatch, capsys, argv, says):
     (bad_files / "empty.jsonl").write_text("\n")
     soundfile.write(bad_files / "good.wav", tone(1).numpy(), 16000)
