@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
 # Before vLLM is imported. On a CPU it would leave cores unused, and reserve memory for far more than one laptop's requests.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -41,6 +42,8 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn as nn
+from fastapi import Form, Request
+from fastapi.responses import PlainTextResponse
 from tqdm import tqdm
 from transformers import AutoTokenizer, BatchFeature
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -394,8 +397,20 @@ def servable(ckpt):
 def serve(folder, rest):
     """The OpenAI server of vLLM, with careful defaults."""
     from vllm.entrypoints.launchers.api_server.entry import main
-    from vllm.entrypoints.speech_to_text.base import serving as transcriptions
-    transcriptions.load_audio = lambda file, **_: decode(file.read() if hasattr(file, "read") else Path(file).read_bytes())
+    from vllm.entrypoints.speech_to_text.base import serving
+    from vllm.entrypoints.speech_to_text.transcription import api_router
+    serving.load_audio = lambda file, **_: decode(file.read() if hasattr(file, "read") else Path(file).read_bytes())
+    answer = api_router.create_transcriptions
+    api_router.router.routes.clear()
+
+    @api_router.router.post("/v1/audio/transcriptions")
+    async def transcription(raw_request: Request, request: Annotated[api_router.TranscriptionRequest, Form()]):
+        """vLLM's own, and response_format=text is text: vLLM 0.32 answers JSON."""
+        response = await answer(raw_request=raw_request, request=request)
+        if request.response_format == "text" and not request.stream and response.status_code == 200:
+            return PlainTextResponse(json.loads(response.body)["text"] + "\n")
+        return response
+
     given = {flag.split("=")[0].replace("_", "-") for flag in rest if flag.startswith("--")}
     defaults = {
         "--host": "127.0.0.1", "--served-model-name": "borealis", "--limit-mm-per-prompt": '{"audio": 1}',
