@@ -385,7 +385,7 @@ def bench_serve(size):
         def vllm(n, tokens, seed):
             prompts = [serve_vllm.prompt(answer.tokenizer, question, w) for w in requests(n, seed)]
             began = time.perf_counter()
-            answer.llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
+            answer.engine.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
             return time.perf_counter() - began
         measure("vllm", vllm)
     print("\n| requests | engine | tokens/s | all first tokens after, s | RTF | vLLM / native |\n|--:|---|--:|--:|--:|--:|")

@@ -72,7 +72,7 @@ class TooLong(BadRow):
 
 
 def run(main):
-    """Call main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Call main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130, a closed pipe 1."""
     try:
         sys.exit(main())
     except UserError as e:
@@ -80,6 +80,9 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has had enough, as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -190,6 +193,8 @@ def load_audio(source, min_seconds=MIN_SECONDS, silence=False):
                                     always_2d=True)
     except (soundfile.LibsndfileError, TypeError, ValueError):
         raise BadRow("not audio") from None
+    if not 1000 <= rate <= 1_000_000:
+        raise BadRow(f"a sample rate of {rate} Hz")
     wave = torch.from_numpy(wave.mean(axis=1))
     if len(wave) < max(1, min_seconds * rate):
         raise BadRow(f"shorter than {min_seconds} s")

@@ -364,7 +364,7 @@ def native(model, args):
 
     def answer(samples, waves):
         ids = model.chat([s.messages(with_answer=False) for s in samples], waves, max_new_tokens=args.max_new_tokens).cpu()
-        return [(THINK.sub("", text).strip(), *until_end(row, ends)) for text, row in zip(model.decode(ids), ids)]
+        return [(text, *until_end(row, ends)) for text, row in zip(model.decode(ids), ids)]
     return answer if args.chunk == "window" else in_pieces(answer, model.config.window_samples, args.batch_size)
 
 
@@ -375,7 +375,7 @@ def vllm_engine(args):
     except ImportError as e:
         raise UserError(f"--engine vllm needs vLLM ({e}): pip install vllm==0.32.0, without a GPU make vllm") from None
     try:
-        answer, config = offline(args.ckpt, args.max_new_tokens)
+        answer, config = offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm)
     except (ValueError, OSError, RuntimeError) as e:
         raise UserError(f"cannot load {args.ckpt} into vLLM: {str(e).strip().splitlines()[0]}") from None
     return answer if args.chunk == "window" else in_pieces(answer, config.window_samples, args.batch_size)
@@ -564,7 +564,8 @@ def decode_batch(answer, batch):
             reason = str(x) if isinstance(x, BadRow) else f"{type(x).__name__}: {x}"
             yield row | dict(took=took, failed=reason.splitlines()[0])
         else:
-            yield row | dict(zip(("hypothesis", "tokens", "cut"), x), took=took)
+            text, tokens, cut = x
+            yield row | dict(hypothesis=THINK.sub("", text).strip(), tokens=tokens, cut=cut, took=took)
 
 
 # -----------------------------------------------------------------------------

@@ -622,7 +622,7 @@ def find_checkpoint(where):
     if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(where)) and not folder.parent.exists():
         from huggingface_hub import snapshot_download
         try:
-            return Path(snapshot_download(str(where), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.txt"]))
+            return Path(snapshot_download(str(where), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.py"]))
         except Exception as e:  # it fails in many ways, and none of them is ours
             raise ValueError(f"cannot fetch the checkpoint {where} from the hub ({type(e).__name__}): go online (a gated one "
                              "wants HF_TOKEN), or name a local folder") from None
@@ -741,9 +741,9 @@ def load_original(folder, encoder, llm, dtype):
     return model.eval()
 
 
-def export(where, to, encoder=ENCODER, llm=LLM):
+def export(where, to, encoder=ENCODER, llm=LLM, title=None):
     """Write a checkpoint as a complete folder that AutoModel.from_pretrained and vLLM load without this project; nothing is
-    left half-written. Raises ValueError."""
+    left half-written. title: what the model card calls it, the folder's name unless given. Raises ValueError."""
     if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
         raise ValueError(f"{to} exists already: name a new folder with --to")
     model = load_checkpoint(where, encoder, llm)
@@ -751,6 +751,17 @@ def export(where, to, encoder=ENCODER, llm=LLM):
     config, fresh = model.config, Path(f"{Path(to)}.{os.getpid()}.tmp")
     config.architectures, name = [type(model).__name__], Path(__file__).stem
     config.auto_map = {"AutoConfig": f"{name}.BorealisConfig", "AutoModel": f"{name}.{config.architectures[0]}"}
+    try:
+        write_folder(model, find_checkpoint(where), fresh, title or Path(to).name)
+        os.replace(fresh, to)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return model
+
+
+def write_folder(model, source, fresh, title):
+    """The files of export()."""
+    config = model.config
     model.save_pretrained(fresh, max_shard_size="5GB")
     model.tokenizer.chat_template = CHAT_TEMPLATE  # of today, which takes a server's lists of parts
     model.tokenizer.save_pretrained(fresh)
@@ -759,12 +770,9 @@ def export(where, to, encoder=ENCODER, llm=LLM):
     (fresh / "generation_config.json").write_text(json.dumps(dict(
         do_sample=False, temperature=0.0, eos_token_id=model.ends, pad_token_id=config.llm_config.pad_token_id), indent=2))
     shutil.copy(__file__, fresh)
-    source = find_checkpoint(where)
     if (source / "train_config.json").is_file():  # eval.py reads there what it was made for
         shutil.copy(source / "train_config.json", fresh)
-    (fresh / "README.md").write_text(model_card(model, source, Path(to).name))
-    os.replace(fresh, to)
-    return model
+    (fresh / "README.md").write_text(model_card(model, source, title))
 
 
 def model_card(model, source, name):
@@ -780,7 +788,8 @@ def model_card(model, source, name):
     if rows:
         table += ["", f"Normaliser: {results.get('normalizer', 'default')}; 95 % intervals and more in the run's results.json."]
     machine = "out data_dir train_manifest device workers save_every keep log".split()  # nobody else's business
-    settings = "\n".join(f"| {k} | {v} |" for k, v in training.items() if v not in (None, "", False) and k not in machine)
+    settings = "\n".join(f"| {k} | {Path(v).name if isinstance(v, str) and os.path.exists(v) else v} |"
+                         for k, v in training.items() if v not in (None, "", False) and k not in machine)
     c = model.config
     return f"""---
 language: [ru, en]
@@ -826,7 +835,7 @@ def push(folder, name):
         return api.upload_folder(repo_id=name, folder_path=folder)
     except Exception as e:  # it fails in many ways, and none of them is ours
         raise ValueError(f"{folder} is written, but not pushed to {name} ({type(e).__name__}): go online, set HF_TOKEN to a token that "
-                         f"may write there, and run huggingface-cli upload {name} {folder}") from None
+                         f"may write there, and run hf upload {name} {folder}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -848,7 +857,7 @@ def main():
     if args.command == "export":
         disable_progress_bar()
         try:
-            model = export(args.ckpt, args.to, args.encoder, args.llm)
+            model = export(args.ckpt, args.to, args.encoder, args.llm, args.push)
             link = push(args.to, args.push) if args.push else None
         except (ValueError, OSError) as e:
             print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)

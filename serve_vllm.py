@@ -13,30 +13,37 @@ own Qwen3. They are registered below, at the top level of this file: vLLM starts
 Letters as in model.py: W windows, N audio tokens a window, D width of the LLM.
 """
 import contextlib
+import functools
+import hashlib
 import importlib.util
 import io
 import json
 import math
 import os
+import queue
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__" and not importlib.util.find_spec("vllm"):
+    print("error: vLLM is not installed: pip install vllm==0.32.0, or, without a GPU, make vllm, which brings it into .venv", file=sys.stderr)
+    sys.exit(2)
 
 # Before vLLM is imported. On a CPU it would leave cores unused, and reserve memory for far more than one laptop's requests.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of its own doings, once a request
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for results
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+if hasattr(os, "sched_getaffinity"):
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
 os.environ.setdefault("VLLM_MEDIA_CONNECTOR", "borealis")  # see Recordings
+os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")  # an allowed host could name any other
 MAX_AUDIO_SECONDS = "BOREALIS_MAX_AUDIO_SECONDS"  # of one recording; --max_audio_seconds. The environment reaches all processes
-os.environ.setdefault("VLLM_MAX_AUDIO_DECODE_DURATION_S", os.environ.setdefault(MAX_AUDIO_SECONDS, "600"))
-
-if __name__ == "__main__" and not importlib.util.find_spec("vllm"):
-    print("error: vLLM is not installed: pip install vllm==0.32.0, or, without a GPU, make vllm", file=sys.stderr)
-    sys.exit(2)
+os.environ.setdefault(MAX_AUDIO_SECONDS, "600")
 
 import numpy as np
 import soundfile
@@ -48,6 +55,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, BatchFeature
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from vllm.config.speech_to_text import SpeechToTextConfig
+from vllm.entrypoints.speech_to_text.base import serving
+from vllm.entrypoints.speech_to_text.transcription import api_router
 from vllm.inputs import TokensPrompt
 from vllm.model_executor.models.interfaces import SupportsMultiModal, SupportsPP, SupportsTranscription
 from vllm.model_executor.models.registry import ModelRegistry
@@ -61,7 +70,7 @@ from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalPro
     PromptUpdateDetails
 
 from data import MIN_SECONDS, ArgumentParser, BadRow, Sample, UserError, cache_dir, load_audio, run
-from model import AUDIO, SAMPLE_RATE, Adapter, cut_at_pauses, check_wave, cut_windows, downsample, export, \
+from model import AUDIO, ENCODER, LLM, SAMPLE_RATE, Adapter, cut_at_pauses, check_wave, cut_windows, downsample, export, \
     find_checkpoint, fingerprint, log_mel
 
 
@@ -83,7 +92,10 @@ def check_seconds(seconds):
 def decode(data):
     """The bytes of a file -> (float32 samples, 16000)."""
     try:
-        check_seconds(soundfile.info(io.BytesIO(data)).duration)  # before it is decoded
+        info = soundfile.info(io.BytesIO(data))  # before it is decoded
+        if info.frames * info.channels > 96_000 * max(600, float(os.environ[MAX_AUDIO_SECONDS])):  # 48 kHz stereo
+            raise ValueError(f"the recording is too large ({info.channels} channels at {info.samplerate} Hz): send it as mono at 16 kHz")
+        check_seconds(info.duration)
         return load_audio(data, silence=True).numpy(), SAMPLE_RATE
     except (BadRow, soundfile.LibsndfileError) as e:
         raise ValueError(f"the recording cannot be used: {e if isinstance(e, BadRow) else 'not audio'}; send wav, flac, ogg or "
@@ -95,10 +107,17 @@ class Recording(AudioMediaIO):
         self._validate_encoded_size(len(data))
         return decode(data)
 
+    def load_file(self, path):
+        return decode(path.read_bytes())
+
 
 @MEDIA_CONNECTOR_REGISTRY.register("borealis")
 class Recordings(MediaConnector):
-    """data: URLs; and http, from the hosts of --allowed-media-domains only."""
+    """data: URLs; and http, from the hosts of --allowed-media-domains only: where none is named, vLLM would ask any."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.allowed_media_domains = self.allowed_media_domains or ["data-urls-only.invalid"]
 
     def fetch_audio(self, audio_url):
         with refusing():
@@ -117,6 +136,24 @@ def refusing():
         raise
     except Exception as e:  # unreachable, file://, ...
         raise ValueError(f"cannot take the recording: {type(e).__name__}: {e}") from None
+
+
+def upload(file, **_):
+    """For /v1/audio/transcriptions, which has a decoder of its own."""
+    return decode(file.read() if hasattr(file, "read") else Path(file).read_bytes())
+
+
+serving.load_audio = upload
+api_router.router.routes.clear()
+
+
+@api_router.router.post("/v1/audio/transcriptions")
+async def transcriptions(raw_request: Request, request: Annotated[api_router.TranscriptionRequest, Form()]):
+    """vLLM's own, and response_format=text is text: vLLM 0.32 answers JSON."""
+    response = await api_router.create_transcriptions(raw_request=raw_request, request=request)
+    if request.response_format == "text" and not request.stream and response.status_code == 200:
+        return PlainTextResponse(json.loads(response.body)["text"] + "\n")
+    return response
 
 
 # -----------------------------------------------------------------------------
@@ -240,14 +277,26 @@ class BorealisForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
         return SpeechToTextConfig(sample_rate=SAMPLE_RATE, max_audio_clip_s=model_config.hf_config.window_samples // SAMPLE_RATE)
 
     @classmethod
+    def validate_language(cls, language):
+        if language not in (None, *cls.supported_languages):
+            raise ValueError(f"the language {language!r} is not one of {', '.join(cls.supported_languages)}")
+        return language
+
+    @classmethod
     def get_generation_prompt(cls, stt_params):
         """The one transcription prompt, whatever the language: it is what was trained."""
-        tokenizer = AutoTokenizer.from_pretrained(stt_params.model_config.tokenizer)
-        return prompt(tokenizer, TRANSCRIBE.messages(with_answer=False), [stt_params.audio])
+        if stt_params.task_type != "transcribe":
+            raise ValueError("this model does not translate: ask /v1/audio/transcriptions")
+        return prompt(tokenizer_of(stt_params.model_config.tokenizer), TRANSCRIBE.messages(with_answer=False), [stt_params.audio])
 
     @classmethod
     def post_process_output(cls, text):
         return text.strip()
+
+
+@functools.lru_cache(maxsize=1)  # a long recording asks once a window
+def tokenizer_of(folder):
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def prompt(tokenizer, messages, waves):
@@ -269,36 +318,47 @@ register()
 # -----------------------------------------------------------------------------
 # Without a server
 
-def offline(ckpt, max_new_tokens=256, dtype=None, **settings):
+def careful_settings():
+    """Beside vLLM's own. On a CPU: the dtype of training; small portions, which stay in the caches (first tokens come a sixth
+    sooner than with 4096); no minute of compiling; and a context that fits the memory (-1)."""
+    return {} if torch.cuda.is_available() else dict(dtype="float32", max_num_batched_tokens=512, enforce_eager=True, max_model_len=-1)
+
+
+def offline(ckpt, max_new_tokens=256, encoder=ENCODER, llm=LLM, **settings):
     """vLLM in this process -> (answer, config): answer(samples, waves) -> [(text, tokens generated, cut by the limit?)], as
-    eval.py's systems. It decodes as many at once as it is given. Raises ValueError."""
+    eval.py's systems. It decodes as many at once as it is given. encoder, llm: as load_checkpoint(). Raises ValueError."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process of its own would import all this again, and talk over a socket
-    from vllm import LLM, SamplingParams
-    folder = servable(ckpt)
-    dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    if not torch.cuda.is_available():  # small portions stay in the caches: first tokens come a sixth sooner than with 4096
-        settings = dict(max_num_batched_tokens=512, enforce_eager=True) | settings
-    llm = LLM(str(folder), dtype=dtype, limit_mm_per_prompt={"audio": 8}, **settings)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    from vllm import LLM as Engine, SamplingParams
+    folder = servable(ckpt, encoder, llm)
+    engine = Engine(str(folder), limit_mm_per_prompt={"audio": 8}, **careful_settings() | settings)
     greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens)
 
     def answer(samples, waves):
-        prompts = [prompt(tokenizer, s.messages(with_answer=False), w) for s, w in zip(samples, waves)]
-        answers = [out.outputs[0] for out in llm.generate(prompts, greedy, use_tqdm=False)]
-        return [(a.text.strip(), len(a.token_ids), a.finish_reason == "length") for a in answers]
-    answer.llm, answer.tokenizer = llm, tokenizer
-    return answer, llm.llm_engine.model_config.hf_config
+        prompts = [prompt(tokenizer_of(folder), s.messages(with_answer=False), w) for s, w in zip(samples, waves)]
+        answers = [out.outputs[0] for out in engine.generate(prompts, greedy, use_tqdm=False)]
+        texts = tokenizer_of(folder).batch_decode([a.token_ids for a in answers], skip_special_tokens=True)  # vLLM's leave out half letters
+        return [(text.strip(), len(a.token_ids), a.finish_reason == "length") for text, a in zip(texts, answers)]
+    answer.engine, answer.tokenizer = engine, tokenizer_of(folder)
+    return answer, engine.llm_engine.model_config.hf_config
 
 
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
-def transcribe(answer, places, batch=64):
-    """Files, and folders of files -> a line of JSON each on standard output: {"audio", "text"} or {"audio", "error"}. -> exit code."""
+def recordings_in(places):
+    """Files, and folders of files -> files. Raises UserError."""
+    if gone := [place for place in places if not Path(place).exists()]:
+        raise UserError(f"no file or folder at {gone[0]}")
     files = [f for place in map(Path, places) for f in (
         sorted(p for p in place.rglob("*") if p.suffix.lower() in AUDIO_FILES) if place.is_dir() else [place])]
     if not files:
         raise UserError(f"no recordings in {' '.join(places)}: give {', '.join(AUDIO_FILES)} files, or folders of them")
+    return files
+
+
+def transcribe(answer, files, batch=64):
+    """A line of JSON a file on standard output: {"audio", "text"}, with "cut" where --max_new_tokens was not enough, or
+    {"audio", "error"}. -> exit code: 1 if none could be heard."""
     failed = 0
     with tqdm(total=len(files), unit=" recordings") as bar:
         for start in range(0, len(files), batch):
@@ -308,8 +368,8 @@ def transcribe(answer, places, batch=64):
                     waves[i] = torch.from_numpy(decode(Path(row["audio"]).read_bytes())[0])
                 except (OSError, ValueError) as e:
                     row["error"] = e.strerror or str(e) if isinstance(e, OSError) else str(e)
-            for i, (text, *_) in zip(waves, answer([TRANSCRIBE] * len(waves), [[w] for w in waves.values()]) if waves else []):
-                rows[i]["text"] = text
+            for i, (text, _, cut) in zip(waves, answer([TRANSCRIBE] * len(waves), [[w] for w in waves.values()])):
+                rows[i] |= dict(text=text, cut=True) if cut else dict(text=text)
             for row in rows:
                 print(json.dumps(row, ensure_ascii=False), flush=True)
             failed += len(rows) - len(waves)
@@ -318,135 +378,172 @@ def transcribe(answer, places, batch=64):
 
 
 # -----------------------------------------------------------------------------
-# Live. The buffer is decoded anew every half second; what two passes in a row agree on is said (local agreement, as in Liu et
-# al. 2020, arXiv:2005.11185, and whisper_streaming). A pause ends the buffer, and a buffer full of speech is cut at its quietest.
+# Live. The phrase so far is decoded anew every half second; what two passes in a row agree on is said (local agreement, as in
+# Liu et al. 2020, arXiv:2005.11185, and whisper_streaming). A pause ends a phrase, and one that fills the buffer is cut at its
+# quietest place.
 
-STEP = PAUSE = SAMPLE_RATE // 2
+FRAME = SAMPLE_RATE // 40                 # samples; what is loud and what is quiet is told by 25 ms
+STEP = PAUSE = 20                         # frames: half a second
+LEAD, UNSURE, MEMORY = 3, 40, 800         # frames kept before a phrase; while there is none; that loud and quiet are told from
 
 
 def pieces_of(source):
     """A file at the speed it was recorded, or "-": raw 16-bit mono PCM at 16 kHz -> float32 arrays of half a second."""
     if source == "-":
-        while data := sys.stdin.buffer.read(2 * STEP):
+        while len(data := sys.stdin.buffer.read(2 * STEP * FRAME)) > 1:
             yield np.frombuffer(data[:len(data) // 2 * 2], dtype="<i2").astype(np.float32) / 32768
         return
     wave, began = decode(Path(source).read_bytes())[0], time.monotonic()
-    for start in range(0, len(wave), STEP):
-        time.sleep(max(0, began + (start + STEP) / SAMPLE_RATE - time.monotonic()))
-        yield wave[start:start + STEP]
+    for start in range(0, len(wave), STEP * FRAME):
+        time.sleep(max(0, began + (start + STEP * FRAME) / SAMPLE_RATE - time.monotonic()))
+        yield wave[start:start + STEP * FRAME]
 
 
-def from_speech_on(wave, loudest):
-    """The part from 0.1 s before the first 50 ms that are not quiet: within 30 dB of the loudest half second so far."""
-    frame = SAMPLE_RATE // 20
-    power = np.square(wave[:len(wave) // frame * frame]).reshape(-1, frame).mean(1)
-    loud = np.flatnonzero(power > max(1e-6, loudest / 1000))
-    return wave[max(0, loud[0] - 2) * frame:] if len(loud) else wave[:0]
+def arriving(pieces):
+    """Each piece, and whether more has come meanwhile: a thread listens on while the last is being decoded."""
+    waiting = queue.Queue()
+
+    def listen():
+        try:
+            for piece in pieces:
+                waiting.put(piece)
+            waiting.put(None)
+        except Exception as e:  # raised again below, where it is seen
+            waiting.put(e)
+    threading.Thread(target=listen, daemon=True).start()
+    while (piece := waiting.get()) is not None:
+        if isinstance(piece, Exception):
+            raise piece
+        yield piece, not waiting.empty()
 
 
-def live(answer, source, longest):
-    """Print words when they are certain, a line a phrase; nothing printed is taken back."""
-    heard, before, said, loudest = np.zeros(0, np.float32), [], 0, 0.0
+def loudness(wave):
+    """dB of full scale, one a frame."""
+    return 10 * np.log10(np.square(wave[:len(wave) // FRAME * FRAME]).reshape(-1, FRAME).mean(1) + 1e-10)
 
-    def words_of(wave):
-        return answer([TRANSCRIBE], [[torch.from_numpy(wave)]])[0][0].split()
 
-    def say(words, end):
+def loud_from(levels):
+    """The dB that tell voice from background: a third of the way from the quietest to the loudest of late, at least 9 dB."""
+    quiet, loud = np.maximum(np.percentile(levels, (2, 95)), -70)
+    return quiet + max(9, (loud - quiet) / 3)
+
+
+def live(answer, pieces, longest):
+    """Print words when they are certain, a line a phrase; nothing printed is taken back. Raises ValueError."""
+    phrase, begun, before, said, levels = np.zeros(0, np.float32), False, [], 0, deque(maxlen=MEMORY)
+
+    def words():
+        return answer([TRANSCRIBE], [[torch.from_numpy(phrase)]])[0][0].split()
+
+    def say(words, end=""):
         nonlocal said
-        print("".join(f"{w} " for w in words[said:]), end=end, flush=True)
-        said = 0 if end else max(said, len(words))
+        print("".join(f"{w} " for w in words[said:]), end=end if said or words else "", flush=True)
+        said = max(said, len(words))
 
-    for piece in pieces_of(source):
-        if not np.isfinite(piece).all():
-            raise UserError(f"{source} holds NaN or Inf")
-        heard, loudest = np.concatenate([heard, piece]), max(loudest, float(np.mean(np.square(piece))))
-        heard = from_speech_on(heard, loudest)
-        if len(heard) >= longest:
-            first = cut_at_pauses(torch.from_numpy(heard), longest - 1)[0].numpy()
-            say(words_of(first), "\n")
-            heard, before = heard[len(first):], []
-        elif len(heard) > PAUSE and not len(from_speech_on(heard[-PAUSE:], loudest)):
-            say(words_of(heard), "\n")
-            heard, before = heard[:0], []
-        elif len(heard) >= STEP:
-            words = words_of(heard)
-            agreed = next((i for i, (a, b) in enumerate(zip(words, before)) if a != b), min(len(words), len(before)))
-            say(words[:agreed], "")
-            before = words
-    if len(heard) >= MIN_SECONDS * SAMPLE_RATE:
-        say(words_of(heard), "\n")
+    def finish(n):
+        """The first n samples are a phrase; what follows may become the next."""
+        nonlocal phrase, begun, before, said
+        phrase, rest = phrase[:n], phrase[n:]
+        say(words(), "\n")
+        phrase, begun, before, said = rest, False, [], 0
+
+    def advance():
+        """Leave out what comes before a phrase, and end what is over."""
+        nonlocal phrase, begun
+        loud = np.flatnonzero(loudness(phrase) > loud_from(levels))
+        if not begun:
+            begun, start = len(loud) > 0, max(0, loud[0] - LEAD if len(loud) else len(phrase) // FRAME - UNSURE)
+            phrase, loud = phrase[start * FRAME:], loud - start
+        if not begun:
+            return False
+        pauses = np.flatnonzero(np.diff(loud, append=len(phrase) // FRAME) > PAUSE)
+        if len(pauses) or not len(loud):  # what was loud is quiet beside what followed
+            finish((loud[pauses[0]] + 1 + PAUSE // 2) * FRAME if len(pauses) else len(phrase))
+        elif len(phrase) >= longest:
+            finish(len(cut_at_pauses(torch.from_numpy(phrase), longest - 1)[0]))
+        return not begun
+
+    with contextlib.suppress(KeyboardInterrupt):  # how a microphone ends
+        for piece, more in arriving(pieces):
+            phrase = np.concatenate([phrase, piece])
+            levels.extend(loudness(piece))
+            while len(levels) and advance():
+                pass
+            if begun and not more and len(phrase) >= MIN_SECONDS * SAMPLE_RATE:
+                heard = words()
+                say(heard[:next((i for i, (a, b) in enumerate(zip(heard, before)) if a != b), min(len(heard), len(before)))])
+                before = heard
+    if begun and len(phrase) >= MIN_SECONDS * SAMPLE_RATE:
+        finish(len(phrase))
 
 
 # -----------------------------------------------------------------------------
 # Commands
 
-def servable(ckpt):
+def servable(ckpt, encoder=ENCODER, llm=LLM):
     """Any checkpoint -> a complete folder in its own layout, exported into the cache if it is not one. Raises ValueError."""
     folder = find_checkpoint(ckpt)
-    config = folder / "config.json"
-    settings = json.loads(config.read_text()) if config.is_file() else {}
-    if settings.get("auto_map") and not settings.get("base") and (folder / "generation_config.json").is_file():
+    settings = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    if not folder.is_dir():
+        raise ValueError(f"no checkpoint in {folder}: train one, or name a hub checkpoint as owner/name")
+    if settings.get("auto_map") and "encoder_config" in settings and not settings.get("base") and (folder / "generation_config.json").is_file():
         return folder
-    place = cache_dir() / f"served-{fingerprint(folder)}"
+    made_of = [fingerprint(folder), "" if "encoder_config" in settings else f"{encoder} {llm}"]
+    made_of += [p.read_text() for p in (*sorted(folder.glob("*.json")), Path(__file__).with_name("model.py")) if p.name != "results.json"]
+    place = cache_dir() / f"served-{hashlib.sha256(' '.join(made_of).encode()).hexdigest()[:16]}"
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        export(ckpt, place)
+        export(ckpt, place, encoder, llm)
     return place
 
 
-def serve(folder, rest):
-    """The OpenAI server of vLLM, with careful defaults."""
+def serve(folder, host, port, rest):
+    """The OpenAI server of vLLM, with careful defaults; what is given overrides them."""
     from vllm.entrypoints.launchers.api_server.entry import main
-    from vllm.entrypoints.speech_to_text.base import serving
-    from vllm.entrypoints.speech_to_text.transcription import api_router
-    serving.load_audio = lambda file, **_: decode(file.read() if hasattr(file, "read") else Path(file).read_bytes())
-    answer = api_router.create_transcriptions
-    api_router.router.routes.clear()
-
-    @api_router.router.post("/v1/audio/transcriptions")
-    async def transcription(raw_request: Request, request: Annotated[api_router.TranscriptionRequest, Form()]):
-        """vLLM's own, and response_format=text is text: vLLM 0.32 answers JSON."""
-        response = await answer(raw_request=raw_request, request=request)
-        if request.response_format == "text" and not request.stream and response.status_code == 200:
-            return PlainTextResponse(json.loads(response.body)["text"] + "\n")
-        return response
-
-    given = {flag.split("=")[0].replace("_", "-") for flag in rest if flag.startswith("--")}
-    defaults = {
-        "--host": "127.0.0.1", "--served-model-name": "borealis", "--limit-mm-per-prompt": '{"audio": 1}',
-        "--allowed-media-domains": "data-urls-only.invalid"}  # nothing is fetched for a client unless its host is named
-    sys.argv = ["serve_vllm.py", "--model", str(folder), *rest]
-    if not torch.cuda.is_available():
-        defaults |= {"--max-num-batched-tokens": "512", "--enforce-eager": None}  # as in offline(); compiling takes a minute
-    for flag, value in defaults.items():
-        if flag not in given:
-            sys.argv += [flag] if value is None else [flag, value]
+    defaults = {"host": host, "port": port, "served-model-name": "borealis", "limit-mm-per-prompt": '{"audio": 1}'} | careful_settings()
+    sys.argv = ["serve_vllm.py", "--model", str(folder)]
+    for name, value in defaults.items():
+        sys.argv += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    sys.argv += rest
+    print(f"loading {folder}; then http://{host}:{port}/v1", file=sys.stderr)
     main()
 
 
 def main():
     parser = ArgumentParser(prog="serve_vllm.py", allow_abbrev=False, description=__doc__.split("\n")[1])
     parser.add_argument("--ckpt", default="out", help="a run, an exported folder, an original checkpoint, or a hub name")
+    parser.add_argument("--encoder", default=ENCODER, help="what a checkpoint in the original's layout was made of")
+    parser.add_argument("--llm", default=LLM)
     parser.add_argument("--max_audio_seconds", type=float, default=600, help="longest recording that is taken")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--transcribe", nargs="+", metavar="FILE", help="recordings or folders of them; JSON lines, no server")
     parser.add_argument("--live", metavar="FILE", help="a recording as if it came in now, or - for raw PCM on standard input")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="for --transcribe and --live")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="a window, for --transcribe and --live")
     args, rest = parser.parse_known_args()
+    if args.transcribe and args.live:
+        raise UserError("--transcribe or --live, not both")
     if rest and (args.transcribe or args.live):
         raise UserError(f"unknown flag {rest[0]}; vLLM's own flags are for the server")
     if args.live and args.live != "-" and not Path(args.live).is_file():
         raise UserError(f"no file at {args.live}")
-    os.environ[MAX_AUDIO_SECONDS] = os.environ["VLLM_MAX_AUDIO_DECODE_DURATION_S"] = f"{args.max_audio_seconds:g}"
+    if not MIN_SECONDS <= args.max_audio_seconds < 1e6:
+        raise UserError(f"--max_audio_seconds must lie between {MIN_SECONDS} and a million")
+    if args.max_new_tokens < 1:
+        raise UserError("--max_new_tokens must be at least 1")
+    os.environ[MAX_AUDIO_SECONDS] = f"{args.max_audio_seconds:g}"
+    files = recordings_in(args.transcribe) if args.transcribe else []
     try:
         if not (args.transcribe or args.live):
-            return serve(servable(args.ckpt), rest)
-        answer, config = offline(args.ckpt, args.max_new_tokens)
+            return serve(servable(args.ckpt, args.encoder, args.llm), args.host, args.port, rest)
+        answer, config = offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm)
     except (ValueError, OSError) as e:
         raise UserError(f"cannot serve {args.ckpt}: {str(e).splitlines()[0]}") from None
     if args.transcribe:
-        return transcribe(answer, args.transcribe)
+        from eval import in_pieces
+        return transcribe(in_pieces(answer, config.window_samples, 64), files)
     try:
-        live(answer, args.live, max(config.window_samples, 10 * SAMPLE_RATE))
+        live(answer, pieces_of(args.live), max(config.window_samples, 10 * SAMPLE_RATE))
     except ValueError as e:
         raise UserError(f"{args.live}: {e}") from None
 

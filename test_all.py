@@ -5,6 +5,7 @@ test_all.py -- one property a test, literal numbers where a number is claimed, e
 """
 import base64
 import contextlib
+import http.server
 import importlib.util
 import io
 import json
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -1500,6 +1502,7 @@ def test_tensorboard(manifest, tmp_path, monkeypatch):
 
 SNIPPET = """
 import sys
+import threading
 for name in ("peft", "data", "soundfile", "datasets", "torchaudio", "jiwer"):
     sys.modules[name] = None  # as if not installed
 import torch
@@ -2172,8 +2175,8 @@ def test_a_real_recording_takes_several_windows(checkpoint, monkeypatch, capsys)
 # -----------------------------------------------------------------------------
 # serve_vllm.py: the real server, the real client
 
-needs_vllm = pytest.mark.skipif(not (importlib.util.find_spec("vllm") and importlib.util.find_spec("openai")),
-                                reason="vLLM is not installed: make vllm")
+VLLM = importlib.util.find_spec("vllm") and importlib.util.find_spec("openai")
+needs_vllm = pytest.mark.skipif(not VLLM, reason="vLLM is not installed: make vllm")
 VLLM_ENV = dict(os.environ, HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH="")
 
 
@@ -2190,31 +2193,59 @@ def words(text):
     return {"type": "text", "text": text}
 
 
-@pytest.fixture(scope="session")
-def server(checkpoint, tmp_path_factory):
-    """A run's folder, served from another working directory; up to two recordings a prompt, of 20 s at most."""
-    openai = pytest.importorskip("openai")
-    place = tmp_path_factory.mktemp("server")
+def start(place, *argv):
+    """serve_vllm.py on a free port, from another working directory -> (process, its log, its openai client)."""
+    import openai
+    place.mkdir()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with open(place / "log", "w") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "serve_vllm.py"), "--ckpt", str(checkpoint), "--max_audio_seconds", "20", "--port", str(port),
-             "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--limit-mm-per-prompt", '{"audio": 2}'],
-            cwd=place, env=VLLM_ENV | dict(NANOBOREALIS_CACHE=str(place / "cache")), stdout=log, stderr=log)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        process = subprocess.Popen([sys.executable, str(HERE / "serve_vllm.py"), "--port", str(port), *map(str, argv)], cwd=place,
+                                   env=VLLM_ENV | dict(NANOBOREALIS_CACHE=str(place / "cache")), stdout=log, stderr=log)
+    return process, place / "log", openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def servers(request, tmp_path_factory):
+    """Two servers: a run's folder, up to two recordings a prompt of 20 s at most; and a checkpoint in the original's layout. They
+    take half a minute to load, so they begin before the first test, if any test will ask for them."""
+    if not VLLM or not any({"server", "original_server"} & set(i.fixturenames) for i in request.session.items):
+        yield None
+        return
+    place, (checkpoint, original, parts) = tmp_path_factory.mktemp("servers"), map(request.getfixturevalue, ("checkpoint", "original", "parts"))
+    started = dict(
+        ours=start(place / "ours", "--ckpt", checkpoint, "--max_audio_seconds", 20, "--limit-mm-per-prompt", '{"audio": 2}'),
+        original=start(place / "original", "--ckpt", original, "--encoder", parts["encoder"], "--llm", parts["plain"],
+                       "--allowed-media-domains", "localhost"))
     try:
-        for _ in range(180):
-            assert process.poll() is None, (place / "log").read_text()[-3000:]
-            with contextlib.suppress(openai.APIConnectionError):
-                client.models.list()
-                break
-            time.sleep(1)
-        yield client
+        yield started
     finally:
-        process.terminate()
-        process.wait(60)
+        for process, *_ in started.values():
+            process.terminate()
+        for process, *_ in started.values():
+            process.wait(60)
+
+
+def ready(process, log, client):
+    import openai
+    for _ in range(180):
+        assert process.poll() is None, log.read_text()[-3000:]
+        with contextlib.suppress(openai.APIConnectionError):
+            client.models.list()
+            return client
+        time.sleep(1)
+    pytest.fail("no server after 3 minutes: " + log.read_text()[-3000:])
+
+
+@pytest.fixture(scope="session")
+def server(servers):
+    return ready(*servers["ours"])
+
+
+@pytest.fixture(scope="session")
+def original_server(servers):
+    return ready(*servers["original"])
 
 
 def chat(client, content, **settings):
@@ -2307,45 +2338,188 @@ def test_server_refuses_and_goes_on(server):
 
 
 @needs_vllm
-def test_offline_in_vllm(original, parts, manifest, tmp_path, monkeypatch, capsys):
-    """A checkpoint in the original's layout, exported: --transcribe, and eval.py --engine vllm, find what native generation finds,
-    with its own pair of tokens."""
-    hf, folder = tmp_path / "hf", Path(manifest).parent
-    assert exit_of(nb.main, monkeypatch, capsys, "export", "--ckpt", original, "--to", hf, "--encoder", parts["encoder"], "--llm",
-                   parts["plain"])[0] == 0
-    flags = ["--ckpt", hf, "--manifest", manifest, "--max_new_tokens", 6]
-    assert exit_of(evaluation.main, monkeypatch, capsys, *flags, "--out", tmp_path / "native")[0] == 0
-    done = subprocess.run([sys.executable, HERE / "eval.py", *map(str, flags), "--engine", "vllm", "--out", tmp_path / "vllm"],
-                          cwd=tmp_path, env=VLLM_ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    ours, theirs = ([(r["id"], r["hypothesis"], r["tokens"], r["cut"]) for r in heard_in(tmp_path / n)] for n in ("native", "vllm"))
-    assert ours == theirs and len(ours) == 32
-    (tmp_path / "bad.wav").write_text("no sound")
-    done = subprocess.run([sys.executable, HERE / "serve_vllm.py", "--ckpt", hf, "--max_new_tokens", "6", "--transcribe", folder / "1.wav",
-                           tmp_path / "bad.wav"], cwd=tmp_path, env=VLLM_ENV, capture_output=True, text=True, timeout=300)
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and rows[0] == dict(audio=str(folder / "1.wav"), text=ours[1][1]) and "not audio" in rows[1]["error"]
+def test_server_cuts_long_recordings_at_pauses(server, net):
+    """/v1/audio/transcriptions hears more than a window window by window; streamed, the pieces join to the same text."""
+    file, settings = ("a.wav", wav_bytes(torch.cat([tone(1.4, 1), torch.zeros(4800), tone(1.5, 2)]))), dict(max_completion_tokens=10)
+    heard = server.audio.transcriptions.create(model="borealis", file=file, extra_body=settings).text
+    events = server.audio.transcriptions.create(model="borealis", file=file, stream=True, extra_body=settings)
+    streamed = "".join(c["delta"].get("content") or "" for e in events for c in e.choices)
+    alone = net.decode(net.generate(tone(1.4, 1), max_new_tokens=10)[0])
+    assert heard.split() == streamed.split() and len(heard) > len(alone) > 0
 
 
 @needs_vllm
-def test_live_says_only_what_it_keeps(corpus, tmp_path, monkeypatch, capsys):
-    """With a listener that hears a word a tone: nothing is taken back, each phrase ends with its pause, and silence says nothing."""
-    import serve_vllm
-    beep, pause = 0.3 * np.sin(np.arange(9600) * 0.2), np.zeros(12800)
-    gap = np.zeros(2400)
-    sounds = [pause, beep, gap, beep, pause, pause, beep, gap, beep, gap, beep, pause]
-    soundfile.write(tmp_path / "a.wav", np.concatenate(sounds), 16000)
-    printed = []
+def test_the_original_layout_is_served(original_server, original, parts):
+    """Straight from its pickle, with its own pair of tokens: prompts and answers as natively."""
+    net = nb.load_checkpoint(original, parts["encoder"], parts["plain"])
+    for text, wave in (("что слышно? ", tone(1.0, 1)), ("", tone(5.0, 2))):
+        answer = chat(original_server, [*([words(text)] if text else []), sound(wav_bytes(wave, subtype="FLOAT"))])
+        expected, _ = nb.build_ids(net.tokenizer, net.config, [{"role": "user", "content": text + A}], [len(nb.cut_windows(wave, net.config))])
+        assert answer.prompt_token_ids == expected and answer.choices[0].token_ids == native_ids(net, text + A, [wave])
+    c = net.config
+    assert {c.audio_start_id, c.audio_end_id} < set(expected) and c.audio_start_id != c.audio_end_id
 
+
+@needs_vllm
+def test_links_are_followed_only_where_allowed(original_server):
+    """--allowed-media-domains names the one host; a redirect from there to another is not followed."""
+    import openai
+    asked = []
+
+    class Host(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.headers["Host"].split(":")[0], self.path))
+            self.send_response(302 if self.path == "/moved.wav" else 200)
+            if self.path == "/moved.wav":
+                self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/a.wav")
+            self.end_headers()
+            self.wfile.write(b"" if self.path == "/moved.wav" else wav_bytes(tone(1.0)))
+
+        def log_message(self, *_):
+            pass
+    host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    threading.Thread(target=host.serve_forever, daemon=True).start()
+
+    def hear(name, path):
+        return chat(original_server, [{"type": "audio_url", "audio_url": {"url": f"http://{name}:{host.server_port}/{path}"}}])
+    assert hear("localhost", "a.wav").choices
+    for place in (("127.0.0.1", "a.wav"), ("localhost", "moved.wav")):
+        with pytest.raises(openai.APIStatusError) as e:
+            hear(*place)
+        assert 400 <= e.value.status_code < 500
+    host.shutdown()
+    assert set(asked) == {("localhost", "/a.wav"), ("localhost", "/moved.wav")}
+
+
+@needs_vllm
+def test_offline_in_vllm(checkpoint, net, manifest, tmp_path, monkeypatch, capsys):
+    """eval.py --engine vllm finds what native generation finds; --transcribe hears long recordings piece by piece."""
+    folder, hf = Path(manifest).parent, tmp_path / "hf"
+    nb.export(checkpoint, hf)
+    flags = ["--ckpt", hf, "--manifest", manifest, "--max_new_tokens", 6]
+    (tmp_path / "bad.wav").write_text("no sound")
+    soundfile.write(tmp_path / "long.wav", torch.cat([tone(1.4, 1), torch.zeros(4800), tone(5.5, 2)]).numpy(), 16000)
+    jobs = [subprocess.Popen([sys.executable, *map(str, argv)], cwd=tmp_path, env=VLLM_ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for argv in ([HERE / "eval.py", *flags, "--engine", "vllm", "--out", tmp_path / "vllm"],
+                         [HERE / "serve_vllm.py", "--ckpt", hf, "--max_new_tokens", 6, "--transcribe", folder / "1.wav", "bad.wav", "long.wav"])]
+    assert exit_of(evaluation.main, monkeypatch, capsys, *flags, "--out", tmp_path / "native")[0] == 0
+    (_, err), (out, _) = (job.communicate(timeout=300) for job in jobs)
+    assert jobs[0].returncode == 0, err[-2000:]
+    ours, theirs = ([(r["id"], r["hypothesis"], r["tokens"], r["cut"]) for r in heard_in(tmp_path / n)] for n in ("native", "vllm"))
+    assert ours == theirs and len(ours) == 32 and sum(bool(r[1]) for r in ours) > 20
+    short, bad, long = map(json.loads, out.splitlines())
+    assert jobs[1].returncode == 0 and short["audio"] == str(folder / "1.wav") and short["text"] == ours[1][1] and "not audio" in bad["error"]
+    pieces = nb.cut_at_pauses(data.load_audio(str(tmp_path / "long.wav")), net.config.window_samples)
+    heard = [net.decode(net.generate(p, max_new_tokens=6)[0]) for p in pieces]
+    assert long["text"].split() == " ".join(heard).split() and len(pieces) > 3 and long["cut"]
+
+
+def listener(heard=None):
+    """Hears a word a tone; before it answers it notes what has been printed, by way of heard()."""
     def answer(samples, waves):
+        if heard:
+            heard()
         loud = (waves[0][0].unfold(0, 800, 800).square().mean(1) > 1e-3).int()
-        printed.append(capsys.readouterr().out)
         return [(" ".join(f"слово{i}" for i in range(int((loud.diff() == 1).sum() + loud[0]))), 1, False)]
-    monkeypatch.setattr(serve_vllm.time, "sleep", lambda s: None)
-    serve_vllm.live(answer, str(tmp_path / "a.wav"), 160_000)
+    return answer
+
+
+BEEP, GAP, REST = 0.3 * np.sin(np.arange(9600) * 0.2), np.zeros(2400), np.zeros(12800)
+
+
+def in_halves(*sounds, noise=0.0):
+    wave = np.concatenate(sounds)
+    wave = (wave + noise * np.random.default_rng(0).standard_normal(len(wave))).astype(np.float32)
+    return [wave[i:i + 8000] for i in range(0, len(wave), 8000)]
+
+
+@needs_vllm
+def test_live_says_only_what_it_keeps(tmp_path, monkeypatch, capsys):
+    """Nothing is taken back, each phrase ends with its pause, and silence says nothing."""
+    import serve_vllm
+    soundfile.write(tmp_path / "a.wav", np.concatenate([REST, BEEP, GAP, BEEP, REST, REST, BEEP, GAP, BEEP, GAP, BEEP, REST]), 16000)
+    printed = []
+    monkeypatch.setattr(serve_vllm.time, "sleep", lambda s: time.monotonic() and threading.Event().wait(0.02))
+    serve_vllm.live(listener(lambda: printed.append(capsys.readouterr().out)), serve_vllm.pieces_of(str(tmp_path / "a.wav")), 160_000)
     printed.append(capsys.readouterr().out)
     assert [line.split() for line in "".join(printed).splitlines()] == [["слово0", "слово1"], ["слово0", "слово1", "слово2"]]
     assert len(printed) > 5 and any(p.strip() and "\n" not in p for p in printed)  # words come before the phrase is over
+
+
+@needs_vllm
+@pytest.mark.parametrize("sounds, noise, lines", [
+    ([REST, BEEP, GAP, BEEP, REST, BEEP, REST], 0.02, [2, 1]),                        # pauses in a room 21 dB below the voice
+    ([0.05 * BEEP, 0.05 * GAP, BEEP, GAP, BEEP, REST], 0.0, [2]),                     # too soft for this listener, then loud
+    ([0.12 * BEEP, GAP, 0.12 * BEEP, GAP, BEEP, GAP, BEEP, REST], 0.0, [2]),
+    ([REST, REST], 0.02, []), ([REST, BEEP], 0.001, [1]), ([REST, *[BEEP] * 20], 0.001, [1, 1])])
+def test_live_tells_voice_from_background(capsys, sounds, noise, lines):
+    import serve_vllm
+    serve_vllm.live(listener(), in_halves(*sounds, noise=noise), 160_000)
+    assert [len(line.split()) for line in capsys.readouterr().out.splitlines()] == lines
+
+
+@needs_vllm
+def test_live_catches_up(capsys):
+    """While one pass takes as long as many pieces, they wait and are decoded together."""
+    import serve_vllm
+    passes = []
+    serve_vllm.live(listener(lambda: (passes.append(1), time.sleep(0.1))), in_halves(*[BEEP, GAP] * 10, REST), 160_000)
+    assert len(capsys.readouterr().out.split()) == 10 and len(passes) <= 4
+
+
+@needs_vllm
+@pytest.mark.parametrize("argv, says", [
+    (["--max_audio_seconds", "nan"], "between"), (["--max_audio_seconds", "0"], "between"), (["--transcribe", "nowhere.wav"], "no file or folder"),
+    (["--transcribe", "."], "no recordings in"), (["--live", "nowhere.wav"], "no file at"), (["--live", "-", "--nonsense", "1"], "--nonsense"),
+    (["--live", "-", "--transcribe", "a.wav"], "not both"), (["--ckpt", "nowhere"], "no checkpoint in"), (["--ckpt", "no/where"], "cannot fetch"),
+    (["--live", "-", "--max_new_tokens", "0"], "at least 1")])
+def test_wrong_serving_flags(tmp_path, monkeypatch, capsys, argv, says):
+    import serve_vllm
+    monkeypatch.chdir(tmp_path)
+    code, out, err = exit_of(serve_vllm.main, monkeypatch, capsys, *argv)
+    assert code == 2 and says in err and err.startswith("error:") and len(err.splitlines()) == 1
+
+
+@needs_vllm
+def test_what_is_served_is_what_the_checkpoint_is_now(checkpoint, original, parts, tmp_path, monkeypatch):
+    """Exported once; again when anything that matters has changed. A whole folder is served as it is."""
+    import serve_vllm
+    monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path / "cache"))
+    run = shutil.copytree(checkpoint, tmp_path / "run")
+    first = serve_vllm.servable(run)
+    assert serve_vllm.servable(run) == first and serve_vllm.servable(first) == first
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | dict(audio_end_id=config["audio_start_id"])))
+    second = serve_vllm.servable(run)
+    assert second != first and json.loads((second / "config.json").read_text())["audio_end_id"] == config["audio_start_id"]
+    foreign = shutil.copytree(original, tmp_path / "foreign")  # the original, with a config of its own kind
+    (foreign / "config.json").write_text(json.dumps(dict(auto_map={"AutoModel": "modeling.Audio"}, model_type="audio_llm")))
+    (foreign / "generation_config.json").write_text("{}")
+    assert "encoder_config" in json.loads((serve_vllm.servable(foreign, parts["encoder"], parts["plain"]) / "config.json").read_text())
+
+
+def test_a_failed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(nb, "model_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        nb.export(checkpoint, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pushed_folder_comes_back_whole(checkpoint, tmp_path, monkeypatch):
+    """The hub as a folder, and huggingface_hub's own matching of names: what we fetch of an export answers, and serves."""
+    from huggingface_hub.utils import filter_repo_objects
+    nb.export(checkpoint, tmp_path / "hf", title="someone/model")
+    assert 'from_pretrained("someone/model"' in (tmp_path / "hf" / "README.md").read_text()
+
+    def fetch(name, allow_patterns):
+        (tmp_path / "fetched").mkdir()
+        for file in filter_repo_objects(sorted(os.listdir(tmp_path / "hf")), allow_patterns=allow_patterns):
+            shutil.copy(tmp_path / "hf" / file, tmp_path / "fetched")
+        return tmp_path / "fetched"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    net, there = nb.load_checkpoint("someone/model"), nb.load_checkpoint(tmp_path / "hf")
+    assert torch.equal(net.generate(tone(1), max_new_tokens=4), there.generate(tone(1), max_new_tokens=4))
+    assert {p.name for p in (tmp_path / "fetched").iterdir()} == set(os.listdir(tmp_path / "hf")) - {"README.md"}
 
 
 # -----------------------------------------------------------------------------
