@@ -283,7 +283,7 @@ SIZES = {  # encoder, LLM, new tokens an utterance, utterances
     "5b": (WHISPER_LARGE_V3, QWEN3_4B, 128, 8)}
 
 
-def random_model(size, texts):
+def random_model(size, texts, dtype=torch.float32):
     """A model with random weights and a tokenizer of its own: speed needs no more."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(texts)
@@ -293,10 +293,9 @@ def random_model(size, texts):
         ends = {k: getattr(config.llm_config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         ends["vocab_size"] = llm["vocab_size"] if size == "5b" else len(tokenizer)
         config = tiny_config(tokenizer, encoder_config=encoder, llm_config=llm | ends)
-    gpu = torch.cuda.is_available()
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if gpu else torch.float32)
-    with torch.device("cuda" if gpu else "cpu"):  # made where it will run: on the way there 5 B would take minutes
+    torch.set_default_dtype(dtype)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # made where it will run: on the way there 5 B would take minutes
         model = BorealisForConditionalGeneration(config).eval()
     torch.set_default_dtype(before)
     model.tokenizer = tokenizer
@@ -306,13 +305,13 @@ def random_model(size, texts):
 def bench_generate():
     """Every answer is made as long as the next, so that all batch sizes do the same work. What comes before the first token
     (mel, encoder, prompt) is bound by arithmetic and gains little from a batch; decoding is bound by reading the weights."""
-    samples = embedded("ru", "clean", CHUNK)
-    print(f"{torch.get_num_threads()} cores, float32, random weights, median of 3 rounds\n\n"
+    samples, dtype = embedded("ru", "clean", CHUNK), torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    print(f"{torch.get_num_threads()} cores, {dtype}, random weights, median of 3 rounds\n\n"
           "| model | batch | x real time | tokens/s | speed | decoding alone, tokens/s | speed |\n|---|--:|--:|--:|--:|--:|--:|")
     for size, (*_, tokens, utterances) in SIZES.items():
         if size == "5b" and not torch.cuda.is_available():
             continue
-        model, spoken = random_model(size, texts_of(samples)), samples[:utterances]
+        model, spoken = random_model(size, texts_of(samples), dtype), samples[:utterances]
         waves = [[load_audio(s.audio[0])] for s in spoken]
         messages = [s.messages(with_answer=False) for s in spoken]
 
@@ -349,7 +348,8 @@ def requests(n, seed):
             for k in rng.integers(len(speech), size=n)]
 
 
-def bench_serve(size):
+def bench_serve(size, dtype):
+    """Both sides in the same dtype. "auto" is the post's bfloat16 where the machine computes in it, else float32."""
     try:
         import serve_vllm
         from vllm import SamplingParams
@@ -357,7 +357,10 @@ def bench_serve(size):
         raise UserError(f"vLLM is not installed ({e}): pip install vllm==0.32.0, or make vllm on a machine without a GPU") from None
     from model import export
     counts, question, results = (1, 4, 16, 32), serve_vllm.TRANSCRIBE.messages(with_answer=False), {}
-    model = random_model(size, texts_of(embedded("ru", "clean", CHUNK)))
+    if dtype == "auto":
+        flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+        dtype = "bfloat16" if torch.cuda.is_available() or "bf16" in flags else "float32"
+    model = random_model(size, texts_of(embedded("ru", "clean", CHUNK)), getattr(torch, dtype))
     print(f"{size}: {count(model) / 1e6:.0f} M, {model.dtype}, {model.device.type}, {torch.get_num_threads()} cores; 30 s of sound and "
           f"{NEW_TOKENS} tokens a request", file=sys.stderr)
 
@@ -380,7 +383,7 @@ def bench_serve(size):
         export(f"{folder}/ckpt", f"{folder}/hf")
         model = None  # make room
         torch.cuda.empty_cache()
-        answer, _ = serve_vllm.offline(f"{folder}/hf", max_model_len=2048, max_num_seqs=max(counts))
+        answer, _ = serve_vllm.offline(f"{folder}/hf", max_model_len=2048, max_num_seqs=max(counts), dtype=dtype)
 
         def vllm(n, tokens, seed):
             prompts = [serve_vllm.prompt(answer.tokenizer, question, w) for w in requests(n, seed)]
@@ -473,8 +476,9 @@ def main():
     parser = ArgumentParser(prog="bench.py", allow_abbrev=False, description="Speeds, as ratios measured in one run.")
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument("--random_size", choices=SIZES, default="110m", help="for serve")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="for serve")
     args = parser.parse_args()
-    BENCHES[args.what](*[args.random_size] * (args.what == "serve"))
+    BENCHES[args.what](*[args.random_size, args.dtype] if args.what == "serve" else [])
 
 
 if __name__ == "__main__":
