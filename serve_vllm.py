@@ -387,10 +387,18 @@ STEP = PAUSE = 20                         # frames: half a second
 LEAD, UNSURE, MEMORY = 3, 40, 800         # frames kept before a phrase; while there is none; that loud and quiet are told from
 
 
+def standard_input(n):
+    """n bytes, fewer at the end. Not through sys.stdin, whose lock a thread that still waits would keep from Python's exit."""
+    data = b""
+    while len(data) < n and (more := os.read(0, n - len(data))):
+        data += more
+    return data
+
+
 def pieces_of(source):
     """A file at the speed it was recorded, or "-": raw 16-bit mono PCM at 16 kHz -> float32 arrays of half a second."""
     if source == "-":
-        while len(data := sys.stdin.buffer.read(2 * STEP * FRAME)) > 1:
+        while len(data := standard_input(2 * STEP * FRAME)) > 1:
             yield np.frombuffer(data[:len(data) // 2 * 2], dtype="<i2").astype(np.float32) / 32768
         return
     wave, began = decode(Path(source).read_bytes())[0], time.monotonic()
