@@ -1507,7 +1507,6 @@ def test_tensorboard(manifest, tmp_path, monkeypatch):
 
 SNIPPET = """
 import sys
-import threading
 for name in ("peft", "data", "soundfile", "datasets", "torchaudio", "jiwer"):
     sys.modules[name] = None  # as if not installed
 import torch
@@ -2461,6 +2460,27 @@ def test_live_tells_voice_from_background(capsys, sounds, noise, lines):
     import serve_vllm
     serve_vllm.live(listener(), in_halves(*sounds, noise=noise), 160_000)
     assert [len(line.split()) for line in capsys.readouterr().out.splitlines()] == lines
+
+
+@needs_vllm
+def test_live_reads_raw_samples_as_they_drip_in():
+    """Standard input in pieces of any length, the last one cut in the middle of a sample."""
+    import serve_vllm
+    samples = np.arange(-10000, 10001).astype("<i2")
+    keep, (read, write) = os.dup(0), os.pipe()
+    os.dup2(read, 0)
+    try:
+        def drip():
+            sent = samples.tobytes() + b"x"
+            for i in range(0, len(sent), 3001):
+                os.write(write, sent[i:i + 3001])
+            os.close(write)
+        threading.Thread(target=drip).start()
+        heard = list(serve_vllm.pieces_of("-"))
+    finally:
+        os.dup2(keep, 0)
+    assert [len(p) for p in heard] == [8000, 8000, 4001]
+    assert np.array_equal(np.concatenate(heard) * 32768, samples.astype(np.float32))
 
 
 @needs_vllm
