@@ -94,7 +94,8 @@ def decode(data):
     try:
         info = soundfile.info(io.BytesIO(data))  # before it is decoded
         if info.frames * info.channels > 96_000 * max(600, float(os.environ[MAX_AUDIO_SECONDS])):  # 48 kHz stereo
-            raise ValueError(f"the recording is too large ({info.channels} channels at {info.samplerate} Hz): send it as mono at 16 kHz")
+            raise ValueError(f"the recording is too large, or does not say how long it is ({info.channels} channels at {info.samplerate} Hz): "
+                             "send it as a whole file, mono at 16 kHz")
         check_seconds(info.duration)
         return load_audio(data, silence=True).numpy(), SAMPLE_RATE
     except (BadRow, soundfile.LibsndfileError) as e:
@@ -508,17 +509,21 @@ def servable(ckpt, encoder=ENCODER, llm=LLM):
 def serve(folder, host, port, rest):
     """The OpenAI server of vLLM, with careful defaults; what is given overrides them."""
     from vllm.entrypoints.launchers.api_server.entry import main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    FlexibleArgumentParser.error = ArgumentParser.error  # one line, not three hundred of usage
     defaults = {"host": host, "port": port, "served-model-name": "borealis", "limit-mm-per-prompt": '{"audio": 1}'} | careful_settings()
-    sys.argv = ["serve_vllm.py", "--model", str(folder)]
+    given = {flag.split("=")[0].split(".")[0].replace("_", "-").replace("--no-", "--") for flag in rest}
+    sys.argv = ["serve_vllm.py", "--model", str(folder), *rest]
     for name, value in defaults.items():
-        sys.argv += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    sys.argv += rest
+        if (flag := f"--{name.replace('_', '-')}") not in given:
+            sys.argv += [flag] if value is True else [flag, str(value)]
     print(f"loading {folder}; then http://{host}:{port}/v1", file=sys.stderr)
     main()
 
 
 def main():
-    parser = ArgumentParser(prog="serve_vllm.py", allow_abbrev=False, description=__doc__.split("\n")[1])
+    parser = ArgumentParser(prog="serve_vllm.py", allow_abbrev=False, description=__doc__.split("\n")[1],
+                            epilog="Any other flag is for vLLM's server, which has some three hundred.")
     parser.add_argument("--ckpt", default="out", help="a run, an exported folder, an original checkpoint, or a hub name")
     parser.add_argument("--encoder", default=ENCODER, help="what a checkpoint in the original's layout was made of")
     parser.add_argument("--llm", default=LLM)
@@ -545,8 +550,9 @@ def main():
         if not (args.transcribe or args.live):
             return serve(servable(args.ckpt, args.encoder, args.llm), args.host, args.port, rest)
         answer, config = offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm)
-    except (ValueError, OSError) as e:
-        raise UserError(f"cannot serve {args.ckpt}: {str(e).splitlines()[0]}") from None
+    except (ValueError, OSError, RuntimeError) as e:
+        reason = (e.errors()[0]["msg"] if hasattr(e, "errors") else str(e).strip()).splitlines()[0]  # pydantic says much
+        raise UserError(f"cannot serve {args.ckpt}: {reason}") from None
     if args.transcribe:
         from eval import in_pieces
         return transcribe(in_pieces(answer, config.window_samples, 64), files)
