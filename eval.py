@@ -354,7 +354,8 @@ def in_pieces(answer, longest, batch_size):
             batch = jobs[start:start + batch_size]
             for (i, _), part in zip(batch, answer([samples[i] for i, _ in batch], [[piece] for _, piece in batch])):
                 parts[i].append(part)
-        return [(" ".join(filter(None, texts)), sum(tokens), any(cut)) for texts, tokens, cut in (zip(*p) for p in parts)]
+        return [(" ".join(filter(None, (THINK.sub("", t).strip() for t in texts))), sum(tokens), any(cut))
+                for texts, tokens, cut in (zip(*p) for p in parts)]
     return joined
 
 
@@ -377,7 +378,7 @@ def vllm_engine(args):
     try:
         answer, config = offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm)
     except (ValueError, OSError, RuntimeError) as e:
-        raise UserError(f"cannot load {args.ckpt} into vLLM: {str(e).strip().splitlines()[0]}") from None
+        raise UserError(f"cannot load {args.ckpt} into vLLM: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from None
     return answer if args.chunk == "window" else in_pieces(answer, config.window_samples, args.batch_size)
 
 

@@ -788,7 +788,7 @@ def model_card(model, source, name):
     if rows:
         table += ["", f"Normaliser: {results.get('normalizer', 'default')}; 95 % intervals and more in the run's results.json."]
     machine = "out data_dir train_manifest device workers save_every keep log".split()  # nobody else's business
-    settings = "\n".join(f"| {k} | {Path(v).name if isinstance(v, str) and os.path.exists(v) else v} |"
+    settings = "\n".join(f"| {k} | {Path(v).name if isinstance(v, str) and (os.path.isabs(v) or os.path.exists(v)) else v} |"
                          for k, v in training.items() if v not in (None, "", False) and k not in machine)
     c = model.config
     return f"""---

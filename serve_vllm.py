@@ -21,6 +21,7 @@ import json
 import math
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -152,8 +153,8 @@ api_router.router.routes.clear()
 async def transcriptions(raw_request: Request, request: Annotated[api_router.TranscriptionRequest, Form()]):
     """vLLM's own, and response_format=text is text: vLLM 0.32 answers JSON."""
     response = await api_router.create_transcriptions(raw_request=raw_request, request=request)
-    if request.response_format == "text" and not request.stream and response.status_code == 200:
-        return PlainTextResponse(json.loads(response.body)["text"] + "\n")
+    if response and request.response_format == "text" and not request.stream and response.status_code == 200:  # none: the client left
+        return PlainTextResponse(json.loads(response.body)["text"] + "\n", background=response.background)
     return response
 
 
@@ -409,8 +410,9 @@ def pieces_of(source):
 
 
 def arriving(pieces):
-    """Each piece, and whether more has come meanwhile: a thread listens on while the last is being decoded."""
-    waiting = queue.Queue()
+    """Each piece, and whether more has come meanwhile: a thread listens on while the last is being decoded. Ctrl-C, how a
+    microphone ends, ends the listening only: what has come is still decoded, unless there is a second one."""
+    waiting = queue.SimpleQueue()  # a signal may interrupt its put() and put
 
     def listen():
         try:
@@ -418,12 +420,20 @@ def arriving(pieces):
                 waiting.put(piece)
             waiting.put(None)
         except Exception as e:  # raised again below, where it is seen
-            waiting.put(e)
+            waiting.put(ValueError(e.strerror or str(e)) if isinstance(e, OSError) else e)
+
+    def stop(*_):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        waiting.put(None)
+    before = signal.signal(signal.SIGINT, stop)
     threading.Thread(target=listen, daemon=True).start()
-    while (piece := waiting.get()) is not None:
-        if isinstance(piece, Exception):
-            raise piece
-        yield piece, not waiting.empty()
+    try:
+        while (piece := waiting.get()) is not None:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece, not waiting.empty()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def loudness(wave):
@@ -472,16 +482,15 @@ def live(answer, pieces, longest):
             finish(len(cut_at_pauses(torch.from_numpy(phrase), longest - 1)[0]))
         return not begun
 
-    with contextlib.suppress(KeyboardInterrupt):  # how a microphone ends
-        for piece, more in arriving(pieces):
-            phrase = np.concatenate([phrase, piece])
-            levels.extend(loudness(piece))
-            while len(levels) and advance():
-                pass
-            if begun and not more and len(phrase) >= MIN_SECONDS * SAMPLE_RATE:
-                heard = words()
-                say(heard[:next((i for i, (a, b) in enumerate(zip(heard, before)) if a != b), min(len(heard), len(before)))])
-                before = heard
+    for piece, more in arriving(pieces):
+        phrase = np.concatenate([phrase, piece])
+        levels.extend(loudness(piece))
+        while len(levels) and advance():
+            pass
+        if begun and not more and len(phrase) >= MIN_SECONDS * SAMPLE_RATE:
+            heard = words()
+            say(heard[:next((i for i, (a, b) in enumerate(zip(heard, before)) if a != b), min(len(heard), len(before)))])
+            before = heard
     if begun and len(phrase) >= MIN_SECONDS * SAMPLE_RATE:
         finish(len(phrase))
 
@@ -492,17 +501,25 @@ def live(answer, pieces, longest):
 def servable(ckpt, encoder=ENCODER, llm=LLM):
     """Any checkpoint -> a complete folder in its own layout, exported into the cache if it is not one. Raises ValueError."""
     folder = find_checkpoint(ckpt)
-    settings = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    settings = json.loads((folder / "config.json").read_bytes()) if (folder / "config.json").is_file() else {}
     if not folder.is_dir():
         raise ValueError(f"no checkpoint in {folder}: train one, or name a hub checkpoint as owner/name")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder}: its config.json is broken")
     if settings.get("auto_map") and "encoder_config" in settings and not settings.get("base") and (folder / "generation_config.json").is_file():
         return folder
-    made_of = [fingerprint(folder), "" if "encoder_config" in settings else f"{encoder} {llm}"]
-    made_of += [p.read_text() for p in (*sorted(folder.glob("*.json")), Path(__file__).with_name("model.py")) if p.name != "results.json"]
-    place = cache_dir() / f"served-{hashlib.sha256(' '.join(made_of).encode()).hexdigest()[:16]}"
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        export(ckpt, place, encoder, llm)
+    made_of = [fingerprint(folder), "" if "encoder_config" in settings else f"{encoder} {llm}", Path(__file__).with_name("model.py").read_text()]
+    digest = hashlib.sha256(" ".join(made_of).encode())
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".jinja") and p.name != "results.json"):
+        digest.update(path.read_bytes())
+    place = cache_dir() / f"served-{digest.hexdigest()[:16]}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not place.exists():
+            export(folder, place, encoder, llm)
+    except (ValueError, OSError):
+        if not place.exists():  # else another process was first
+            raise
     return place
 
 
@@ -513,6 +530,8 @@ def serve(folder, host, port, rest):
     FlexibleArgumentParser.error = ArgumentParser.error  # one line, not three hundred of usage
     defaults = {"host": host, "port": port, "served-model-name": "borealis", "limit-mm-per-prompt": '{"audio": 1}'} | careful_settings()
     given = {flag.split("=")[0].split(".")[0].replace("_", "-").replace("--no-", "--") for flag in rest}
+    if rest and not rest[0].startswith("-") or "--model" in given:
+        raise UserError("the model to serve is named by --ckpt")
     sys.argv = ["serve_vllm.py", "--model", str(folder), *rest]
     for name, value in defaults.items():
         if (flag := f"--{name.replace('_', '-')}") not in given:
@@ -544,14 +563,17 @@ def main():
         raise UserError(f"--max_audio_seconds must lie between {MIN_SECONDS} and a million")
     if args.max_new_tokens < 1:
         raise UserError("--max_new_tokens must be at least 1")
-    os.environ[MAX_AUDIO_SECONDS] = f"{args.max_audio_seconds:g}"
+    limit = max(args.max_audio_seconds, 60) if args.live else args.max_audio_seconds  # a live phrase may be half a minute
+    os.environ[MAX_AUDIO_SECONDS] = f"{limit:g}"
+    if args.live or args.transcribe:  # whatever the locale, and for file names that are not UTF-8
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     files = recordings_in(args.transcribe) if args.transcribe else []
     try:
         if not (args.transcribe or args.live):
             return serve(servable(args.ckpt, args.encoder, args.llm), args.host, args.port, rest)
         answer, config = offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm)
     except (ValueError, OSError, RuntimeError) as e:
-        reason = (e.errors()[0]["msg"] if hasattr(e, "errors") else str(e).strip()).splitlines()[0]  # pydantic says much
+        reason = (e.errors()[0]["msg"] if hasattr(e, "errors") else str(e).strip() or type(e).__name__).splitlines()[0]  # pydantic says much
         raise UserError(f"cannot serve {args.ckpt}: {reason}") from None
     if args.transcribe:
         from eval import in_pieces

@@ -2463,6 +2463,20 @@ def test_live_tells_voice_from_background(capsys, sounds, noise, lines):
 
 
 @needs_vllm
+def test_live_ends_on_ctrl_c_with_all_that_was_heard(capsys):
+    """The microphone stays open; the signal comes in the middle of a pass."""
+    import serve_vllm
+    before = signal.getsignal(signal.SIGINT)
+
+    def microphone():
+        yield from in_halves(*[BEEP, GAP] * 4)
+        threading.Event().wait()
+    interrupt = iter([lambda: (time.sleep(0.3), os.kill(os.getpid(), signal.SIGINT))])
+    serve_vllm.live(listener(lambda: next(interrupt, lambda: None)()), microphone(), 160_000)
+    assert capsys.readouterr().out.split() == [f"слово{i}" for i in range(4)] and signal.getsignal(signal.SIGINT) == before
+
+
+@needs_vllm
 def test_live_reads_raw_samples_as_they_drip_in():
     """Standard input in pieces of any length, the last one cut in the middle of a sample."""
     import serve_vllm
