@@ -326,6 +326,10 @@ def wanted(args, names):
 THINK = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)  # other people's checkpoints may think aloud
 
 
+def without_thoughts(text):
+    return THINK.sub("", text).strip()
+
+
 def load_model(folder, device, encoder=ENCODER, llm=LLM):
     """Any checkpoint, ready to answer; a UserError says what is missing or does not fit."""
     try:
@@ -354,7 +358,7 @@ def in_pieces(answer, longest, batch_size):
             batch = jobs[start:start + batch_size]
             for (i, _), part in zip(batch, answer([samples[i] for i, _ in batch], [[piece] for _, piece in batch])):
                 parts[i].append(part)
-        return [(" ".join(filter(None, (THINK.sub("", t).strip() for t in texts))), sum(tokens), any(cut))
+        return [(" ".join(filter(None, map(without_thoughts, texts))), sum(tokens), any(cut))
                 for texts, tokens, cut in (zip(*p) for p in parts)]
     return joined
 
@@ -426,7 +430,7 @@ def answer_one(model, path, prompt, max_new_tokens):
     print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s), "
           f"{windows * model.config.tokens_per_window} audio tokens", file=sys.stderr)
     messages = Sample("", [path], question).messages(with_answer=False)
-    print(THINK.sub("", model.decode(model.chat([messages], [[wave]], max_new_tokens=max_new_tokens)[0])).strip())
+    print(without_thoughts(model.decode(model.chat([messages], [[wave]], max_new_tokens=max_new_tokens)[0])))
 
 
 # -----------------------------------------------------------------------------
@@ -566,7 +570,7 @@ def decode_batch(answer, batch):
             yield row | dict(took=took, failed=reason.splitlines()[0])
         else:
             text, tokens, cut = x
-            yield row | dict(hypothesis=THINK.sub("", text).strip(), tokens=tokens, cut=cut, took=took)
+            yield row | dict(hypothesis=without_thoughts(text), tokens=tokens, cut=cut, took=took)
 
 
 # -----------------------------------------------------------------------------
