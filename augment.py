@@ -1,16 +1,16 @@
 """
-augment.py -- the post's eleven effects make clean speech sound like the world, harder by the epoch.
+augment.py -- the post's effects make clean speech sound like the world, harder by the epoch.
 
     python augment.py in.wav out/                     # hear and see every effect and every stage
     python augment.py in.wav out/ --noise my_noises/  # with your own; --noise hub takes the post's
 
-Effects come in the order of the world, which the original shuffles: the speaker (pitch, speed),
-noise, the room, the microphone (EQ, band, gain, its own noise, overload), the line (resampling,
-telephony, codec); and on the mel, SpecAugment. Noises and rooms come from support/banks.py; the
-signal processing (filters, FFT, time stretching, codecs) is in support/sound.py.
+Thirteen effects: the post's table has eleven rows (pitch and speed share one), its code Gaussian
+noise besides. They come in the world's order, which the original does not keep: the speaker,
+noise, the room, the microphone (EQ to clipping), the line; and on the mel, SpecAugment.
 """
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,27 +18,25 @@ import soundfile
 import torch
 from numpy.random import SFC64, Generator
 
-from data import BadRow, load_audio
 from model import HOP, SAMPLE_RATE, BorealisConfig, cut_windows, log_mel
 from support.banks import crop, open_banks
 from support.cli import ArgumentParser, UserError, check_out, replace_file, run
+from support.rows import BadRow, load_audio
 from support.sound import FILTERS, codec, limit, plot_mels, spectral, stretch
 
-# -----------------------------------------------------------------------------
-# What may happen
+# ---- What may happen
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """An effect is a probability and a range for each parameter: (p, from, to, from, to, ...).
-    These ranges are the post's; nothing is switched on."""
-    touched: float = 1.0                           # share of clips to which the rest applies
+    """Of each effect (probability, from, to, from, to, ...): the post's ranges, but all off."""
+    touched: float = 1.0                           # share of clips with effects on the sound
     pitch: tuple = (0, -4, 4)                      # semitones; the length stays
     speed: tuple = (0, 0.8, 1.2)                   # a rate change: the pitch moves along
     noise: tuple = (0, 18, 28)                     # SNR in dB, by mean power over the whole clip
     more_noise: tuple = (0, 1, 1)                  # so many more sources, if there is noise
     room: tuple = (0,)                             # convolution with an impulse response
     more_room: tuple = (0, 1, 1)
-    eq: tuple = (0, *7 * (-6, 6))                  # dB in each of seven bands
+    eq: tuple = (0,) + 7 * (-6, 6)                 # dB in each of seven bands
     band_pass: tuple = (0, 150, 350, 3200, 5200)   # Hz: lower edge, upper edge
     gain: tuple = (0, -3, 3)                       # dB
     gaussian: tuple = (0, 0.001, 0.015)            # std of the microphone's noise; full scale is 1
@@ -48,20 +46,17 @@ class AugmentConfig:
     codec: tuple = (0, 96, 160)                    # kbit/s
     codec_rate: int = SAMPLE_RATE                  # Hz; 8000 or 12000 where the line has no more
     opus: float = 0.5                              # share of Opus among codecs; the rest is MP3
-    mask: tuple = (0, 0, 2, 0, 2)                  # SpecAugment: how many bands, how many times
+    mask: tuple = (0, 0, 2, 0, 2)                  # SpecAugment, on any clip: bands, stretches
     mask_width: tuple = (27, 100)                  # at most so many mel bins, so many frames
-
 
 @dataclass(frozen=True)
 class AugmentationStage:
-    """From this epoch on, until the next stage starts; fractions are allowed."""
-    start_epoch: float
+    start_epoch: float  # it lasts until the next stage starts; fractions are allowed
     config: AugmentConfig
     name: str = ""
 
-
 # The original's stages. At these bitrates MP3 leaves 16 kHz speech as it was (correlation 0.999):
-# so codecs get lower rates here, as on a line, and one in twenty is Opus.
+# so codecs get lower sample rates here (codec_rate), as on a line, and one in twenty is Opus.
 STAGES = {
     #               light                  intense                heavy
     "touched":     (.40,                   .65,                   .72),
@@ -71,7 +66,7 @@ STAGES = {
     "more_noise":  ((.3, 1, 1),            (.5, 1, 2),            (.6, 1, 2)),
     "room":        ((.2,),                 (.3,),                 (.4,)),
     "more_room":   ((.1, 1, 1),            (.2, 1, 2),            (.3, 1, 2)),
-    "eq":          ((.3, *7 * (-5, 5)),    (.45, *7 * (-8, 8)),   (.5, *7 * (-10, 10))),
+    "eq":          ((.3,) + 7 * (-5, 5),   (.45,) + 7 * (-8, 8),  (.5,) + 7 * (-10, 10)),
     "gain":        ((.4, -2.5, 2.5),       (.5, -4, 4),           (.55, -5, 5)),
     "gaussian":    ((.25, .001, .006),     (.35, .002, .015),     (.45, .003, .015)),
     "clipping":    ((.1, .82, .95),        (.2, .82, .95),        (.3, .82, .95)),
@@ -86,9 +81,8 @@ STAGES = {
     "telephony":   ((.1, 9000, 12000, 160, 260, 3300, 4300),
                     (.35, 7000, 11000, 200, 320, 2900, 3800),
                     (.5, 6000, 9600, 220, 360, 2500, 3600))}
-LIGHT, INTENSE, HEAVY = (
-    AugmentConfig(opus=.05, **{effect: row[i] for effect, row in STAGES.items()})
-    for i in range(3))
+COLUMNS = [dict(zip(STAGES, column, strict=True)) for column in zip(*STAGES.values(), strict=True)]
+LIGHT, INTENSE, HEAVY = (AugmentConfig(opus=.05, **column) for column in COLUMNS)
 # The curriculum changes at these epochs, or at those of train.py --curriculum.
 CURRICULUM = [AugmentationStage(0, AugmentConfig(touched=0), "clean"),
               AugmentationStage(1, LIGHT, "light"),
@@ -98,28 +92,23 @@ CURRICULUM = [AugmentationStage(0, AugmentConfig(touched=0), "clean"),
 HARD = {
     "webinars": AugmentConfig(noise=(1, 8, 16), more_noise=(.5, 1, 1), room=(1,), gain=(1, -6, 0),
                               band_pass=(1, 150, 350, 3200, 4200), gaussian=(1, .001, .004)),
-    "devices": AugmentConfig(noise=(.5, 18, 28), eq=(1, *7 * (-6, 6)), clipping=(.5, .7, .9),
+    "devices": AugmentConfig(noise=(.5, 18, 28), eq=(1,) + 7 * (-6, 6), clipping=(.5, .7, .9),
                              band_pass=(1, 200, 350, 2800, 4200), gaussian=(1, .002, .008),
                              codec=(1, 16, 48), opus=.5)}
-
 
 def draw(effect: tuple, rng: Generator) -> list[float] | None:
     """(p, from, to, ...) -> the drawn parameters with probability p, else None."""
     p, *ends = effect
     return rng.uniform(ends[::2], ends[1::2]).tolist() if rng.random() < p else None
 
-
 def extra(effect: tuple, rng: Generator) -> int:
     """How many more of something: 0, or the drawn number."""
     return round(sum(draw(effect, rng) or [0]))
 
-
-# -----------------------------------------------------------------------------
-# A clip's fate. Waves are float32 arrays at 16 kHz, of any length from one sample up.
+# ---- A clip's fate. Waves are float32 arrays at 16 kHz, of any length from one sample up.
 
 # A tape of Gaussian noise: drawing it anew would take as long as an FFT.
 TAPE = np.random.default_rng(0).standard_normal(60 * SAMPLE_RATE, np.float32)
-
 
 def noise_at(noise: np.ndarray, power: float, snr_db: float) -> np.ndarray:
     """int16 noise -> float32, scaled to lie snr_db below `power`, the speech's mean square."""
@@ -127,19 +116,17 @@ def noise_at(noise: np.ndarray, power: float, snr_db: float) -> np.ndarray:
     own = np.mean(np.square(noise))
     return noise * np.float32(math.sqrt(power / own * 10 ** (-snr_db / 10)) if own > 0 else 0)
 
-
 def draw_noise(speech: np.ndarray, n: int, config: AugmentConfig, rng: Generator, noises: list):
     """One source or several, each at an SNR of its own below the speech -> (n,), or None."""
-    total, snr = None, draw(config.noise, rng)
-    if snr:
-        power = np.mean(np.square(speech))
-        for _ in range(1 + extra(config.more_noise, rng)):
-            tape = noises[rng.integers(len(noises))]
-            noise = noise_at(crop(tape, rng, n), power, *snr)
-            total = noise if total is None else total + noise
-            snr = draw((1, *config.noise[1:]), rng)        # of the next source
+    snr = draw(config.noise, rng)
+    if not snr:
+        return None
+    total, power = 0, np.mean(np.square(speech))
+    for _ in range(1 + extra(config.more_noise, rng)):
+        tape = noises[rng.integers(len(noises))]
+        total = total + noise_at(crop(tape, rng, n), power, *snr)
+        snr = draw((1, *config.noise[1:]), rng)            # of the next source
     return total
-
 
 def line_rate(config: AugmentConfig, filters: dict) -> int:
     """The lowest rate, Hz, that holds what the drawn filters and the codec's line let through."""
@@ -148,13 +135,10 @@ def line_rate(config: AugmentConfig, filters: dict) -> int:
         limits += [phone[0], 2 * phone[2]]                 # its rate, twice its upper edge
     return next(rate for rate in (8000, 12000, SAMPLE_RATE) if rate >= min(limits))
 
-
-def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: list,
-            rooms: list) -> np.ndarray:
-    """Draw a clip's fate and carry it out: float32 (n,) -> (n,), or about n / speed.
-
-    noises, rooms: see support/banks.py. A peak beyond 1 is turned down, never cut."""
-    x, ratio, length = np.asarray(wave, np.float32), 1.0, None
+def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: list, rooms: list):
+    """Draw a clip's fate and carry it out: float32 (n,) -> (n,), or about n / speed; noises, rooms:
+    support/banks.py. Where a peak passes 1, the clip is scaled down as a whole, never cut."""
+    x, ratio, length = np.asarray(wave, np.float32), 1.0, None  # ratio: new length over old
     if speed := draw(config.speed, rng):
         ratio /= speed[0]
     if pitch := draw(config.pitch, rng):                   # longer at equal pitch, then faster
@@ -162,9 +146,8 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
         x, ratio = stretch(x, shift), ratio / shift
     n = math.ceil(len(x) * ratio * 1.001)                  # a rate change is exact to 1/1000
     noise = draw_noise(x, n, config, rng, noises)
-    if noise is not None and ratio == 1:                   # else it waits for the rate change
+    if noise is not None and ratio == 1:                   # else it waits: its own rate stays
         x, noise = x + noise[:len(x)], None
-
     irs = []
     if draw(config.room, rng) is not None:
         count = 1 + extra(config.more_room, rng)
@@ -173,9 +156,8 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
     responses = [(FILTERS[name], drawn) for name, drawn in filters.items() if drawn]
     # Filters and rooms multiply a spectrum; a spectrum cut or padded to another length is the clip
     # at another rate. Products commute, so all that is linear takes one FFT and one back.
-    if responses or irs or ratio != 1:
+    if responses or irs or ratio != 1:                     # -> (n * ratio,), or (length,) if given
         x = spectral(x, ratio, length, responses, irs, noise)
-
     if gain := draw(config.gain, rng):
         x = x * np.float32(10 ** (gain[0] / 20))
     if std := draw(config.gaussian, rng):
@@ -187,7 +169,6 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
         kind = "opus" if rng.random() < config.opus else "mp3"
         x = codec(x, *kbps, kind, line_rate(config, filters))
     return limit(x)
-
 
 def mask(mel: torch.Tensor, frames: int, config: AugmentConfig, rng: Generator) -> torch.Tensor:
     """SpecAugment (Park et al. 2019) on one window (M, F): bands of mel bins, and stretches of its
@@ -204,10 +185,8 @@ def mask(mel: torch.Tensor, frames: int, config: AugmentConfig, rng: Generator) 
             mel.narrow(axis, rng.integers(size - width + 1), width).fill_(value)
     return mel
 
-
 class Augmenter:
-    """The curriculum over a training set. A clip's fate depends on (seed, epoch, index, recording)
-    and nothing else: not on workers, ranks or resumes."""
+    """A clip's fate depends on (seed, epoch, index, recording), not on workers, ranks, resumes."""
 
     def __init__(self, stages: list[AugmentationStage], noises: list, rooms: list, seed: int = 0):
         self.stages = sorted(stages, key=lambda stage: stage.start_epoch)
@@ -233,13 +212,10 @@ class Augmenter:
     def masked(self, mels: torch.Tensor, frames: list, epoch: float, index: int) -> torch.Tensor:
         """(W, M, F), each window's frames with sound -> masked, whether touched or not."""
         config, rng = self.stage(epoch).config, self.rng(epoch, index, 1)
-        if not config.mask[0] or not frames:
-            return mels
-        return torch.stack([mask(m, n, config, rng) for m, n in zip(mels, frames, strict=True)])
+        new = [mask(mel, n, config, rng) for mel, n in zip(mels, frames, strict=True)]
+        return torch.stack(new) if new else mels
 
-
-# -----------------------------------------------------------------------------
-# Listen
+# ---- Listen
 
 def examples() -> dict[str, AugmentConfig]:
     """{name: config} of all there is to hear: each effect alone, each stage, each hard split."""
@@ -252,7 +228,6 @@ def examples() -> dict[str, AugmentConfig]:
         "mp3": AugmentConfig(codec=kbps, opus=0), "opus": AugmentConfig(codec=kbps, opus=1),
         **{f"stage_{stage.name}": stage.config for stage in CURRICULUM},
         **{f"split_{name}": config for name, config in HARD.items()}}
-
 
 def main() -> None:
     parser = ArgumentParser(prog="augment.py", description="Hear and see every effect and stage.")
@@ -267,7 +242,7 @@ def main() -> None:
         wave = load_audio(args.wav)
     except BadRow as e:
         raise UserError(f"{args.wav}: {e}; give a wav, flac, ogg or mp3 with sound in it") from None
-    if Path(args.wav).resolve() in [Path(args.out, f"{n}.wav").resolve() for n in examples()]:
+    if Path(args.wav).resolve() in [Path(args.out, f"{name}.wav").resolve() for name in examples()]:
         raise UserError(f"{args.wav} would be overwritten by a result: give another folder")
     banks = open_banks(args.noise, args.rooms)
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -275,14 +250,13 @@ def main() -> None:
     for i, (name, config) in enumerate(examples().items()):
         rng = np.random.default_rng([args.seed % 2 ** 32, i])
         x = augment(wave.numpy(), config, rng, *banks)
-        replace_file(f"{args.out}/{name}.wav", lambda tmp, x=x: soundfile.write(
-            tmp, x, SAMPLE_RATE, format="WAV"))
+        save = partial(soundfile.write, data=x, samplerate=SAMPLE_RATE, format="WAV")
+        replace_file(f"{args.out}/{name}.wav", save)
         frames = min(math.ceil(len(x) / HOP), 1000)        # the picture shows the first ten seconds
         mel = log_mel(cut_windows(torch.from_numpy(x), whisper)[:1], whisper)[0]
         shown[name] = mask(mel, frames, config, rng)[:, :frames]
     plot_mels(shown, f"{args.out}/spectrograms.png")
     print(f"wrote {len(shown)} recordings and spectrograms.png to {args.out}")
-
 
 if __name__ == "__main__":
     run(main)

@@ -1,6 +1,5 @@
-"""
-conftest.py -- what the tests share: a random model, recordings, stand-ins of what the hub has.
-"""
+"""What the tests share: a random model, recordings, stand-ins of what the hub has."""
+import copy
 import io
 import json
 import os
@@ -17,30 +16,18 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import (
-    AutoTokenizer,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-    WhisperModel,
-    WhisperProcessor,
-    WhisperTokenizer,
-)
+import transformers as hf
 
 import data
 import model as nb
 import train
-from support import checkpoint as ckpt
-from support import cli, meter, recipes
-from support import corpus as spoken
+from support import cli, meter, recipes, storage, tiny
+from support.rows import load_audio
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"  # real data beside the project; users do not have it
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared/ beside the project")
-A, M = nb.AUDIO, nb.MARKER
-
+A, M, newest = nb.AUDIO, nb.MARKER, storage.newest_step
 
 # ---- helpers: from conftest import ...
 
@@ -50,16 +37,13 @@ def tone(seconds: float, seed: int = 0) -> torch.Tensor:
     noise = torch.randn(len(t), generator=torch.Generator().manual_seed(seed))
     return 0.3 * torch.sin(2 * torch.pi * (200 + 300 * seed + 400 * t) * t) + 0.05 * noise
 
-
 def pcm(seconds: float, seed: int = 0) -> np.ndarray:
     """The same as int16 samples, as the embedded corpus keeps them."""
     return (tone(seconds, seed) * 9999).numpy().astype(np.int16)
 
-
 def wav_bytes(wave, rate: int = 16000, kind: str = "WAV", subtype: str | None = None) -> bytes:
     soundfile.write(buffer := io.BytesIO(), np.asarray(wave), rate, format=kind, subtype=subtype)
     return buffer.getvalue()
-
 
 def write_manifest(path: Path, rows: list) -> str:
     """Rows as dicts, or as text where a line should be broken -> the path."""
@@ -67,20 +51,12 @@ def write_manifest(path: Path, rows: list) -> str:
     path.write_text("".join(f"{line}\n" for line in lines))
     return str(path)
 
-
 def train_now(monkeypatch, *flags):
-    """train.main() in this process -> (exit code, rows of metrics.jsonl)."""
-    flags = [str(f) for f in flags]
+    """train.main() in this process, signals left alone -> (exit code, rows of metrics.jsonl)."""
     out = Path(flags[flags.index("--out") + 1])
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = train.main()
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-    return code, meter.read_metrics(out / "metrics.jsonl", 10**9)
-
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    return train.main(), meter.read_metrics(out / "metrics.jsonl", 10**9)
 
 def exit_of(main, monkeypatch, capsys, *argv):
     """What a user sees: (exit code, stdout, stderr) of a script's main."""
@@ -91,12 +67,10 @@ def exit_of(main, monkeypatch, capsys, *argv):
     text = capsys.readouterr()
     return e.value.code or 0, text.out, text.err
 
-
 def is_one_line(code: int, err: str, says: str) -> bool:
     """Is it a user's mistake as it should be: exit code 2, one line, no traceback?"""
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     return code == 2 and len(lines) == 1 and says in lines[0] and "Traceback" not in err
-
 
 def torchrun(processes: int, *flags, script: str = "train.py"):
     """A script under torchrun on this machine, gloo."""
@@ -106,33 +80,32 @@ def torchrun(processes: int, *flags, script: str = "train.py"):
     return subprocess.run([*command, *map(str, flags)], capture_output=True, text=True, env=env,
                           timeout=300)
 
-
-def newest(out) -> Path:
-    return ckpt.find_checkpoint(out)
-
-
 def losses(rows) -> np.ndarray:
     return np.array([r["loss"] for r in rows])
-
 
 # ---- a random model, and recordings
 
 @pytest.fixture(scope="session")
-def tokenizer():
-    texts = ["анна купила девять конфет", "сейчас семь часов двадцать минут",
+def plain_tokenizer():
+    """As Qwen3's, without our two tokens."""
+    texts = ["анна купила девять конфет",
+             "сейчас семь часов двадцать минут",
              "the cat sleeps under the table"]
-    question = nb.ASR_PROMPT.replace(A, "")
-    return spoken.train_tokenizer(
-        data.texts_of([data.Sample(t, question=question) for t in texts]), 600)
+    samples = [data.Sample(t, question=nb.ASR_PROMPT.replace(A, "")) for t in texts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "add_audio_tokens", lambda tokenizer: tokenizer)
+        return tiny.train_tokenizer(tiny.texts_of(samples), 600)
 
+@pytest.fixture(scope="session")
+def tokenizer(plain_tokenizer):
+    return nb.add_audio_tokens(copy.deepcopy(plain_tokenizer))
 
 @pytest.fixture(scope="session")
 def net(tokenizer):
     torch.manual_seed(0)
-    net = nb.BorealisForConditionalGeneration(recipes.tiny_config(tokenizer)).eval()
+    net = nb.BorealisForConditionalGeneration(tiny.tiny_config(tokenizer)).eval()
     net.tokenizer = tokenizer
     return net
-
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, net, tokenizer):
@@ -144,11 +117,9 @@ def checkpoint(tmp_path_factory, net, tokenizer):
         json.dumps(dict(preset="tiny", embedded=True, lang="ru", seed=0)))
     return out
 
-
 @pytest.fixture(scope="session")
 def corpus():
     return data.embedded("ru", "train", 60)
-
 
 @pytest.fixture(scope="session")
 def manifest(tmp_path_factory, corpus):
@@ -158,105 +129,86 @@ def manifest(tmp_path_factory, corpus):
         wave = s.audio[0] if i % 5 else np.concatenate([s.audio[0]] * 3)
         soundfile.write(folder / f"{i}.wav", wave, 16000)
         rows.append({"audio": f"{i}.wav", "text": s.answer} if i % 4 else
-                    {"audio": f"{i}.wav", "question": "что слышно на аудио?", "answer": s.answer})
+                    {"audio": f"{i}.wav", "question": "что слышно?", "answer": s.answer})
     rows += [{"conversation": [{"role": "user", "content": f"скажи {s.answer}"},
                                {"role": "assistant", "content": s.answer}]} for s in corpus[26:32]]
     return write_manifest(folder / "own.jsonl", rows)
 
-
 @pytest.fixture
 def bad_files(tmp_path):
     (tmp_path / "noise.wav").write_bytes(b"RIFF this is no recording" * 9)
-    nan = np.array([0.1, np.nan] * 4000, np.float32)
-    soundfile.write(tmp_path / "nan.wav", nan, 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "nan.wav", [0.1, np.nan] * 4000, 16000, subtype="FLOAT")
     soundfile.write(tmp_path / "short.wav", tone(0.09).numpy(), 16000)
     soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 16000)
     soundfile.write(tmp_path / "good.wav", tone(1).numpy(), 16000)
     return tmp_path
 
-
 @pytest.fixture
 def four(corpus, tmp_path):
     """A manifest of the four sentences the baseline knows, and of two of them in one recording."""
-    for i, s in enumerate(corpus[:4]):
-        soundfile.write(tmp_path / f"{i}.wav", s.audio[0], 16000)
-    both = [corpus[0].audio[0], np.zeros(8000, np.int16), corpus[1].audio[0]]
-    soundfile.write(tmp_path / "both.wav", np.concatenate(both), 16000)
-    rows = [{"audio": f"{i}.wav", "text": s.answer.upper() + "!"} for i, s in enumerate(corpus[:4])]
-    rows.append({"audio": "both.wav", "text": f"{corpus[0].answer} {corpus[1].answer}"})
+    waves, texts = [s.audio[0] for s in corpus[:4]], [s.answer.upper() + "!" for s in corpus[:4]]
+    waves.append(np.concatenate([waves[0], np.zeros(8000, np.int16), waves[1]]))
+    texts.append(f"{corpus[0].answer} {corpus[1].answer}")
+    rows = []
+    for name, wave, text in zip([*"0123", "both"], waves, texts, strict=True):
+        soundfile.write(tmp_path / f"{name}.wav", wave, 16000)
+        rows.append({"audio": f"{name}.wav", "text": text})
     return write_manifest(tmp_path / "four.jsonl", rows)
-
 
 # ---- stand-ins of the hub: models, a checkpoint of the original, datasets
 
-def strip_added(folder: Path) -> None:
-    """Take our two tokens out of a saved tokenizer."""
-    text = json.loads((folder / "tokenizer.json").read_text())
-    text["added_tokens"] = [t for t in text["added_tokens"] if t["content"] not in (A, M)]
-    (folder / "tokenizer.json").write_text(json.dumps(text))
-    text = json.loads((folder / "tokenizer_config.json").read_text())
-    for name in ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"):
-        text.pop(name, None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(text))
-
+def whisper_config(width: int, size: int, end: int = 0, start: int = 0, **more) -> hf.WhisperConfig:
+    """One layer, a window of 2 s."""
+    return hf.WhisperConfig(
+        d_model=width, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width,
+        max_source_positions=100, vocab_size=size, pad_token_id=end, bos_token_id=end,
+        eos_token_id=end, decoder_start_token_id=start, **more)
 
 @pytest.fixture(scope="session")
-def parts(tmp_path_factory, tokenizer):
-    """A tiny Whisper and a tiny Qwen3 as the hub has them: a window of 2 s, a padded vocabulary.
-    llm: with our two tokens in its tokenizer; plain: without, as Qwen3's is."""
+def parts(tmp_path_factory, tokenizer, plain_tokenizer):
+    """A tiny Whisper and Qwen3, vocabulary padded. plain: without our tokens, as on the hub."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(1)
-    WhisperModel(WhisperConfig(
-        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=128,
-        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=100,
-        vocab_size=50, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-        decoder_start_token_id=0)).save_pretrained(folder / "whisper")
+    hf.WhisperModel(whisper_config(32, 50, num_mel_bins=128)).save_pretrained(folder / "whisper")
     ids = tokenizer.convert_tokens_to_ids
-    llm = Qwen3ForCausalLM(Qwen3Config(
+    llm = hf.Qwen3ForCausalLM(hf.Qwen3Config(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         head_dim=32, intermediate_size=96, vocab_size=1500, tie_word_embeddings=True,
         max_position_embeddings=4096, eos_token_id=ids("<|im_end|>"),
         pad_token_id=ids("<|endoftext|>")))
     llm.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95, top_k=20)  # as 4B
-    for name in ("qwen", "plain"):
+    for name, own in (("qwen", tokenizer), ("plain", plain_tokenizer)):
         llm.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    strip_added(folder / "plain")
-    return {"encoder": str(folder / "whisper"), "llm": str(folder / "qwen"),
-            "plain": str(folder / "plain")}
-
+        own.save_pretrained(folder / name)
+    names = dict(encoder="whisper", llm="qwen", plain="plain")
+    return {part: str(folder / name) for part, name in names.items()}
 
 @pytest.fixture(scope="session")
-def original(tmp_path_factory, parts):
-    """A checkpoint as the original's Trainer leaves it: one pickle of tensors, its own two tokens,
-    the output head stored twice."""
+def original(tmp_path_factory, parts, plain_tokenizer):
+    """As the original's Trainer leaves it: one pickle, its own tokens, the head stored twice."""
     folder = tmp_path_factory.mktemp("original")
     torch.manual_seed(3)
-    tokenizer = nb.add_audio_tokens(AutoTokenizer.from_pretrained(parts["plain"]), original=True)
-    llm = Qwen3ForCausalLM.from_pretrained(parts["plain"])
-    llm.resize_token_embeddings(len(tokenizer) - 1)  # start and end have rows, <|AUDIO|> has none
-    encoder = WhisperModel.from_pretrained(parts["encoder"]).encoder
-    D = llm.config.hidden_size
+    llm = hf.Qwen3ForCausalLM.from_pretrained(parts["plain"])
+    llm.resize_token_embeddings(len(plain_tokenizer) + 2)  # start and end: <|AUDIO|> has no row
+    encoder = hf.WhisperModel.from_pretrained(parts["encoder"]).encoder
     weights = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
     weights |= {f"llm.{k}": v for k, v in llm.state_dict().items()}
-    weights["adapter.w_in.weight"] = torch.randn(D, 4 * 32) / 16
-    weights["adapter.w_out.weight"] = torch.randn(D, D) / 8
+    weights["adapter.w_in.weight"] = torch.randn(64, 4 * 32) / 16
+    weights["adapter.w_out.weight"] = torch.randn(64, 64) / 8
     weights["llm.lm_head.weight"] = weights["llm.model.embed_tokens.weight"].clone()
     torch.save(weights, folder / "pytorch_model.bin")
     return folder
 
-
 def clip(sample, kind: str = "FLAC") -> dict:
     """The audio column of a parquet file on the hub: encoded bytes and a name."""
     return {"bytes": wav_bytes(sample.audio[0], kind=kind), "path": f"clip.{kind.lower()}"}
-
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory, corpus):
     """Stand-ins of the hub's datasets: its columns, its file names, a few rows each."""
     root, some = tmp_path_factory.mktemp("hub"), corpus[:12]
     audio = datasets.Audio(sampling_rate=16000, decode=False)
-
     def write(name, split, where="data", shards=1, **columns):
         folder = root / "Vikhrmodels" / name / where
         folder.mkdir(parents=True, exist_ok=True)
@@ -267,12 +219,10 @@ def hub(tmp_path_factory, corpus):
         for k in range(shards):
             shard = table.shard(shards, k, contiguous=True)
             shard.to_parquet(folder / f"{split}-{k:05d}-of-{shards:05d}.parquet")
-
     clips, texts = [clip(s) for s in some], [s.answer for s in some]
-    write("ToneBooks", "train", audio=clips, text=texts, text_description="спокойный голос",
-          voice_name="анна", shards=2)
-    write("ToneBooks", "validation", audio=[clip(corpus[20])], text="не для обучения",
-          text_description="", voice_name="")
+    voice = dict(text_description="спокойный голос", voice_name="анна")
+    write("ToneBooks", "train", audio=clips, text=texts, shards=2, **voice)
+    write("ToneBooks", "validation", audio=[clip(corpus[20])], text="не для нас", **voice)
     write("Speech-Instructions", "train", audio=[clip(s, "WAV") for s in some],
           question="Что сказано?", answer=texts)
     write("AudioBooksInstructGemini2.5", "train", audio=[clip(s, "MP3") for s in some], text=texts,
@@ -292,30 +242,21 @@ def hub(tmp_path_factory, corpus):
         write("RuASRBenchmark", split, audio=clips[:3], text=texts[:3])
     return root
 
-
-def baseline_config(size: int, end: int, start: int) -> WhisperConfig:
-    return WhisperConfig(
-        d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=128, decoder_ffn_dim=128, num_mel_bins=80,
-        max_source_positions=100, max_target_positions=40, vocab_size=size, pad_token_id=end,
-        bos_token_id=end, eos_token_id=end, decoder_start_token_id=start, init_std=0.1)
-
-
 @pytest.fixture(scope="session")
 def baseline(tmp_path_factory, corpus):
-    """A small multilingual Whisper, saved as the hub has it, that knows four sentences by heart,
-    in Russian only."""
-    bpe = spoken.train_tokenizer([s.answer for s in corpus], 400).backend_tokenizer.to_str()
+    """A small multilingual Whisper, saved as on the hub, that knows four Russian sentences."""
+    bpe = tiny.train_tokenizer([s.answer for s in corpus], 400).backend_tokenizer.to_str()
     bpe = json.loads(bpe)["model"]
-    tokenizer = WhisperTokenizer(vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]])
+    tokenizer = hf.WhisperTokenizer(vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]])
     tokenizer.add_tokens([f"<|{t}|>" for t in (
         "endoftext", "startoftranscript", "en", "ru", "translate", "transcribe", "startofprev",
         "notimestamps")], special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=2)
+    extractor = nb.feature_extractor(80, chunk_length=2)
     end, start = ids("<|endoftext|>"), ids("<|startoftranscript|>")
     torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(baseline_config(len(tokenizer), end, start))
+    model = hf.WhisperForConditionalGeneration(whisper_config(
+        64, len(tokenizer), end, start, num_mel_bins=80, max_target_positions=40, init_std=0.1))
     settings = model.generation_config
     settings.is_multilingual, settings.no_timestamps_token_id = True, ids("<|notimestamps|>")
     settings.lang_to_id = {t: ids(t) for t in ("<|en|>", "<|ru|>")}
@@ -325,7 +266,7 @@ def baseline(tmp_path_factory, corpus):
         for language, text in (("<|ru|>", s.answer), ("<|en|>", "no")):
             head = [start, ids(language), ids("<|transcribe|>"), ids("<|notimestamps|>")]
             rows.append([*head, *tokenizer(text, add_special_tokens=False).input_ids, end])
-    waves = [data.load_audio(s.audio[0]).numpy() for s in corpus[:4] for _ in range(2)]
+    waves = [load_audio(s.audio[0]).numpy() for s in corpus[:4] for _ in range(2)]
     mel = extractor(waves, sampling_rate=16000, return_tensors="pt").input_features
     L = max(map(len, rows))
     inputs = torch.tensor([r[:-1] + [end] * (L - len(r)) for r in rows])
@@ -339,5 +280,5 @@ def baseline(tmp_path_factory, corpus):
     assert loss < 0.05
     folder = tmp_path_factory.mktemp("baseline") / "whisper-tiny"
     model.save_pretrained(folder)
-    WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
+    hf.WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
     return folder

@@ -11,6 +11,9 @@ A manifest has one JSON object a line; paths in it are relative to its folder.
     {"audio": "a.wav", "text": "..."}                              transcription
     {"audio": "a.wav", "question": "...", "answer": "..."}         any question about a recording
     {"conversation": [{"role": "user", "content": "..."}, ...]}    text only
+A row that cannot be used (a broken file, an empty text) raises BadRow; BadRows counts such rows by
+reason and ends the run beyond 5 % (support/rows.py). The embedded corpus needs no download: it is
+sentences of a small grammar, spoken by espeak-ng (support/corpus.py).
 """
 import contextlib
 import math
@@ -24,22 +27,16 @@ import torch
 
 import model
 from model import SAMPLE_RATE
-from support import cli, corpus, hub, recipes, rows, tiny
+from support import cli, corpus, recipes, rows, tiny
 from support.rows import BadRow, BadRows, TooLong, load_audio
-from support.tiny import texts_of
 
-INSTRUCT_SYSTEM = ("You are a helpful voice assistant. "
-                   "Listen to the audio and respond appropriately.")
+TASK_SYSTEM = "You are a helpful voice assistant. Listen to the audio and respond appropriately."
 TEXT_SYSTEM = "You are a helpful assistant."
 RETRIES = 50  # unusable rows in a row before training gives up
 BLOCK = 1000  # places in the order of training in which each pool has exactly its share
 
-
-# -----------------------------------------------------------------------------
-# A sample: a question about zero or more recordings, and its answer
-
 @dataclass
-class Sample:
+class Sample:  # a question about any number of recordings, and its answer
     answer: str
     audio: list = field(default_factory=list)    # of what load_audio takes; empty for text only
     question: str = model.ASR_PROMPT
@@ -54,18 +51,21 @@ class Sample:
         answer = [{"role": "assistant", "content": self.answer}] if with_answer else []
         return [*system, *self.history, user, *answer]
 
-
 def read_manifest(path: str, bad: BadRows, evaluation: bool = False) -> tuple[list[Sample], int]:
-    """JSONL -> (samples, number of rows); rows parse_row refuses go to `bad`. Raises UserError."""
-    parse = partial(parse_row, folder=os.path.dirname(path), evaluation=evaluation)
-    return rows.read_jsonl(path, parse, bad)
+    """JSONL -> (samples, number of rows). Raises UserError if there is no file, or no row in it."""
+    samples, lines = [], rows.read_lines(path)
+    for name, line in lines:
+        try:
+            row = rows.parse_json(line) | {"name": name}
+            samples.append(parse_row(row, os.path.dirname(path), evaluation))
+        except BadRow as e:
+            bad.add(str(e), name)
+    return samples, len(lines)
 
-
-def parse_row(row: dict, folder: str = "", evaluation: bool = False, name: str = "") -> Sample:
-    """A manifest's row -> Sample; raises BadRow. Its audio is a path, below `folder` if relative,
-    the bytes of a file, int16 samples at 16 kHz, or a list of these. evaluation: whatever has a
-    reference stays; the text "" says that nobody speaks."""
-    name = name or row.get("name", "")
+def parse_row(row: dict, folder: str = "", evaluation: bool = False) -> Sample:
+    """A manifest's row -> Sample, or BadRow. Audio: paths below `folder`, files' bytes, int16 at 16
+    kHz. evaluation: a row counts without audio too (as failed), and with the text "" (silence)."""
+    name = row.get("name", "")
     if "conversation" in row:
         system, history, question, answer = rows.check_turns(row["conversation"])
         return Sample(answer, [], question, system or TEXT_SYSTEM, history, name)
@@ -75,63 +75,56 @@ def parse_row(row: dict, folder: str = "", evaluation: bool = False, name: str =
     else:
         answer = rows.check_text(row.get("answer"))
         question = rows.check_text(row.get("question"), placeholders=True)
-        sample = Sample(answer, audio, question, INSTRUCT_SYSTEM, name=name)
+        sample = Sample(answer, audio, question, TASK_SYSTEM, name=name)
     if "system" in row:
         sample.system = rows.check_text(row["system"])
-    rows.check_placeholders(sample.question, len(audio))
+    try:
+        model.place_audio(sample.question, len(audio))
+    except ValueError:
+        raise BadRow("placeholders and recordings differ in number") from None
     return sample
 
+# ---- A pool: any sequence of samples. Pools are mixed for training (support/recipes.py)
 
-# -----------------------------------------------------------------------------
-# A pool: any sequence of samples. Datasets make a pool, pools make a mix (support/recipes.py).
-
-class Rows:
-    """A dataset of the hub as Samples, read when they are asked for."""
-
+class HubSamples:
+    """A dataset of the hub as a pool; a row is read when asked for, and named if it is a BadRow."""
     def __init__(self, source: recipes.Source, data_dir=None, limit: int | None = None):
-        self.source, self.table = source, hub.open_source(source, data_dir, limit)
+        self.source, self.table = source, recipes.open_source(source, data_dir, limit)
 
     def __len__(self):
         return len(self.table)
 
     def __getitem__(self, i: int) -> Sample:
         name = f"{self.source.hub}/{self.source.split}:{i}"
-        row = self.source.manifest_row(self.table[i])
+        row = self.source.manifest_row(self.table[i]) | {"name": name}
         try:
-            return parse_row(row, "", self.source.evaluation, name)
+            return parse_row(row, evaluation=self.source.evaluation)
         except BadRow as e:
             e.where = name
             raise
 
-
 Chain = torch.utils.data.ConcatDataset  # Chain([a, b]): first a, then b
-
 
 def embedded(lang: str, split: str, n: int, seed: int = 0) -> list[Sample]:
     """The first n samples of a split of the embedded corpus (support/corpus.py)."""
     return [parse_row(row) for row in corpus.embedded_rows(lang, split, n, seed)]
 
-
 def tiny_pool(name: str, n: int, seed: int, languages=("ru",)) -> list[Sample]:
     """The embedded corpus's stand-in for the pool of that name in recipes.POOLS."""
     return [parse_row(row) for row in tiny.tiny_pool_rows(name, n, seed, languages)]
 
+# ---- From samples to batches
 
-# -----------------------------------------------------------------------------
-# From samples to batches
-
-def encode(sample, tokenizer, config, with_answer=True, change=None, max_windows=math.inf,
-           max_tokens=math.inf):
-    """Sample -> (ids, labels, windows of sound). change(wave, number of the recording) -> wave is
-    what augmentation does. Raises BadRow if a recording cannot be used, TooLong beyond the limits:
-    70 s are three windows of 30 s, and nothing is ever truncated. A text that is cut short teaches
-    to stop in mid-sentence, a recording that is, to make up the rest."""
+def encode(sample, tokenizer, config, change=None, max_windows=math.inf, max_tokens=math.inf):
+    """-> ids; labels: the same where the assistant speaks, <|im_end|> included, and -100 elsewhere;
+    windows of sound: three of 30 s for 70 s. Augmentation is change(wave, its number) -> wave.
+    Raises BadRow, or TooLong beyond the limits, for nothing is truncated: a text cut short teaches
+    to stop in mid-sentence, a recording cut short to make up the rest."""
     waves = [load_audio(a) for a in sample.audio]
     if change:
         waves = [change(wave, number) for number, wave in enumerate(waves)]
     windows = [model.cut_windows(wave, config) for wave in waves]
-    messages = sample.messages(with_answer)
-    ids, labels = model.build_ids(tokenizer, config, messages, map(len, windows))
+    ids, labels = model.build_ids(tokenizer, config, sample.messages(), map(len, windows))
     windows = sum(windows, [])
     if len(windows) > max_windows:
         raise TooLong(f"longer than {max_windows} windows")
@@ -139,21 +132,13 @@ def encode(sample, tokenizer, config, with_answer=True, change=None, max_windows
         raise TooLong(f"does not fit into {max_tokens} tokens")
     return ids, labels, windows
 
-
 class Dataset(torch.utils.data.Dataset):
-    """Samples as they go into a batch: (ids, labels, mel (W, M, F), sound samples per window).
-
-    A row that cannot be used, for a broken file or its length, is left out and counted; the next
-    usable one takes its place. (A manifest is checked before training, by support.rows.usable; the
-    hub's datasets are too big for that.) keep: spectrograms to hold in memory, for small models."""
-
-    def __init__(self, samples, tokenizer, config, keep=0, augment=None, max_tokens=math.inf,
-                 max_windows=math.inf, batch_size=1):
-        self.samples, self.config = samples, config
-        self.augment, self.batch_size = augment, batch_size
-        self.encode = partial(encode, tokenizer=tokenizer, config=config, max_tokens=max_tokens,
-                              max_windows=max_windows)
-        self.keep, self.kept = keep, {}
+    """Items as they go into a batch: (ids, labels, mel (W, M, F), sound samples per window), an
+    unusable one replaced by the next. keep: how many stay in memory. limits: those of encode."""
+    def __init__(self, samples, tokenizer, config, keep=0, augment=None, batch_size=1, **limits):
+        self.samples, self.config, self.augment = samples, config, augment
+        self.batch_size, self.keep, self.kept = batch_size, keep, {}
+        self.encode = partial(encode, tokenizer=tokenizer, config=config, **limits)
 
     def item(self, i: int, change=None):
         ids, labels, windows = self.encode(self.samples[i], change=change)
@@ -166,23 +151,23 @@ class Dataset(torch.utils.data.Dataset):
         return item
 
     def augmented(self, i: int, epoch: float):
-        """A recording slowed down so much that the row is too long stays as it was."""
+        """An item whose recordings are changed, if it is their turn, and its spectrogram masked."""
         item = None
         if self.augment.touches(epoch, i):
-            with contextlib.suppress(TooLong):
+            with contextlib.suppress(TooLong):  # slowed down too far: then it stays as it was
                 item = self.item(i, lambda wave, part: self.augment.wave(wave, epoch, i, part))
         ids, labels, mel, lengths = item or self.unchanged(i)
         frames = [math.ceil(n / model.HOP) for n in lengths]
         return ids, labels, self.augment.masked(mel, frames, epoch, i), lengths
 
     def __getitem__(self, key: tuple[int, float]):
-        """(index, epoch) from Schedule -> (item, [(reason, row, too long?) of rows left out]).
-        No item after RETRIES bad rows in a row; of rows that are too long, 20 times as many."""
+        """(index, epoch) from Schedule -> (item, [(reason, row, too long?) of rows left out]). No
+        item after RETRIES bad rows in a row, or 20 times as many long ones, which may be common."""
         i, epoch = key
         left_out, patience = [], 20 * RETRIES
         while patience > 0:
             try:
-                return self.augmented(i, epoch) if self.augment else self.unchanged(i), left_out
+                return (self.augmented(i, epoch) if self.augment else self.unchanged(i)), left_out
             except BadRow as e:
                 too_long = isinstance(e, TooLong)
                 left_out.append((str(e), e.where or self.samples[i].name, too_long))
@@ -191,9 +176,8 @@ class Dataset(torch.utils.data.Dataset):
         return None, left_out
 
     def collate(self, dealt: list) -> dict:
-        """One rank's part of a step, from __getitem__ -> micro-batches, and counts. Longest first,
-        so that a micro-batch holds neighbours in length and little padding; the step's gradient is
-        a sum over all of them, in any order."""
+        """One rank's part of a step -> micro-batches, of neighbours in length to save padding, and
+        counts. hopeless: samples given up. squares: of row lengths, for the FLOPs of attention."""
         items = [item for item, _ in dealt if item]
         if len(items) > self.batch_size:
             items.sort(key=lambda item: -len(item[0]))
@@ -214,11 +198,8 @@ class Dataset(torch.utils.data.Dataset):
                     labels=torch.tensor([row + [-100] * (L - len(row)) for row in labels]),
                     input_features=torch.cat(mels))
 
-
-# -----------------------------------------------------------------------------
-# The order of training depends on (seed, position) and on nothing else. Step s takes positions
-# s*E ... (s+1)*E - 1, E the effective batch, dealt out over the ranks. So a run can stop at any
-# step, go on, on another number of GPUs too, and sees what it would have seen.
+# ---- The order depends on (seed, position) alone. Step s takes positions s*E ... (s+1)*E-1, dealt
+# to the ranks: a run stopped and resumed, on any number of GPUs, sees what it would have seen.
 
 @lru_cache(maxsize=2)
 def turns_of(block: int, seed: int, counts: tuple) -> np.ndarray:
@@ -226,18 +207,14 @@ def turns_of(block: int, seed: int, counts: tuple) -> np.ndarray:
     rng = np.random.default_rng([seed % 2 ** 32, block])
     return rng.permutation(np.repeat(np.arange(len(counts)), counts))
 
-
 @lru_cache(maxsize=16)
 def shuffled(size: int, seed: int) -> list[int]:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
-
 class Schedule(torch.utils.data.Sampler):
-    """For each of `steps`, this rank's part of it: a list of (index, epoch with its fraction).
-
-    sizes: of the pools, whose indices follow one another. Each is shuffled anew whenever it is
-    through. shares: how often a pool's turn comes. steps: a range; a resumed run's starts late."""
-
+    """For each of `steps` (a range), this rank's part: a list of (index, epoch with its fraction).
+    sizes: of the pools, whose indices follow one another; each is shuffled anew whenever it is
+    through. shares: how often a pool's turn comes."""
     def __init__(self, sizes, shares, seed, steps, effective_batch, rank=0, world=1):
         self.sizes, self.seed, self.steps, self.rank, self.world = sizes, seed, steps, rank, world
         self.effective_batch, self.starts = effective_batch, np.cumsum([0, *sizes]).tolist()
@@ -247,11 +224,12 @@ class Schedule(torch.utils.data.Sampler):
         self.counts = tuple(counts.tolist())
 
     def at(self, position: int) -> tuple[int, float]:
+        """Of A (3 samples) and B, in turns AABAAB: position 4 is A's 4th turn, so walk 1 begins."""
         block, i = divmod(position, BLOCK)
         turns = turns_of(block, self.seed, self.counts)
         pool = int(turns[i])
         earlier = block * self.counts[pool] + int(np.count_nonzero(turns[:i] == pool))
-        walk, i = divmod(earlier, self.sizes[pool])  # how often it was through, and where it is
+        walk, i = divmod(earlier, self.sizes[pool])
         order = shuffled(self.sizes[pool], (self.seed + 7919 * pool) * 1_000_003 + walk)
         return self.starts[pool] + order[i], position / self.starts[-1]
 
@@ -260,9 +238,8 @@ class Schedule(torch.utils.data.Sampler):
             positions = range(step * self.effective_batch, (step + 1) * self.effective_batch)
             yield [self.at(p) for p in positions[self.rank::self.world]]
 
-
 def main():
-    parser = cli.ArgumentParser(prog="data.py", description="Show a sample as the model sees it.")
+    parser = cli.ArgumentParser(description="Show a sample as the model sees it.")
     parser.add_argument("--manifest", help="a JSONL file; default: the embedded corpus")
     parser.add_argument("--lang", choices=corpus.LANGUAGES, default="ru")
     parser.add_argument("--index", type=int, default=0)
@@ -270,7 +247,7 @@ def main():
     parser.add_argument("--mixes", action="store_true", help="show the mixes and their datasets")
     args = parser.parse_args()
     if args.mixes:
-        return print(recipes.describe_mixes())
+        return recipes.print_mixes()
     if args.manifest:
         bad = BadRows()
         samples, total = read_manifest(args.manifest, bad)
@@ -279,22 +256,20 @@ def main():
         samples = embedded(args.lang, "train", corpus.CHUNK)
     if not 0 <= args.index < len(samples):
         raise cli.UserError(f"--index {args.index}: there are {len(samples)} samples, from 0 on")
-    sample, tokenizer = samples[args.index], tiny.train_tokenizer(texts_of(samples))
-    config = tiny.tiny_config(tokenizer)
+    sample, tokenizer = samples[args.index], tiny.train_tokenizer(tiny.texts_of(samples))
+    dataset = Dataset([sample], tokenizer, tiny.tiny_config(tokenizer))
     try:
-        ids, labels, windows = encode(sample, tokenizer, config)
+        ids, labels, windows = dataset.encode(sample)
     except BadRow as e:
         raise cli.UserError(f"{sample.name}: {e}") from None
     print(f"{sample.name}: {sum(map(len, windows)) / SAMPLE_RATE:.2f} s, {len(windows)} window(s) "
-          f"of {config.window_samples / SAMPLE_RATE:g} s")
-    dataset = Dataset([sample], tokenizer, config)
+          f"of {dataset.config.window_samples / SAMPLE_RATE:g} s")
     for key, value in dataset.pad([dataset.item(0)]).items():
         print(f"{key:14s} {tuple(value.shape)}")
     tiny.print_tokens(tokenizer, ids, labels)
     if windows:
         soundfile.write(args.wav, torch.cat(windows).numpy(), SAMPLE_RATE)
         print(f"wrote {args.wav}")
-
 
 if __name__ == "__main__":
     cli.run(main)

@@ -1,16 +1,16 @@
 """
-eval.py -- measure a checkpoint: decode, compare with what was said, and say how sure that is.
+eval.py -- measure a checkpoint: decode, compare with the references, say how sure that is.
 
     utterances -> greedy decoding -> normalise -> align, count edits -> WER -> interval -> tables
 
     python eval.py --ckpt out/                   # the post's six benchmarks; a tiny run: its own
     torchrun --nproc_per_node=8 eval.py --ckpt out/ --baseline openai/whisper-large-v3
     python eval.py --ckpt out/ --manifest my.jsonl                    # your recordings, see data.py
-    python eval.py --ckpt out/ --audio a.wav --prompt "О чём это аудио?"     # one answer, no score
+    python eval.py --ckpt out/ --audio a.wav --prompt "О чём это?"    # one answer, no score
     python eval.py --compare out_a/ out_b/ --out out                  # several runs in one table
 
 Writes results.json, report.md, hypotheses.jsonl and wer.png into the checkpoint's folder or --out.
-Interrupted, the same command goes on where it stopped.
+What fails counts as an empty answer; what was interrupted goes on (see support/decoding.py).
 Shapes: n utterances of a split, S splits, R draws of the bootstrap.
 """
 import string
@@ -22,130 +22,142 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
-import torch
 import transformers
 
-from augment import HARD, augment, open_banks
-from data import BadRows, embedded, load_audio, read_manifest
+from augment import HARD, augment
+from data import embedded, read_manifest
 from model import ENCODER, LLM
 from support import compare, report, tasks
+from support.banks import open_banks
 from support.checkpoint import load_model, training_config
 from support.cli import ArgumentParser, UserError, check_out, flag, run
 from support.corpus import EVAL_SPLITS, EVAL_UTTERANCES
 from support.decoding import RANK, WORLD, first_rank_first, join_ranks
 from support.recipes import BENCHMARK
-from support.systems import answer_all, forget, open_baseline, open_ours, until_end
-from support.tasks import TASKS
+from support.rows import BadRows, load_audio
+from support.systems import answer_all, open_baseline, open_ours, with_lengths
 
-# -----------------------------------------------------------------------------
-# Text, normalised: what is compared
+# ---- Configuration: every field is a flag
 
-UNHEARD = "\u0301'’ʼ`"  # the stress mark of за́мок, apostrophes
+@dataclass
+class EvalConfig:
+    ckpt: str = flag("out", "folder that train.py wrote, or any other checkpoint")
+    encoder: str = flag(ENCODER, "what a checkpoint in the original's layout was made of")
+    llm: str = flag(LLM, "the same")
+    task: str = flag("asr", "by WER; by exact match and F1; by accuracy", choices=tasks.TASKS)
+    manifest: str | None = flag(None, "JSONL with recordings and references, see data.py")
+    split: str | None = flag(None, "only these, separated by commas")
+    lang: str | None = flag(None, "default: of training", choices=("ru", "en", "ru,en"))
+    data_dir: str | None = flag(None, "folder with a copy of the hub's dataset, at owner/name")
+    limit: int | None = flag(None, "at most so many utterances a split", low=1)
+    strict: bool = flag(False, "stop at the first unusable row of the data")
+    normalizer: str = flag("default", "post: the original's", choices=("default", "post"))
+    baseline: str | None = flag(None, f"a Whisper as another row; for --fallback: {ENCODER}")
+    fallback: str | None = flag(None, "noisy ones to the baseline", choices=("whisper",))
+    fallback_snr: float = flag(12.0, "noisy: with an estimated SNR below this, in dB")
+    chunk: str = flag("window", "vad: cut long recordings at pauses", choices=("window", "vad"))
+    engine: str = flag("native", "vllm: see serve_vllm.py", choices=("native", "vllm"))
+    batch_size: int | None = flag(None, "default: 16; 128 with --engine vllm", low=1)
+    max_new_tokens: int | None = flag(None, "default: 256; 64 for bigbench", low=1)
+    device: str = flag("auto", "where", choices=("auto", "cpu", "cuda"))
+    out: str | None = flag(None, "where results go; default: the checkpoint's folder")
+    reuse: bool = flag(False, "take answers from --out, if nothing they depend on has changed")
+    audio: str | None = flag(None, "answer for this file instead of measuring")
+    prompt: str | None = flag(None, "the question for --audio; default: transcribe")
+    compare: list[str] | None = flag(None, "put evaluated runs into one table", nargs="+")
 
+# ---- Text, normalised: what is compared
+
+IGNORED = "\u0301'’ʼ`"  # the stress mark of за́мок, apostrophes
 
 def normalise(text: str) -> str:
-    """Text as WER compares it: NFC, lower case, ё -> е, no apostrophes, punctuation to spaces.
-
-    To spaces, so that кто-то and "кто то" are alike, two words. й stays й, digits stay digits."""
+    """Text as WER compares it: NFC, lower case, ё -> е (й stays), no apostrophes, punctuation to
+    spaces, so that кто-то and "кто то" are alike, two words; digits stay digits."""
     kept = []
     for c in unicodedata.normalize("NFC", text).lower().replace("ё", "е"):
         kind = unicodedata.category(c)  # P: punctuation, S: symbols, Cf: invisible, as soft hyphens
-        if c not in UNHEARD and kind != "Cf":
+        if c not in IGNORED and kind != "Cf":
             kept.append(" " if kind[0] in "PS" else c)
     return " ".join("".join(kept).split())
 
-
 def normalise_as_the_post(text: str) -> str:
-    """Lower case, and the 32 ASCII marks deleted: кто-то is ктото, « » — … stay, ё is not е."""
+    """Lower case, 32 ASCII marks deleted: кто-то is ктото; « » — … and ё stay."""
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
-
 
 NORMALIZERS = {"default": normalise, "post": normalise_as_the_post}
 
-
-# -----------------------------------------------------------------------------
-# Errors of each utterance
+# ---- Errors of each utterance
 
 def edits(reference: str, hypothesis: str, align: Callable = jiwer.process_words) -> list[int]:
     """Two normalised texts -> substitutions, deletions, insertions, words of the reference."""
     pair = align(reference, hypothesis)  # the cheapest way to make one of the other
     return [pair.substitutions, pair.deletions, pair.insertions, len(pair.references[0])]
 
-
 def grade(row: dict, task: str, normalizer: str) -> dict:
     """A row of hypotheses.jsonl -> with normalised texts, and counts: errors or points, total."""
     clean = NORMALIZERS[normalizer]
-    said, heard = clean(row["reference"]), clean(row["hypothesis"])
+    ref, hyp = clean(row["reference"]), clean(row["hypothesis"])
     if task == "asr":
-        counts = dict(wer=edits(said, heard), cer=edits(said, heard, jiwer.process_characters))
+        counts = dict(wer=edits(ref, hyp), cer=edits(ref, hyp, jiwer.process_characters))
+    elif task == "qa":
+        counts = dict(em=[float(ref == hyp), 1], f1=[tasks.token_f1(ref, hyp), 1])
     else:
-        counts = {m: [tasks.points(m, row, said, heard), 1] for m in TASKS[task]}
-    return row | dict(reference_normalised=said, hypothesis_normalised=heard) | counts
+        answer = tasks.extract_answer(row["hypothesis"], row["split"])
+        counts = dict(accuracy=[float(answer == row["reference"].lower()), 1])
+    return row | dict(reference_normalised=ref, hypothesis_normalised=hyp) | counts
 
+# ---- A figure, and how sure it is
 
-# -----------------------------------------------------------------------------
-# A figure, and how sure it is
-
-def figure(counts: np.ndarray) -> np.ndarray:
-    """(..., n, k) -> (...) percent: the first columns over the last, summed over utterances first.
-
-    So WER is over the corpus: all edits over all words. Not a number where nobody speaks."""
+def percent(counts: np.ndarray) -> np.ndarray:
+    """(..., n, k) -> (...): the first columns over the last, in percent; each summed first, as WER
+    is all edits over all words. Not a number where nobody speaks."""
     total = counts.sum(-2)  # (..., k)
-    percent = 100 * total[..., :-1].sum(-1) / np.maximum(total[..., -1], 1)
-    return np.where(total[..., -1] > 0, percent, np.nan)
-
+    share = total[..., :-1].sum(-1) / np.maximum(total[..., -1], 1)
+    return np.where(total[..., -1] > 0, 100 * share, np.nan)
 
 def bootstrap(counts: np.ndarray, seed: int = 0, R: int = 2000) -> np.ndarray:
     """(n, k) -> (R,): figures of R sets of n utterances, drawn with replacement (Bisani and Ney
     2004). Equal seeds draw the same utterances: two systems are compared on equal terms."""
     rng, n = np.random.default_rng(seed), len(counts)
-    return np.concatenate([figure(counts[rng.integers(n, size=(100, n))])  # (100, n, k) at once
+    return np.concatenate([percent(counts[rng.integers(n, size=(100, n))])  # (100, n, k) at once
                            for _ in range(R // 100)])
-
 
 def interval(draws: np.ndarray) -> list:
     """(R,) -> [low, high]: between them lie 95 % of the draws."""
-    if not np.isfinite(draws).any():
-        return [None, None]
-    return [rounded(x) for x in np.nanpercentile(draws, [2.5, 97.5])]
-
+    known = draws[np.isfinite(draws)]
+    return [rounded(x) for x in np.percentile(known, [2.5, 97.5])] if len(known) else [None, None]
 
 def rounded(x: float) -> float | None:
     return None if np.isnan(x) else round(float(x), 2)
 
-
 def average(figures: np.ndarray) -> np.ndarray:
     """(S, ...) -> (...): the plain mean, as in the post, over the splits where somebody speaks."""
-    spoken = np.isfinite(figures).sum(0)
-    return np.nansum(figures, 0) / np.where(spoken > 0, spoken, np.nan)
-
+    return np.ma.filled(np.ma.masked_invalid(figures).mean(0), np.nan)
 
 def score(rows: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Graded rows -> figures by split (S + 1,), draws (S + 1, R); the last is the average."""
     counts = [np.array([r[metric] for r in own]) for own in report.by_split(rows).values()]
-    figures = np.array([figure(x) for x in counts])
+    figures = np.array([percent(x) for x in counts])
     draws = np.array([bootstrap(x, seed) for seed, x in enumerate(counts)])
     return np.append(figures, average(figures)), np.vstack([draws, average(draws)])
 
-
 def assess(rows: list[dict], task: str) -> dict:
     """Graded rows of a system -> what results.json says about it."""
-    splits, mean, main = report.by_split(rows), {}, TASKS[task][0]
-    results = {split: {} for split in splits}
-    for metric in TASKS[task]:
-        for result, x, draws in zip([*results.values(), mean], *score(rows, metric), strict=True):
-            result |= {metric: rounded(x), f"{metric}_ci": interval(draws)}
+    splits, main = report.by_split(rows), tasks.TASKS[task][0]
+    results = {name: {} for name in (*splits, None)}  # None: their average, as score() has it
+    for metric in tasks.TASKS[task]:
+        for name, x, draws in zip(results, *score(rows, metric), strict=True):
+            results[name] |= {metric: rounded(x), f"{metric}_ci": interval(draws)}
+    mean = results.pop(None)
     for split, own in splits.items():
         results[split] |= report.describe(own, task)
     return {"splits": results, f"avg_{main}": mean[main], f"avg_{main}_ci": mean[f"{main}_ci"]}
 
-
-# -----------------------------------------------------------------------------
-# Which utterances: {split: samples}
+# ---- Which utterances: {split: samples}
 
 def embedded_split(lang: str, name: str, n: int, seed: int) -> list:
     """n held-out sentences by held-out voices, see support/corpus.py; webinars and devices are the
-    clean split with noise and rooms never trained on."""
+    clean split in noise and rooms never trained on, the babble in them of its voices."""
     if name not in HARD:
         return embedded(lang, name, n, seed)
     samples, banks, kind = [], open_banks(voices="clean"), list(HARD).index(name)
@@ -156,20 +168,20 @@ def embedded_split(lang: str, name: str, n: int, seed: int) -> list:
         samples.append(replace(s, audio=[pcm], name=f"{s.name}/{name}"))
     return samples
 
-
 def load_splits(cfg, trained_on: dict) -> dict[str, list]:
-    """A manifest; a benchmark; or, where train_config.json tells of a tiny run, its six splits."""
+    """--manifest: that file. Else, by --task, BigBenchAudio or RuASRBenchmark; for a tiny run (see
+    train_config.json) the embedded corpus, unless --data_dir or --split names the benchmark."""
     if cfg.manifest:
         bad = BadRows(cfg.strict)
         samples, total = read_manifest(cfg.manifest, bad, evaluation=True)
         bad.report(total, cfg.manifest)
         return {Path(cfg.manifest).stem: samples}
-    chosen = cfg.split.split(",") if cfg.split else []
+    wanted = cfg.split.split(",") if cfg.split else []
     own_data = trained_on.get("embedded") or trained_on.get("train_manifest")
     if cfg.task == "bigbench":
-        available = {name: partial(tasks.load_category, name, cfg.data_dir, cfg.strict)
+        available = {name: partial(tasks.load_bigbench, name, cfg.data_dir, cfg.strict)
                      for name in tasks.CATEGORIES}
-    elif cfg.data_dir or not own_data or (chosen and set(chosen) <= set(BENCHMARK)):
+    elif cfg.data_dir or not own_data or (wanted and set(wanted) <= set(BENCHMARK)):
         available = {name: partial(tasks.load_split, source, cfg.data_dir, cfg.strict, cfg.limit)
                      for name, source in BENCHMARK.items()}
     elif trained_on.get("train_manifest"):
@@ -183,69 +195,31 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
             for name in (*EVAL_SPLITS, *HARD):
                 title = f"{name}_{lang}" if k else name
                 available[title] = partial(embedded_split, lang, name, n, trained_on["seed"])
-    for name in chosen:
-        if name not in available:
-            raise UserError(f"--split {name}: choose from {', '.join(available)}")
-    splits = {name: load() for name, load in available.items() if name in chosen or not chosen}
-    for name, samples in splits.items():
-        if not samples:
-            raise UserError(f"the split {name} has no utterances: nothing to measure")
+    if unknown := [name for name in wanted if name not in available]:
+        raise UserError(f"--split {unknown[0]}: choose from {', '.join(available)}")
+    splits = {name: load() for name, load in available.items() if name in wanted or not wanted}
+    if empty := [name for name, samples in splits.items() if not samples]:
+        raise UserError(f"the split {empty[0]} has no utterances: nothing to measure")
     return splits
 
-
-# -----------------------------------------------------------------------------
-# Who answers: our model, greedily
+# ---- Who answers: our model, greedily
 
 def native(model, max_new_tokens: int) -> Callable:
     """-> (samples, their waves) -> [(text, tokens generated, cut by the limit?)]"""
-    ends = torch.tensor(model.ends)
-
     def answer(samples, waves):
         messages = [s.messages(with_answer=False) for s in samples]
         ids = model.chat(messages, waves, max_new_tokens=max_new_tokens).cpu()  # (B, <= max)
-        return [(text, *until_end(row, ends))
-                for text, row in zip(model.decode(ids), ids, strict=True)]
+        return with_lengths(model.decode(ids), ids, model.ends)
     return answer
-
-
-# -----------------------------------------------------------------------------
-
-@dataclass
-class EvalConfig:
-    ckpt: str = flag("out", "folder that train.py wrote, or any other checkpoint")
-    encoder: str = flag(ENCODER, "what a checkpoint in the original's layout was made of")
-    llm: str = flag(LLM, "the same")
-    task: str = flag("asr", "WER; qa: exact match, F1; bigbench: BigBenchAudio", choices=TASKS)
-    manifest: str | None = flag(None, "JSONL with recordings and references, see data.py")
-    split: str | None = flag(None, "only these, separated by commas")
-    lang: str | None = flag(None, "default: as trained", choices=("ru", "en", "ru,en"))
-    data_dir: str | None = flag(None, "folder with a copy of the hub's dataset, at owner/name")
-    limit: int | None = flag(None, "at most so many utterances a split", low=1)
-    strict: bool = flag(False, "stop at the first unusable row of the data")
-    normalizer: str = flag("default", "post: the original's", choices=NORMALIZERS)
-    baseline: str | None = flag(None, f"a Whisper as another row, such as {ENCODER}")
-    fallback: str | None = flag(None, "noisy utterances to the baseline", choices=("whisper",))
-    fallback_snr: float = flag(12.0, "noisy: with an estimated SNR below this, in dB")
-    chunk: str = flag("window", "vad: cut long recordings at pauses", choices=("window", "vad"))
-    engine: str = flag("native", "vllm: see serve_vllm.py", choices=("native", "vllm"))
-    batch_size: int | None = flag(None, "default: 16; 128 with --engine vllm", low=1)
-    max_new_tokens: int | None = flag(None, "default: 256; 64 for bigbench", low=1)
-    device: str = flag("auto", "where", choices=("auto", "cpu", "cuda"))
-    out: str | None = flag(None, "where results go; default: the checkpoint's folder")
-    reuse: bool = flag(False, "take answers from --out, if nothing they depend on has changed")
-    audio: str | None = flag(None, "answer for this file instead of measuring")
-    prompt: str | None = flag(None, "the question for --audio; default: transcribe")
-    compare: list[str] | None = flag(None, "put evaluated runs into one table", nargs="+")
-
 
 def parse_config() -> EvalConfig:
     parser = ArgumentParser(prog="eval.py", description="Measure a checkpoint or ask it.")
     cfg = EvalConfig(**vars(parser.add_flags(EvalConfig).parse_args()))
     cfg.batch_size = cfg.batch_size or (128 if cfg.engine == "vllm" else 16)
     cfg.max_new_tokens = cfg.max_new_tokens or (64 if cfg.task == "bigbench" else 256)
-    own = cfg.ckpt if Path(cfg.ckpt).is_dir() else Path(cfg.ckpt).name
-    cfg.out = cfg.out or ("" if cfg.compare else own) or "out"
-    transcribes = cfg.baseline or cfg.fallback or cfg.chunk == "vad"
+    folder = cfg.ckpt if Path(cfg.ckpt).is_dir() else Path(cfg.ckpt).name  # of the hub: its name
+    cfg.out = cfg.out or ("out" if cfg.compare else folder)
+    for_asr = cfg.baseline or cfg.fallback or cfg.chunk == "vad"
     for wrong, message in (
             (cfg.prompt is not None and not cfg.audio, "--prompt asks about one file: add --audio"),
             (cfg.audio and cfg.manifest, "--audio is one file, --manifest many: give one of them"),
@@ -253,14 +227,12 @@ def parse_config() -> EvalConfig:
             (cfg.data_dir and not Path(cfg.data_dir).is_dir(), f"no folder at {cfg.data_dir}"),
             (cfg.task == "qa" and not cfg.manifest, "--task qa: name a --manifest with questions"),
             (cfg.task == "bigbench" and cfg.manifest, "--task bigbench: leave out --manifest"),
-            (cfg.task != "asr" and transcribes, "--baseline, --fallback and --chunk vad are for "
-             f"transcripts, not for --task {cfg.task}"),
+            (cfg.task != "asr" and for_asr, "--baseline, --fallback, --chunk vad: for --task asr"),
             (cfg.split and cfg.manifest, "--split chooses among benchmarks: leave out --manifest"),
             (cfg.engine == "vllm" and WORLD > 1, "--engine vllm shares the work: no torchrun")):
         if wrong:
             raise UserError(message)
     return cfg
-
 
 def main():
     cfg = parse_config()
@@ -277,8 +249,10 @@ def main():
 
     trained_on = training_config(cfg.ckpt)
     name = trained_on.get("preset", Path(cfg.ckpt).resolve().name)
+    load = partial(first_rank_first, load_splits, cfg, trained_on)
+    early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
     ours = open_ours(cfg, native, name, device)
-    splits = first_rank_first(partial(load_splits, cfg, trained_on))
+    splits = early or load()
     systems = [ours, *open_baseline(cfg, name, trained_on.get("lang"), device)]
     answers = answer_all(cfg, systems, splits, out)  # {system: rows}
     if RANK > 0:
@@ -291,9 +265,10 @@ def main():
             own = [grade(r, "asr", "default") for r in own]
             more[f"{name}, default normaliser"] = assess(own, "asr")
     code = report.write_results(out, rows, results, more, cfg, trained_on.get("step"))
-    forget(systems, out)
+    for system in systems:
+        for part in system.parts(out):
+            part.unlink()  # hypotheses.jsonl has it all
     return code
-
 
 if __name__ == "__main__":
     run(main)

@@ -1,24 +1,25 @@
 """
-model.py -- a Whisper encoder listens, Qwen3 answers, an MLP adapter stands between.
+model.py -- Borealis, an open audio LLM: a Whisper encoder listens, Qwen3 answers, an MLP adapter
+stands between. "The post" is its authors' article, "the original" their code and checkpoints.
 
     waveform -> log-mel windows -> encoder (frozen) -> 4x concat -> adapter -> embeddings in the
     prompt's <|AUDIO|> slots -> Qwen3 -> text
-
     python model.py    # parameter counts at full size: no download, no memory
 
 Letters for shapes [full size]: B batch, L sequence length, W windows in the batch, M mel bins
 [128], F mel frames [3000], T encoder frames [1500], k frames in an audio token [4], N audio
 tokens in a window [375], E encoder width [1280], D LLM width [2560], V vocabulary [151671].
-It imports nothing of the project, for it travels inside exported checkpoints as remote code.
+No import from the project: this file travels inside exported checkpoints as remote code.
 """
-import functools
 import sys
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import AddedToken, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.generation import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
@@ -30,24 +31,20 @@ SAMPLE_RATE, HOP, CONV_STRIDE = 16_000, 160, 2
 
 AUDIO = "<|AUDIO|>"  # one for each recording in a prompt, N for each of its windows in the ids
 MARKER = "<|start_of_audio|>"  # on both sides of a recording, as in the post's vLLM plugin
-END = "<|end_of_audio|>"  # ends a recording in the original's checkpoints
-TAG_PAIR = MARKER + END  # how the post's snippet writes a placeholder
-
-# The original's pretraining prompt, for all transcription, in training and evaluation: a prompt
-# that was never trained costs more WER than most ablations of the post differ by.
-ASR_SYSTEM = ("Вы полезный помощник по автоматическому распознаванию речи. "
+TAG_PAIR = MARKER + "<|end_of_audio|>"  # how the post's snippet writes a placeholder
+# The original's pretraining prompt, for all transcription: an untrained one costs much WER.
+ASR_SYSTEM = ("Вы полезный помощник по автоматическому "
+              "распознаванию речи. "
               "Точно транскрибируйте аудио в текст.")
 ASR_PROMPT = f"Транскрибируйте это аудио: {AUDIO}"
 
-# The two pretrained parts, and their published shapes, so that sizes can be proved offline.
-ENCODER, LLM = "openai/whisper-large-v3", "Qwen/Qwen3-4B"
+ENCODER, LLM = "openai/whisper-large-v3", "Qwen/Qwen3-4B"  # and their published shapes:
 WHISPER_LARGE_V3 = dict(d_model=1280, encoder_layers=32, encoder_attention_heads=20,
                         encoder_ffn_dim=5120, num_mel_bins=128, max_source_positions=1500)
-QWEN3_4B = dict(
-    hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-    head_dim=128, intermediate_size=9728, vocab_size=151671,  # 151669 of its tokenizer + our two
-    rope_theta=1_000_000, max_position_embeddings=40960, tie_word_embeddings=True,
-    bos_token_id=151643, eos_token_id=151645, pad_token_id=151643)
+QWEN3_4B = dict(hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, head_dim=128,
+                num_key_value_heads=8, intermediate_size=9728, tie_word_embeddings=True,
+                max_position_embeddings=40960, rope_theta=1_000_000, bos_token_id=151643,
+                eos_token_id=151645, pad_token_id=151643, vocab_size=151671)  # with our two tokens
 
 class BorealisConfig(PretrainedConfig):  # which makes a dataclass of it
     """Two sub-configs and what joins them; without arguments, the full-size Borealis-5B."""
@@ -63,7 +60,7 @@ class BorealisConfig(PretrainedConfig):  # which makes a dataclass of it
     adapter_dropout: float = 0.1
     audio_token_id: int = 151669  # AUDIO
     audio_start_id: int = 151670  # MARKER
-    audio_end_id: int = 151670  # MARKER again; END in the original's checkpoints
+    audio_end_id: int = 151670  # MARKER again; another token in the original's checkpoints
     frozen: list | tuple = ("encoder",)  # parts that do not train
     trained: str | None = None  # "adapter", "lora" or "full", if a checkpoint holds only that
     lora: dict | None = None  # its rank, alpha and dropout
@@ -87,11 +84,10 @@ class BorealisConfig(PretrainedConfig):  # which makes a dataclass of it
 
 # ---- from text and waveforms to what the network takes: one prompt builder, one window cutter
 
-def add_audio_tokens(tokenizer, original: bool = False):
-    """Append AUDIO and MARKER, which get the ids 151669 and 151670 in Qwen3, and set the template:
-    Qwen3's, without thinking. original: its pair of markers, then AUDIO, which needs no row."""
-    tokens = (MARKER, END, AUDIO) if original else (AUDIO, MARKER)
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in tokens], True)
+def add_audio_tokens(tokenizer, tokens: tuple[str, ...] = (AUDIO, MARKER)):
+    """Append our tokens, the last ids; set our chat template: Qwen3's with thinking switched off.
+    support/ calls it where a tokenizer is made or loaded; an exported one has all that."""
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
     template = Path(__file__).with_name("support") / "chat_template.jinja"
     tokenizer.chat_template = template.read_text(encoding="utf-8")
     return tokenizer
@@ -105,26 +101,40 @@ def place_audio(prompt: str, recordings: int) -> str:
         raise ValueError(f"the prompt has {n} {AUDIO} placeholders for {recordings} recordings")
     return prompt
 
-def build_ids(tokenizer, config, messages: list[dict], windows=()) -> tuple[list[int], list[int]]:
-    """Chat messages, and how many windows each recording takes -> ids and labels. Labels are -100
-    except on what the assistant says, <|im_end|> included: the template marks that."""
+def group_recordings(audio, prompts: list[str]) -> list[list]:
+    """The recordings of each answer: a wave (1-D, float, 16 kHz) -> [[wave]]; [a, b] -> [[a], [b]],
+    or [[a, b]] for one prompt with two AUDIO; [[a, b], None] -> [[a, b], []]; None -> no audio."""
+    groups = [as_list(item) for item in as_list(audio)] or [[] for _ in prompts]
+    k = prompts[0].replace(TAG_PAIR, AUDIO).count(AUDIO)
+    if len(prompts) > 1 or k <= len(groups[0]):
+        return groups
+    return [sum(groups[i:i + k], []) for i in range(0, len(groups), k)]  # k of a flat list for each
+
+def as_list(x) -> list:
+    if x is None:
+        return []
+    return list(x) if isinstance(x, (list, tuple)) else [x]
+
+def build_ids(tokenizer, config, messages: list[dict], counts=()) -> tuple[list[int], list[int]]:
+    """Chat messages, and the number of windows of each recording -> ids and labels. Labels are -100
+    except on the template's {% generation %} blocks: what the assistant says, and <|im_end|>."""
     asks = messages[-1]["role"] != "assistant"  # then the ids end where the answer will start
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=asks, return_dict=True,
                                          return_assistant_tokens_mask=True)
-    ids, labels, windows = [], [], iter(windows)
+    ids, labels, counts = [], [], iter(counts)
     for token, said in zip(chat["input_ids"], chat["assistant_masks"], strict=True):
+        piece = [token]
         if token == config.audio_token_id:  # -> marker, N slots for each window, marker
-            slots = [token] * (config.tokens_per_window * next(windows))
-            ids += [config.audio_start_id, *slots, config.audio_end_id]
-        else:
-            ids.append(token)
-        labels += [token if said else -100] * (len(ids) - len(labels))
+            slots = piece * (config.tokens_per_window * next(counts))
+            piece = [config.audio_start_id, *slots, config.audio_end_id]
+        ids += piece
+        labels += piece if said else [-100] * len(piece)
     end = None if asks else -1  # the template ends with a line break, after the last <|im_end|>
     return ids[:end], labels[:end]
 
 def check_wave(wave) -> torch.Tensor:
     """One recording at 16 kHz -> (samples,) float32 in [-1, 1], or ValueError. One that passes 1
-    is turned down as a whole: nothing is clipped, and how loud somebody speaks stays audible."""
+    is scaled down as a whole: nothing is clipped, and how loud somebody speaks stays audible."""
     wave = torch.as_tensor(wave)
     if wave.dim() != 1 or not wave.is_floating_point() or not len(wave):
         raise ValueError(f"audio must be 1-D, float, not empty; it is {wave.dtype} {[*wave.shape]}")
@@ -136,48 +146,46 @@ def check_wave(wave) -> torch.Tensor:
     return (wave.float() / peak.clamp(min=1)).cpu()
 
 def cut_windows(wave: torch.Tensor, config: BorealisConfig) -> list[torch.Tensor]:
-    """(samples,) -> windows of at most 30 s. 70 s are three of them and 1125 tokens: log_mel() pads
-    the last to 30 s, as it pads a recording of one second."""
+    """(samples,) -> windows of at most 30 s: 70 s are three, each of 375 tokens, see log_mel()."""
     return list(wave.split(config.window_samples))
 
-feature_extractor = functools.cache(WhisperFeatureExtractor)  # its filters take a while to make
+feature_extractor = cache(WhisperFeatureExtractor)  # its filters take a while to make
 
 def log_mel(windows: list[torch.Tensor], config: BorealisConfig) -> torch.Tensor:
-    """W waveforms of at most a window each -> (W, M, F), padded as Whisper expects."""
-    shape = (config.encoder_config.num_mel_bins, config.window_samples // HOP)  # (M, F)
+    """W waveforms of at most a window each -> (W, M, F), padded with silence to whole windows."""
+    bins, seconds = config.encoder_config.num_mel_bins, config.window_samples // SAMPLE_RATE
     if not windows:
-        return torch.zeros(0, *shape)
-    seconds = config.window_samples // SAMPLE_RATE
-    extract = feature_extractor(feature_size=shape[0], chunk_length=seconds)
-    mel = extract([w.numpy() for w in windows], sampling_rate=SAMPLE_RATE, return_tensors="pt")
-    assert mel.input_features.shape[1:] == shape, f"{mel.input_features.shape}, not {shape}"
-    return mel.input_features
+        return torch.zeros(0, bins, config.window_samples // HOP)
+    extract, waves = feature_extractor(bins, chunk_length=seconds), [w.numpy() for w in windows]
+    return extract(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
 
 # ---- the network
 
 def downsample(x: torch.Tensor, k: int) -> torch.Tensor:
     """k neighbouring frames side by side, (W, T, E) -> (W, N, k*E), zero-padded to a multiple of k.
-    Not a convolution and no average: a view. Nothing is lost, the adapter decides what to keep."""
+    A view, no convolution or average: nothing is lost, the adapter decides what to keep."""
     W, T, E = x.shape
     x = F.pad(x, (0, 0, 0, -T % k))  # (W, N*k, E)
     return x.reshape(W, x.shape[1] // k, k * E)  # (W, N, k*E)  [1500, 1280] -> [375, 5120]
 
 class Adapter(nn.Module):
-    """(..., k*E) -> (..., D), without biases. simple: Linear(5120, 2560), GELU, Linear(2560, 2560),
-    19.7 M weights. deep: residual blocks 2560 -> 3840 -> 2560 and a norm for the GELU, 78.6 M."""
+    """(..., k*E) -> (..., D), no biases. simple: Linear(5120, 2560), GELU, Linear(2560, 2560),
+    19.7 M weights. deep, 78.6 M: no GELU, but residual blocks 2560 -> 3840 -> 2560, LayerNorm."""
 
     def __init__(self, config: BorealisConfig):
         super().__init__()
         kE = config.downsample_factor * config.encoder_config.d_model
         D, p = config.llm_config.hidden_size, config.adapter_dropout
-        wide, deep = int(D * config.adapter_expansion), ["simple", "deep"].index(config.adapter)
+        wide = int(D * config.adapter_expansion)
+        assert config.adapter in ("simple", "deep"), f"adapter {config.adapter!r}: simple or deep"
+        deep = config.adapter == "deep"
         self.w_in = nn.Linear(kE, D, bias=False)
         self.w_out = nn.Linear(D, D, bias=False)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(D), nn.Linear(D, wide, bias=False), nn.GELU(),
                           nn.Dropout(p), nn.Linear(wide, D, bias=False), nn.Dropout(p))
-            for _ in range(deep * config.adapter_layers))
-        self.norm = nn.LayerNorm(D) if deep else nn.GELU()
+            for _ in range(config.adapter_layers if deep else 0))
+        self.norm = nn.LayerNorm(D) if deep else nn.GELU()  # no norm in the simple one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.w_in(x)  # (..., k*E) -> (..., D)
@@ -200,21 +208,22 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         self.freeze(*config.frozen)
 
     def _init_weights(self, module):  # the other parts come with their own initialisers
-        for m in module.modules() if isinstance(module, Adapter) else ():
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
+        if isinstance(module, Adapter):
+            for weight in module.parameters():
+                if weight.dim() == 2:  # not a norm's
+                    nn.init.xavier_uniform_(weight)
 
     @classmethod
     def from_pretrained(cls, *args, device=None, **settings) -> PreTrainedModel:
         model = super().from_pretrained(*args, **settings)
         return model if device is None else model.to(device)  # the post's snippet wants it there
 
-    @functools.cached_property
+    @cached_property
     def tokenizer(self):  # the one beside the weights, unless another was set
         return AutoTokenizer.from_pretrained(self.config._name_or_path)
 
     def freeze(self, *parts: str) -> nn.Module:
-        """No gradient for these parts, so no graph either, and no dropout. LoRA: support/lora.py"""
+        """No gradient for these parts, no dropout in the encoder. support/lora.py says which."""
         self.config.frozen = list(parts)
         for part in parts:
             getattr(self, part).requires_grad_(False)
@@ -222,8 +231,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
 
     def train(self, mode: bool = True) -> nn.Module:
         super().train(mode)
-        if "encoder" in self.config.frozen:
-            self.encoder.eval()  # train() would bring its dropout back; Qwen3 has none
+        self.encoder.train(mode and "encoder" not in self.config.frozen)  # Qwen3 has no dropout
         return self
 
     def encode_audio(self, input_features: torch.Tensor) -> torch.Tensor:
@@ -240,68 +248,63 @@ class BorealisForConditionalGeneration(PreTrainedModel):
     def embed(self, input_ids: torch.Tensor, input_features: torch.Tensor | None) -> torch.Tensor:
         """The one splice: (B, L) ids -> (B, L, D), with audio in its slots, in reading order."""
         slots = input_ids == self.config.audio_token_id  # (B, L)
-        embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(slots, 0))  # (B, L, D)
+        text = input_ids.masked_fill(slots, 0)  # to a row of the table, as AUDIO may have none
+        embeds = self.llm.get_input_embeddings()(text)  # (B, L, D)
         if input_features is None:
             return embeds
-        audio = self.encode_audio(input_features)  # (W, N, D)
-        W, N, _ = audio.shape
-        assert slots.sum() == W * N, f"{slots.sum()} slots for {W} windows of {N} tokens"
+        audio = self.encode_audio(input_features).flatten(0, 1)  # (W*N, D)
+        assert slots.sum() == len(audio), f"{slots.sum()} slots for {len(audio)} audio tokens"
         return embeds.masked_scatter(slots.unsqueeze(-1), audio.to(embeds.dtype))
 
     def forward(self, input_ids, input_features=None, attention_mask=None, labels=None,
                 num_items_in_batch=None, **kwargs) -> CausalLMOutputWithPast:
-        """(B, L) ids -> (B, L, V) logits; with labels, the loss, and (labels, V) logits where they
-        are: a 30 s clip has 400 other positions, whose 151,671 logits nobody reads. Training pads
-        on the right without a mask: under causal attention no token sees what comes after it."""
+        """(B, L) ids -> logits (B, L, V); with labels, the loss, and logits (number of labels, V).
+        Padding on the right needs no mask: under causal attention no token sees it."""
         embeds = self.embed(input_ids, input_features)  # (B, L, D)
         hidden = self.llm.model(inputs_embeds=embeds, attention_mask=attention_mask,
                                 use_cache=False, **kwargs).last_hidden_state  # (B, L, D)
         if labels is None:
             return CausalLMOutputWithPast(logits=self.llm.lm_head(hidden))
         targets = labels[:, 1:]  # position t predicts token t+1
-        keep = targets != -100  # (B, L-1)
-        logits = self.llm.lm_head(hidden[:, :-1][keep])  # (labels, V)
+        keep = targets != -100  # (B, L-1)  a 30 s clip has 400 positions without a label
+        logits = self.llm.lm_head(hidden[:, :-1][keep])  # (number of labels, V)
         loss = F.cross_entropy(logits.float(), targets[keep], reduction="sum")
-        # A micro-batch is divided by the label tokens of the whole batch: in a mean of means, a
-        # token would weigh more where it has fewer neighbours.
+        # All labels of the batch, not the micro-batch's: in a mean of means, few would weigh more.
         n = keep.sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=loss / n, logits=logits)
 
-    def generate(self, audio=None, user_prompt=ASR_PROMPT, system_prompt=ASR_SYSTEM,
-                 **settings) -> torch.Tensor:
-        """Answers -> new ids (B, <= max_new_tokens), padded at the end. Raises ValueError.
-        audio: a 1-D float array at 16 kHz, a list of them (a prompt takes as many as it has AUDIO),
-        a list of lists, or None. user_prompt: one for all, or a list. settings: see chat()."""
+    def generate(self, audio=None, user_prompt=ASR_PROMPT, system_prompt=ASR_SYSTEM, **settings):
+        """Answers -> new ids (B, <= max_new_tokens), padded at the end. Raises ValueError. audio:
+        see group_recordings(). user_prompt: one for all, or a list. settings: see chat()."""
         prompts = as_list(user_prompt)
-        groups = [as_list(a) for a in as_list(audio)] or [[] for _ in prompts]
+        groups = group_recordings(audio, prompts)
         if len(prompts) == 1:
-            k = prompts[0].replace(TAG_PAIR, AUDIO).count(AUDIO)
-            if k > len(groups[0]):  # a flat list
-                groups = [sum(groups[i:i + k], []) for i in range(0, len(groups), k)]
             prompts *= len(groups)
+        if len(groups) != len(prompts):
+            raise ValueError(f"{len(groups)} recordings, {len(prompts)} prompts: give 1 or as many")
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        users = [{"role": "user", "content": place_audio(prompt, len(waves))}
+        chats = [[*system, {"role": "user", "content": place_audio(prompt, len(waves))}]
                  for prompt, waves in zip(prompts, groups, strict=True)]
-        return self.chat([[*system, user] for user in users], groups, **settings)
+        return self.chat(chats, groups, **settings)
 
     @torch.no_grad()
-    def chat(self, conversations: list[list[dict]], recordings: list[list],
-             max_new_tokens: int = 256, do_sample: bool = False, **sampling) -> torch.Tensor:
+    def chat(self, conversations, recordings, max_new_tokens=256, do_sample=False, **sampling):
         """B lists of messages and B lists of recordings for their AUDIO -> new ids, see generate().
         Greedy unless do_sample; then temperature, top_p, ... go to transformers."""
         rows, pieces = [], []
         for messages, waves in zip(conversations, recordings, strict=True):
             windows = [cut_windows(check_wave(wave), self.config) for wave in waves]
-            rows.append(build_ids(self.tokenizer, self.config, messages, map(len, windows))[0])
+            ids, _ = build_ids(self.tokenizer, self.config, messages, map(len, windows))
+            rows.append(torch.tensor(ids, device=self.device))
             pieces += sum(windows, [])
         # Padded on the left and masked, so that each row gets the tokens it would get alone.
-        L, pad = max(map(len, rows)), self.ends[-1]
-        ids = torch.tensor([[pad] * (L - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (L - len(row)) + [1] * len(row) for row in rows]).to(ids)
+        end, pad = self.ends
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
         embeds = self.embed(ids, log_mel(pieces, self.config))  # (B, L, D)
-        return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=(
-            GenerationConfig(max_new_tokens=max_new_tokens, do_sample=do_sample, pad_token_id=pad,
-                             eos_token_id=self.ends, **sampling)))
+        settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=do_sample,
+                                    eos_token_id=[end, pad], pad_token_id=pad, **sampling)
+        return self.llm.generate(None, settings, inputs_embeds=embeds, attention_mask=mask)
 
     @property
     def ends(self) -> list[int]:  # tokens that end an answer; the second is Qwen3's padding, too
@@ -311,9 +314,6 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         texts = self.tokenizer.decode(ids, skip_special_tokens=True)
         return texts.strip() if isinstance(texts, str) else [text.strip() for text in texts]
 
-def as_list(x) -> list:
-    return [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]
-
 AutoConfig.register(BorealisConfig.model_type, BorealisConfig, exist_ok=True)  # for AutoTokenizer
 
 def count(module: nn.Module, trained_only: bool = False) -> int:
@@ -321,7 +321,7 @@ def count(module: nn.Module, trained_only: bool = False) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        print("error: see python -m support.export --ckpt out/ --to hf/", file=sys.stderr)
+        print("error: export is now python -m support.export --ckpt out/ --to hf/", file=sys.stderr)
         sys.exit(2)
     for adapter in ("simple", "deep"):
         with torch.device("meta"):  # shapes without memory

@@ -13,24 +13,26 @@ vLLM does not know our model. Four classes tell it what it must know:
     MultiModalProcessor       a recording -> mel windows, and the tokens that stand for it
     ForConditionalGeneration  the network: our encoder and adapter, and vLLM's own Qwen3
 
-Letters as in model.py: W windows, M mel bins, F frames, N audio tokens a window, D LLM width.
+A recording of 70 s, with windows of 30: in a chat message, three windows of one prompt; for
+/v1/audio/transcriptions (by vLLM's code) and --transcribe (by support/pauses.py) it is cut at
+quiet places, each piece is a prompt, and the texts are joined. Letters for shapes: see model.py.
 """
 import json
 import math
 import os
-import re
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import model
 from model import AUDIO, ENCODER, LLM, SAMPLE_RATE
-from support import engine  # sets the environment that vLLM reads while it is imported
+from support import engine  # before vllm: sets the environment that vLLM reads on import
 from support.cli import ArgumentParser, UserError, first_line, flag, run
-from support.pauses import Live, from_stdin, in_pieces, in_real_time
+from support.pauses import Live, in_pieces
 from support.rows import MIN_SECONDS
 
-if __name__ == "__main__" and not engine.INSTALLED:
+if __name__ == "__main__" and not engine.INSTALLED:  # one line of error, not vLLM's ImportError
     run(engine.check_installed)
 
 import numpy as np
@@ -44,12 +46,12 @@ from vllm.model_executor.models import interfaces, utils
 from vllm.multimodal import MULTIMODAL_REGISTRY, processing
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import MultiModalDataParser
+from vllm.tokenizers import cached_tokenizer_from_config
 
-from support.uploads import LIMIT, find_recordings, max_audio_seconds, read_recording
+from support.uploads import LIMIT, decode, find_recordings, listen, max_audio_seconds
 
-# -----------------------------------------------------------------------------
-# The four classes. How many tokens a recording takes is said twice: get_mm_max_tokens_per_item()
-# says the most, for which memory is set aside, and _get_prompt_updates() what each one takes.
+# ---- The four classes. How many tokens a recording takes is said twice: the most, for which memory
+# is set aside, in get_mm_max_tokens_per_item(); what each one takes, in _get_prompt_updates().
 
 class BorealisProcessingInfo(processing.BaseProcessingInfo):
     """Any number of recordings (--limit-mm-per-prompt caps them), mono at 16 kHz."""
@@ -67,7 +69,6 @@ class BorealisProcessingInfo(processing.BaseProcessingInfo):
         fit = (seq_len - 2) // config.tokens_per_window
         return {"audio": max(1, min(windows, fit)) * config.tokens_per_window + 2}
 
-
 class BorealisDummyInputsBuilder(processing.BaseDummyInputsBuilder):
     """The largest prompt: recordings of silence, each as long as it may be."""
 
@@ -81,24 +82,16 @@ class BorealisDummyInputsBuilder(processing.BaseDummyInputsBuilder):
             length=tokens // config.tokens_per_window * config.window_samples,
             num_audios=mm_counts.get("audio", 0), overrides=mm_options.get("audio"))}
 
-
 class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
-    """Recordings -> mel windows, and each <|AUDIO|> -> marker, N x windows slots, marker: what
-    build_ids() does in training."""
-
-    def _get_hf_mm_text(self, mm_counts):
-        return None
+    """Recordings -> mels; <|AUDIO|> -> marker, slots, marker, like build_ids() in training."""
 
     def _call_hf_processor(self, hf_data, hf_kwargs):
-        """A ValueError is a 400 for the client; a NaN let through would spoil other requests."""
-        config, pieces, counts = self.info.get_hf_config(), [], []
-        for wave in hf_data["audio"]:
-            wave = model.check_wave(np.asarray(wave, dtype=np.float32))
-            windows = model.cut_windows(wave, config)
-            pieces += windows
-            counts.append(len(windows))
-        return BatchFeature({"input_features": model.log_mel(pieces, config),  # (W, M, F)
-                             "num_windows": torch.tensor(counts)})
+        """Waves -> mels, and windows of each. ValueError: a 400; NaN would spoil other requests."""
+        config = self.info.get_hf_config()
+        waves = [model.check_wave(np.asarray(w, dtype=np.float32)) for w in hf_data["audio"]]
+        cut = [model.cut_windows(wave, config) for wave in waves]
+        mels = model.log_mel(list(chain(*cut)), config)  # (W, M, F)
+        return BatchFeature(dict(input_features=mels, num_windows=torch.tensor([*map(len, cut)])))
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
         """Which rows of these tensors belong to which recording."""
@@ -107,32 +100,27 @@ class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
                 "num_windows": MultiModalFieldConfig.batched("audio", keep_on_cpu=True)}
 
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
+        """select_token_id: only the slots take embeddings of sound, the markers stay text."""
         config = self.info.get_hf_config()
         counts = out_mm_kwargs.get_data().get("num_windows")
-
         def slots(i):  # of recording i
             n = config.tokens_per_window * int(counts[i])
             ids = [config.audio_start_id, *[config.audio_token_id] * n, config.audio_end_id]
             return processing.PromptUpdateDetails.select_token_id(ids, config.audio_token_id)
-
         return [processing.PromptReplacement("audio", [config.audio_token_id], slots)]
 
     def apply(self, inputs, *args, **kwargs):
-        """Prompts that come as ids may have a wrong number of placeholders."""
-        if not isinstance(inputs.prompt, str):
-            placed = list(inputs.prompt).count(self.info.get_hf_config().audio_token_id)
-            given = inputs.mm_data_items.get_all_counts().get("audio", 0)
-            if placed != given:
-                raise ValueError(f"the prompt has {placed} {AUDIO} for {given} recordings")
+        """A prompt that comes as ids may have a wrong number of placeholders."""
+        placed = inputs.prompt.count(self.info.get_hf_config().audio_token_id)
+        given = inputs.mm_data_items.get_all_counts().get("audio", 0)
+        if placed != given:
+            raise ValueError(f"the prompt has {placed} {AUDIO} for {given} recordings")
         return super().apply(inputs, *args, **kwargs)
 
-
-@MULTIMODAL_REGISTRY.register_processor(
-    BorealisMultiModalProcessor, info=BorealisProcessingInfo,
-    dummy_inputs=BorealisDummyInputsBuilder)
-class BorealisForConditionalGeneration(
-        torch.nn.Module, interfaces.SupportsMultiModal, interfaces.SupportsPP,
-        interfaces.SupportsTranscription):
+@MULTIMODAL_REGISTRY.register_processor(BorealisMultiModalProcessor, info=BorealisProcessingInfo,
+                                        dummy_inputs=BorealisDummyInputsBuilder)
+class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMultiModal,
+                                       interfaces.SupportsPP, interfaces.SupportsTranscription):
     """encoder.*, adapter.*, llm.* as in our checkpoints; llm is vLLM's Qwen3."""
     supported_languages = {"ru": "Russian", "en": "English"}
 
@@ -156,8 +144,7 @@ class BorealisForConditionalGeneration(
         self.make_empty_intermediate_tensors = self.llm.make_empty_intermediate_tensors
 
     def embed_multimodal(self, input_features, num_windows, **_):
-        """(W, M, F) mels of several recordings -> for each one (its windows x N, D), which vLLM
-        writes over the slots of <|AUDIO|>."""
+        """(W, M, F) -> for each recording (its windows x N, D), which vLLM puts into its slots."""
         mels = input_features.to(self.adapter.w_in.weight)                      # its dtype, device
         x = self.encoder(mels).last_hidden_state                                # (W, T, E)
         x = self.adapter(model.downsample(x, self.config.downsample_factor))    # (W, N, D)
@@ -172,11 +159,9 @@ class BorealisForConditionalGeneration(
     def load_weights(self, weights):
         return utils.AutoWeightsLoader(self).load_weights(weights)
 
-    # ---- /v1/audio/transcriptions
-
+    # ---- for /v1/audio/transcriptions, where vLLM cuts what is longer than a window
     @classmethod
     def get_speech_to_text_config(cls, model_config, task_type):
-        """vLLM cuts longer files into windows at quiet places, and joins the texts."""
         seconds = model_config.hf_config.window_samples // SAMPLE_RATE
         return SpeechToTextConfig(sample_rate=SAMPLE_RATE, max_audio_clip_s=seconds)
 
@@ -189,26 +174,22 @@ class BorealisForConditionalGeneration(
         """The transcription prompt of training, whatever the language."""
         if stt_params.task_type != "transcribe":
             raise ValueError("this model does not translate: ask /v1/audio/transcriptions")
-        tokenizer = engine.tokenizer_of(stt_params.model_config.tokenizer)
-        messages = engine.TRANSCRIBE.messages(with_answer=False)
-        return engine.prompt(tokenizer, messages, [stt_params.audio])
+        tokenizer = cached_tokenizer_from_config(stt_params.model_config)
+        return engine.prompt(tokenizer, engine.TRANSCRIBE, [stt_params.audio])
 
     @classmethod
     def post_process_output(cls, text):
         return text.strip()
 
-
-def register() -> None:
-    """Also the entry point vllm.general_plugins, see pyproject.toml."""
+def register() -> None:  # also the entry point of pyproject.toml
     ModelRegistry.register_model("BorealisForConditionalGeneration",
                                  BorealisForConditionalGeneration)
 
-
 register()  # here, not in main(): the processes that vLLM starts run this file under another name
 
+# ---- Commands
 
-# -----------------------------------------------------------------------------
-# Commands
+BATCH = 64  # recordings, and pieces of them
 
 @dataclass
 class ServeConfig:
@@ -223,78 +204,62 @@ class ServeConfig:
     live: str | None = flag(None, "a recording as if it came in now; -: raw PCM on standard input")
     max_new_tokens: int = flag(256, "for each window, with --transcribe or --live", low=1)
 
-
 def serve(args, vllm_flags: list[str]) -> None:
-    """vLLM's own server; our defaults, except for what the user's flags say."""
+    """vLLM's own server; of a flag given twice the last counts: our defaults, then the user's."""
     from vllm.entrypoints.launchers.api_server import entry
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     FlexibleArgumentParser.error = ArgumentParser.error  # one line, not three hundred of usage
-    names = [re.split("[=.]", f)[0].replace("--no-", "--").replace("_", "-") for f in vllm_flags]
-    if "--model" in names or (names and not names[0].startswith("-")):
+    named = "--model" in [f.split("=")[0] for f in vllm_flags]
+    if named or (vllm_flags and not vllm_flags[0].startswith("-")):
         raise UserError("the model to serve is named by --ckpt")
     folder = engine.servable(args.ckpt, args.encoder, args.llm)
-    sys.argv = ["serve_vllm.py", "--model", str(folder), "--host", args.host,
-                "--port", str(args.port), *vllm_flags]
-    defaults = dict(served_model_name="borealis", limit_mm_per_prompt='{"audio": 1}')
-    for name, value in (defaults | engine.careful_settings()).items():
-        name = f"--{name.replace('_', '-')}"
-        if name not in names:
-            sys.argv += [name] if value is True else [name, str(value)]
+    defaults = dict(model=folder, host=args.host, port=args.port, served_model_name="borealis",
+                    limit_mm_per_prompt='{"audio": 1}') | engine.careful_settings()
+    sys.argv = ["serve_vllm.py"]
+    for name, value in defaults.items():
+        sys.argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    sys.argv += vllm_flags
     print(f"loading {folder}; then http://{args.host}:{args.port}/v1", file=sys.stderr)
     entry.main()
 
-
-def transcribe(answer, files: list[Path], batch: int = 64) -> int:
-    """Print a line of JSON a file: {"audio", "text"}, and "cut" where --max_new_tokens was too
-    small; or {"audio", "error"}. Returns the exit code: 1 if no file was usable."""
-    failed = 0
-    for start in tqdm(range(0, len(files), batch), unit=f" x {batch} recordings"):
-        rows = [dict(audio=str(f)) for f in files[start:start + batch]]
-        usable, waves = [], []
-        for row in rows:
+def transcribe(answer, files: list[Path]) -> int:
+    """Print a line of JSON a file: "audio", "text" and, if --max_new_tokens was too small, "cut";
+    or "audio", "error". Returns the exit code: 1 if no file was usable."""
+    rows = [dict(audio=str(file)) for file in files]
+    for start in tqdm(range(0, len(rows), BATCH), unit=f" x {BATCH} recordings"):
+        batch, usable, waves = rows[start:start + BATCH], [], []
+        for row in batch:
             try:
-                waves.append([read_recording(row["audio"])])
+                waves.append([decode(Path(row["audio"]).read_bytes())])
                 usable.append(row)
-            except ValueError as e:
-                row["error"] = str(e)
-                failed += 1
-        answers = answer([engine.TRANSCRIBE] * len(waves), waves)
+            except (ValueError, OSError) as e:
+                row["error"] = first_line(e)
+        answers = answer([engine.TRANSCRIBE] * len(usable), waves)
         for row, (text, _, cut) in zip(usable, answers, strict=True):
             row |= dict(text=text, cut=True) if cut else dict(text=text)
-        for row in rows:
+        for row in batch:
             print(json.dumps(row, ensure_ascii=False), flush=True)
-    return int(failed == len(files))
-
-
-def live(answer, source: str, longest: int) -> None:
-    """Print words as they are said, in a file or, for -, on standard input."""
-    try:
-        pieces = from_stdin() if source == "-" else in_real_time(read_recording(source).numpy())
-        Live(answer, engine.TRANSCRIBE, longest).run(pieces)
-    except (ValueError, OSError) as e:
-        raise UserError(f"{source}: {first_line(e)}") from None
-
+    return int(all("error" in row for row in rows))
 
 def main() -> int | None:
     parser = ArgumentParser(description="Our model in vLLM. Any other flag is for vLLM's server.")
     args, vllm_flags = parser.add_flags(ServeConfig).parse_known_args()
-    offline = args.transcribe or args.live
     if args.transcribe and args.live:
         raise UserError("--transcribe or --live, not both")
-    if vllm_flags and offline:
-        raise UserError(f"unknown flag {vllm_flags[0]}; vLLM's own flags are for the server")
-    os.environ[LIMIT] = str(args.max_audio_seconds)
-    if not offline:
+    os.environ[LIMIT] = str(args.max_audio_seconds)  # which vLLM's worker processes inherit
+    if not args.transcribe and not args.live:
         with engine.loading(args.ckpt):
             return serve(args, vllm_flags)
+    if vllm_flags:
+        raise UserError(f"unknown flag {vllm_flags[0]}; vLLM's own flags are for the server")
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # file names may be bytes
-    files = find_recordings(args.transcribe or [args.live]) if args.live != "-" else []
-    answer, config = engine.offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm)
-    answer = in_pieces(answer, config.window_samples, batch_size=64)
+    sound = find_recordings(args.transcribe) if args.transcribe else listen(args.live)
+    vllm = engine.Offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm)
+    window = vllm.config.window_samples
+    answer = in_pieces(vllm, window, BATCH)
     if args.transcribe:
-        return transcribe(answer, files)
-    return live(answer, args.live, max(config.window_samples, 10 * SAMPLE_RATE))
-
+        return transcribe(answer, sound)
+    Live(answer, engine.TRANSCRIBE, longest=max(window, 10 * SAMPLE_RATE)).run(sound)
 
 if __name__ == "__main__":
     run(main)

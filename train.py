@@ -15,34 +15,33 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from augment import CURRICULUM, Augmenter
-from data import Chain, Dataset, Rows, Schedule, read_manifest, tiny_pool
-from model import ENCODER, LLM, BorealisForConditionalGeneration, count
-from support import checkpoint, launch, lora
+from data import Chain, Dataset, HubSamples, Schedule, read_manifest, tiny_pool
+from model import ENCODER, LLM, count
+from support import launch, lora, storage
 from support.banks import open_banks
-from support.cli import UserError, first_line, flag, run
+from support.cli import UserError, flag, run
 from support.meter import Log, Silent, plot_loss, speed
 from support.recipes import KEEP, MIXES, POOLS, PRESETS
 from support.rows import BadRows, usable
-from support.tiny import init_from_scratch, texts_of, tiny_config, train_tokenizer
+from support.tiny import scratch_model
 
-# -----------------------------------------------------------------------------
-# Configuration: the defaults are the full-size run, a preset changes some, flags change any
+# ---- Configuration: the defaults are the full-size run, a preset changes some, flags change any
 
 @dataclass
 class TrainConfig:
     preset: str = flag("ru_text_10pct", "one of the post's runs, or its tiny twin", choices=PRESETS)
-    # data
-    mix: str | None = flag("ru_text_10pct", "python data.py --mixes", choices=[*MIXES, "none"])
+    # data. Each field is a command-line flag: flag(default, help, bounds or choices).
+    mix: str | None = flag("ru_text_10pct", "listed by: data.py --mixes", choices=[*MIXES, "none"])
     max_rows: int | None = flag(None, "of each dataset, streamed: for a first trial", low=1)
     train_manifest: str | None = flag(None, "JSONL instead of a mix, see data.py")
-    embedded: bool = flag(False, "the mix's pools from the embedded corpus instead of the hub")
+    embedded: bool = flag(False, "speak the mix's pools (espeak-ng) instead of using the hub")
     lang: str = flag("ru", "of the embedded corpus", choices=["ru", "en", "ru,en", "en,ru"])
     utterances: int = flag(12000, "spoken by the embedded corpus for each pool", low=1)
     curriculum: str = flag("none", "epochs where augment.py's stages start, like 0,1,3,4, or none")
@@ -54,11 +53,10 @@ class TrainConfig:
     encoder: str = flag(ENCODER, "any Whisper, hub name or path")
     llm: str = flag(LLM, "any Qwen3, hub name or path")
     init_from: str | None = flag("AlexWortega/Borealis5b_90k", "checkpoint to start from, or none")
-    adapter: str = flag("simple", "of a new one: 19.7 M or 78.6 M", choices=["simple", "deep"])
-    train: str = flag("lora", "adapter only; adapter and LoRA; adapter and LLM; all of a tiny "
-                      "model", choices=["adapter", "lora", "full", "scratch"])
-    # "~500M, LoRA + adapter" says the post: on all linears, 256 ranks of 2,064,384 weights each
-    lora_rank: int = flag(256, "of the matrices beside every linear of the LLM", low=1)
+    adapter: str = flag("simple", "a new one's: 19.7 M, or 78.6 M", choices=["simple", "deep"])
+    train: str = flag("lora", "adapter: it alone; lora, full: and LoRA, or the whole LLM; scratch: "
+                      "all of a tiny model", choices=["adapter", "lora", "full", "scratch"])
+    lora_rank: int = flag(256, "of matrices beside all linears of the LLM", low=1)  # post: ~500M
     lora_alpha: float = flag(512, "they are scaled by alpha / rank")
     lora_dropout: float = flag(0.0, "the data is seen about once", low=0, high=0.999)
     # optimisation
@@ -86,27 +84,20 @@ class TrainConfig:
     keep: int = flag(3, "checkpoints to keep, the newest; 0: all", low=0)
     log: str = flag("none", "besides metrics.jsonl", choices=["none", "wandb", "tensorboard"])
 
+# ---- Data and model
 
-# -----------------------------------------------------------------------------
-# Data and model
-
-def load_pools(cfg, bad):
-    """-> (pools of samples, their shares, rows read). Raises UserError."""
-    if cfg.train_manifest:
-        samples, total = read_manifest(cfg.train_manifest, bad)
-        bad.check(total, cfg.train_manifest)
-        return [samples], [1], total
+def load_pools(cfg):
+    """-> (pools of samples, their shares). Raises UserError."""
     shares = MIXES[cfg.mix] if cfg.mix else {"pretrain": 1}  # plain transcription
     if cfg.embedded:
         pools = [tiny_pool(name, cfg.utterances, cfg.seed, cfg.lang.split(",")) for name in shares]
     else:
-        pools = [Chain([Rows(source, cfg.data_dir, cfg.max_rows) for source in POOLS[name]])
+        pools = [Chain([HubSamples(source, cfg.data_dir, cfg.max_rows) for source in POOLS[name]])
                  for name in shares]
     for name, pool in zip(shares, pools, strict=True):
         if not len(pool):
             raise UserError(f"the pool {name} is empty: its datasets have no fitting rows")
-    return pools, list(shares.values()), sum(map(len, pools))
-
+    return pools, list(shares.values())
 
 def make_augmenter(cfg):
     """-> the Augmenter of --curriculum, None for none. Raises UserError."""
@@ -118,51 +109,38 @@ def make_augmenter(cfg):
         if starts[0] != 0 or starts != sorted(starts) or not math.isfinite(sum(starts)):
             raise ValueError
     except ValueError:
-        raise UserError(f"--curriculum {cfg.curriculum}: give {len(CURRICULUM)} ascending epochs, "
-                        "the first 0, such as 0,1,3,4, or none") from None
+        raise UserError("--curriculum: none, or 4 ascending epochs from 0, as 0,1,3,4") from None
     return Augmenter(stages, *open_banks(cfg.noise, cfg.rooms), cfg.seed)
 
-
 def build(cfg, samples, device):
-    """-> model with its tokenizer: random and tiny; or on a checkpoint, or on pretrained parts."""
+    """-> model with its tokenizer. scratch: a tiny, random one, all of which trains. Else from a
+    checkpoint, or pretrained parts: the encoder is frozen, the adapter trains, and the LLM as a
+    whole (full), by matrices beside its linears (lora), or not at all (adapter)."""
     torch.manual_seed(cfg.seed)
     if cfg.train == "scratch":
-        texts = texts_of(samples)
-        if cfg.mix:  # runs that start from this one will ask questions, in two languages
-            for pool in ("ru_audio", "en_audio", "text"):
-                texts += texts_of(tiny_pool(pool, 1000, cfg.seed))
-        tokenizer = train_tokenizer(texts, 2048 if cfg.mix else 1024)
-        config = tiny_config(tokenizer, adapter=cfg.adapter)
-        model = init_from_scratch(BorealisForConditionalGeneration(config))
-        model.tokenizer = tokenizer
-        return model.to(device)
+        # Runs that start from one of a mix will ask questions, in two languages: words to know.
+        more = ["ru_audio", "en_audio", "text"] if cfg.mix else []
+        texts = chain(samples, *(tiny_pool(pool, 1000, cfg.seed) for pool in more))
+        return scratch_model(texts, 2048 if more else 1024, adapter=cfg.adapter).to(device)
     model = launch.load_start(cfg)
-    # What is frozen needs no fp32 master copy; prepare gives one to what trains.
+    # Whatever --train says, lora.prepare freezes what does not train, and makes the rest fp32.
     lora.cast(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
     size = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout)
     lora.prepare(model, cfg.train, size if cfg.train == "lora" else None)
     return model.to(device)
 
-
-def learning_rate(cfg, step):
-    """Linear warm-up, then a cosine from lr to min_lr * lr; step counts from 0."""
-    warmup = max(1, round(cfg.warmup * cfg.steps))
-    if step < warmup:
-        return cfg.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, cfg.steps - warmup)
-    return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-# -----------------------------------------------------------------------------
-# The loop
-
-def prepare(cfg, rank, world, device):
+def load_data_and_model(cfg, rank, world, device):
     """-> (model, dataset, [samples in each pool], [their shares]). Raises UserError."""
     bad = BadRows(cfg.strict)
     if rank > 0:  # rank 0 looks first, fetches the data or speaks it; the others find it ready
         dist.barrier()
     augment = make_augmenter(cfg)
-    pools, shares, total = load_pools(cfg, bad)
+    if cfg.train_manifest:
+        samples, total = read_manifest(cfg.train_manifest, bad)
+        bad.check(total, cfg.train_manifest)
+        pools, shares = [samples], [1]
+    else:
+        pools, shares = load_pools(cfg)
     if rank == 0 and world > 1:
         dist.barrier()
     model = build(cfg, pools[0], device)
@@ -177,12 +155,22 @@ def prepare(cfg, rank, world, device):
     dataset = Dataset(Chain(pools), keep=KEEP if cfg.train == "scratch" else 0, augment=augment,
                       batch_size=cfg.batch_size, **settings)
     if rank == 0:
+        accumulation = math.ceil(cfg.effective_batch / world / cfg.batch_size)
         print(json.dumps(asdict(cfg), ensure_ascii=False))
         print(f"{len(dataset.samples)} samples; {count(model):,} parameters, "
-              f"{count(model, trained_only=True):,} trained; {world} process(es) on {device.type}; "
-              f"{cfg.effective_batch} samples a step, {cfg.batch_size} at once", flush=True)
+              f"{count(model, trained_only=True):,} trained; {world} process(es) on {device.type}, "
+              f"batch {cfg.batch_size} x accumulation {accumulation}", flush=True)
     return model, dataset, [*map(len, pools)], shares
 
+# ---- The loop
+
+def learning_rate(cfg, step):
+    """Linear warm-up, then a cosine from lr to min_lr * lr; step counts from 0."""
+    warmup = max(1, round(cfg.warmup * cfg.steps))
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, cfg.steps - warmup)
+    return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 def wrap(cfg, model, world):
     """-> what computes the loss: the model, under DDP if there are several processes."""
@@ -194,56 +182,53 @@ def wrap(cfg, model, world):
             layer.compile(dynamic=True)  # all share one graph, and rows have many lengths
     if world == 1:
         return model
-    # gradient_as_bucket_view saves a copy of the gradients, as long as they are zeroed, not dropped
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # As views of what DDP sends, gradients need no second copy: so zero them, never set to None.
+    return torch.nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
+def backward(net, micro_batches, num_labels, world, device):
+    """Add up the gradients of the micro-batches -> the loss of the step on all ranks.
 
-def backward(net, micro, labels, world, device):
-    """Add up the gradients of the micro-batches -> the loss of the step, on all ranks.
-
-    The loss is the mean over the `labels` label tokens of the effective batch, on all ranks. The
-    mean of the micro-batches' means is another number: with 10 label tokens in one and 1000 in the
-    next, it weighs a token of the first a hundred times as much. So the model sums, and divides by
-    the count of all."""
+    It is the mean over all num_labels label tokens of the effective batch. The mean of the
+    micro-batches' means is another number: with 10 label tokens in one and 1000 in the next, it
+    weighs a token of the first a hundred times as much. So the model sums, and divides by all."""
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    for i, batch in enumerate(micro, 1):
+    for i, inputs in enumerate(micro_batches, 1):
         # Gradients are synchronised once a step: the last backward sends what all have added up.
-        net.require_backward_grad_sync = i == len(micro)  # DDP reads this
-        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+        net.require_backward_grad_sync = i == len(micro_batches)  # DDP reads this
+        inputs = {k: v.to(device, non_blocking=True) for k, v in inputs.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            # labels / world: DDP takes the mean over the ranks, where we want the sum
-            part = net(**batch, num_items_in_batch=labels / world).loss
+            # DDP takes the mean over the ranks, where we want the sum: so times `world`
+            part = net(**inputs, num_items_in_batch=num_labels / world).loss
         part.backward()
-        loss += part.detach().double() / world
-    if world > 1:
-        dist.all_reduce(loss)
-    return loss.item()
-
+        loss += part.detach().double() / world  # and without it, to report
+    return launch.all_sum(dict(loss=loss.item()), device)["loss"]
 
 def train(cfg: TrainConfig) -> int:
     """The run, from data to the last checkpoint -> exit code: 1 diverged, 130 stopped by Ctrl-C."""
     rank, world, device = launch.start_process(cfg)
-    out, chief = Path(cfg.out), rank == 0
-    model, dataset, sizes, shares = prepare(cfg, rank, world, device)
+    out, main_process = Path(cfg.out), rank == 0
+    model, dataset, sizes, shares = load_data_and_model(cfg, rank, world, device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.weight_decay),
-                                   dict(params=vectors, weight_decay=0.0)],
-                                  lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    groups = [dict(params=[p for p in trained if p.dim() >= 2], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     # What a resume restores: trained weights, AdamW's moments, the step. The order of the data and
     # the randomness of dropout and augmentation are functions of (seed, step): nothing is missing.
-    start = checkpoint.restore(out, model, optimizer, device) if cfg.resume else 0
+    start = storage.restore(out, model, optimizer, device) if cfg.resume else 0
     net = wrap(cfg, model, world)
     schedule = Schedule(sizes, shares, cfg.seed, range(start, cfg.steps), cfg.effective_batch,
                         rank, world)
     batches = launch.load(dataset, schedule, cfg.workers, pin_memory=device.type == "cuda")
-    log = Log(cfg, start) if chief else Silent()
-    if chief and not cfg.resume:  # --overwrite
-        checkpoint.prune(checkpoint.steps_in(out))
-    lost, caught = launch.LeftOut(cfg.strict), launch.catch_signals()
-    stage, stopped = None, False
+    log = Log(cfg, start) if main_process else Silent()
+    if main_process and not cfg.resume:  # old steps are here only if --overwrite was given
+        storage.prune(storage.steps_in(out))
+    bad, too_long = BadRows(cfg.strict), BadRows()  # left out; too many bad ones end the run
+    signals, stage, stopped = launch.catch_signals(), None, False
+
     for step in range(start, cfg.steps):
         began = time.perf_counter()
+        # Augmenter finds each sample's stage of the curriculum itself; here a new one is only told.
         epoch = step * cfg.effective_batch / sum(sizes)
         if dataset.augment and stage != dataset.augment.stage(epoch):
             stage = dataset.augment.stage(epoch)
@@ -252,49 +237,48 @@ def train(cfg: TrainConfig) -> int:
         lr = learning_rate(cfg, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-
-        mine = next(batches)  # this rank's micro-batches, and counts
-        micro, left_out = mine.pop("micro"), mine.pop("left_out")
-        mine["labels"] = sum((batch["labels"] != -100).sum().item() for batch in micro)
-        total = launch.all_sum(mine | dict(left_out=len(left_out), stop=len(caught)), device)
-        lost.add(left_out, total, seen=(step + 1 - start) * cfg.effective_batch)
-        loss = backward(net, micro, total["labels"], world, device)
+        batch = next(batches)  # this rank's micro-batches, rows left out, counts of tokens and more
+        micro_batches, rows = batch.pop("micro"), batch.pop("left_out")
+        batch["labels"] = sum((part["labels"] != -100).sum().item() for part in micro_batches)
+        total = launch.all_sum(batch | dict(left_out=len(rows), stop=len(signals)), device)
+        launch.add_left_out(bad, too_long, rows, total, (step + 1 - start) * cfg.effective_batch)
+        loss = backward(net, micro_batches, total["labels"], world, device)
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf).item()
         if not math.isfinite(loss + norm):
-            log.note(f"error: loss {loss:g}, gradient norm {norm:g} at step {step + 1}: training "
-                     f"has diverged; older checkpoints stay in {out}. Try a lower --lr")
+            last = ["none", *storage.steps_in(out)][-1]
             log.close()
+            log.note(f"error: training has diverged: loss {loss:g}, gradient norm {norm:g} at step "
+                     f"{step + 1}; last checkpoint: {last}. Try a lower --lr")
             return 1
         optimizer.step()
-        optimizer.zero_grad(set_to_none=world == 1)
-
+        optimizer.zero_grad(set_to_none=world == 1)  # see wrap
         log.write(dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm,
                        **speed(model, total, time.perf_counter() - began, world, device)))
         stopped = total["stop"] > 0
-        if chief and (stopped or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0):
-            checkpoint.save_step(out, model, optimizer, asdict(cfg), step + 1, cfg.keep)
+        save = stopped or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0
+        if main_process and save:
+            storage.save_step(out, model, optimizer, asdict(cfg), step + 1, cfg.keep)
             plot_loss(log.rows, out / "loss.png")
         if stopped:
             break
 
     log.close()
     if world > 1:
+        del net  # DDP must not be the last to hold the process group: its destructor can deadlock
         dist.barrier()
         dist.destroy_process_group()
-    if chief:
-        lost.report()
+    if main_process:
+        for left_out in filter(None, [str(bad), str(too_long)]):
+            print(f"left out, and replaced by the next rows: {left_out}", file=sys.stderr)
         print(f"stopped at step {step + 1}, saved; go on with: python train.py --resume --out {out}"
               if stopped else f"done: {out} holds the model; next: python eval.py --ckpt {out}")
-    return 130 if stopped and signal.SIGINT in caught else 0
-
+    return 130 if stopped and signal.SIGINT in signals else 0
 
 def main() -> int:
     try:
         return train(launch.parse_config(TrainConfig, sys.argv[1:]))
-    except torch.cuda.OutOfMemoryError as e:
-        raise UserError("the GPU's memory is full: try --grad_checkpoint, a smaller --batch_size, "
-                        f"or --max_tokens ({first_line(e)})") from None
-
+    except torch.cuda.OutOfMemoryError:
+        raise UserError("GPU full: --grad_checkpoint, a lower --batch_size, --max_tokens") from None
 
 if __name__ == "__main__":
     run(main)

@@ -1,17 +1,14 @@
 """
-support/corpus.py -- a spoken corpus without a download: a small grammar, spoken by espeak-ng.
-
-What it makes are rows as a manifest has them (data.py shows the format), with a "name" besides.
-Equal seeds give equal bytes on any machine; what was spoken once stays in the cache folder.
+support/corpus.py -- a spoken corpus without a download: sentences of a small grammar, spoken by
+espeak-ng, as a manifest's rows with a "name". Equal seeds give equal bytes on any machine.
 """
-import ctypes
 import hashlib
 import json
 import multiprocessing
-import os
 import random
 import re
 import zlib
+from ctypes import CDLL, CFUNCTYPE, POINTER, c_int, c_long, c_short, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,18 +24,13 @@ DATA = json.loads(Path(__file__).with_name("grammar.json").read_text(encoding="u
 GRAMMAR = DATA["grammar"]  # of each language: name -> alternatives, in which {name} draws another
 QUESTIONS = DATA["questions"]  # about a text: its first word, its last word, how many there are
 LANGUAGES = tuple(GRAMMAR)
-# Variants of espeak-ng's voice; those for evaluation are never trained on. Left out, as no people:
-# whispers, robots, Klatt voices, loud echoes, broken stress, odd formants.
+# Variants of espeak-ng's voice that sound like people. Those for evaluation are never trained on.
 TRAIN_VOICES, EVAL_VOICES = DATA["voices"]["train"], DATA["voices"]["eval"]
 EVAL_SPLITS = ["clean", "voices", "books", "speak"]  # augment.py makes two more out of clean
 EVAL_UTTERANCES = 250            # in each held-out split
 SENTENCE_SHARE = 0.7             # of the training set; the rest is dictation
-TRAIN_MANNERS = 0.7, 0.15, 0.15  # shares of the training set spoken like clean, books and speak
+TRAIN_MANNERS = dict(clean=0.7, books=0.15, speak=0.15)  # shares of the training set spoken so
 CHUNK = 250  # utterances spoken by one process; fixed, so that bytes do not depend on the machine
-
-
-# -----------------------------------------------------------------------------
-# What is said
 
 def sentence(lang: str, rng: random.Random) -> str:
     """One sentence of the grammar."""
@@ -47,24 +39,19 @@ def sentence(lang: str, rng: random.Random) -> str:
         text = re.sub(r"\{(\w+)\}", lambda m: rng.choice(GRAMMAR[lang][m[1]]), text, count=1)
     return text
 
-
 @lru_cache
 def vocabulary(lang: str) -> list[str]:
     """All words of a grammar, sorted."""
     lines = " ".join(" ".join(alternatives) for alternatives in GRAMMAR[lang].values())
     return sorted(set(re.sub(r"\{\w+\}", "", lines).split()))
 
-
 def dictation(lang: str, rng: random.Random) -> str:
-    """One to four words in any order, which have to be listened to: a sentence can be half guessed
-    from its beginning."""
+    """One to four words in any order: half of a sentence can be guessed, of these nothing can."""
     return " ".join(rng.choices(vocabulary(lang), k=rng.randint(1, 4)))
-
 
 def held_out(text: str) -> bool:
     """Is it for evaluation only? One text in six is, whoever draws it."""
     return zlib.crc32(text.encode()) % 6 == 0
-
 
 def fresh(lang: str, split: str, rng: random.Random, said: set) -> str:
     """A text of a split. Evaluation says held-out sentences only, and none twice."""
@@ -76,11 +63,11 @@ def fresh(lang: str, split: str, rng: random.Random, said: set) -> str:
             said.add(text)
             return text
 
-
 def script(lang: str, split: str, rng: random.Random, said: set) -> list[str]:
     """What is said next in a split: parts with pauses between them."""
-    manner = split if split != "train" else rng.choices(["clean", "books", "speak"],
-                                                        TRAIN_MANNERS)[0]
+    manner = split
+    if split == "train":
+        manner = rng.choices(list(TRAIN_MANNERS), TRAIN_MANNERS.values())[0]
     text = fresh(lang, split, rng, said)
     words = text.split()
     if manner == "books":  # reads on: longer than a window
@@ -90,23 +77,18 @@ def script(lang: str, split: str, rng: random.Random, said: set) -> list[str]:
         return [" ".join(words[:i]), " ".join(words[i - 1:])]
     return [text]
 
-
-# -----------------------------------------------------------------------------
-# Who says it
-
 class Espeak:
     """espeak-ng through ctypes, from the PyPI package espeakng-loader."""
 
     def __init__(self, seed: int):
         import espeakng_loader
-        self.lib, self.pcm = ctypes.CDLL(espeakng_loader.get_library_path()), []
-        self.callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
-                                         ctypes.c_void_p)(self.receive)
+        self.lib, self.pcm = CDLL(espeakng_loader.get_library_path()), []
+        self.callback = CFUNCTYPE(c_int, POINTER(c_short), c_int, c_void_p)(self.receive)
         synchronous, folder = 2, espeakng_loader.get_data_path().encode()
         self.rate = self.lib.espeak_Initialize(synchronous, 0, folder, 0)
         assert self.rate > 0, f"espeak_Initialize failed with {self.rate}"
         self.lib.espeak_SetSynthCallback(self.callback)
-        self.lib.espeak_ng_SetRandSeed(ctypes.c_long(seed))
+        self.lib.espeak_ng_SetRandSeed(c_long(seed))
 
     def receive(self, samples, n, events):
         if samples and n > 0:
@@ -125,11 +107,8 @@ class Espeak:
         assert not failed and self.pcm, f"espeak-ng cannot say {text!r} as {voice}"
         return np.concatenate(self.pcm)
 
-
 def synthesise(job: tuple) -> None:
-    """(lang, split, k, seed, path): speak chunk number k of a split and write it to `path`. Runs in
-    a process of its own: espeak-ng keeps state from one utterance to the next, so equal bytes need
-    an equal history."""
+    """(lang, split, k, seed, path): speak chunk k, in a new process, for espeak-ng keeps state."""
     lang, split, k, seed, path = job
     torch.set_num_threads(1)
     rng, said = random.Random(f"{seed} {lang} {split} {k}"), set()
@@ -137,38 +116,32 @@ def synthesise(job: tuple) -> None:
     speeds, pitches = ((150, 260), (15, 85)) if split == "voices" else ((190, 230), (40, 60))
     texts, voices, clips = [], [], []
     for i in range(CHUNK):
-        voices.append(rng.choice(TRAIN_VOICES) if split == "train" else
-                      EVAL_VOICES[i % len(EVAL_VOICES)])
+        voice = rng.choice(TRAIN_VOICES) if split == "train" else EVAL_VOICES[i % len(EVAL_VOICES)]
+        voices.append(voice)
         parts, pieces = script(lang, split, rng, said), []
         speed, pitch = rng.randint(*speeds), rng.randint(*pitches)
         for part in parts:
             pause = rng.randrange(3000, 8000) if pieces else rng.randrange(SAMPLE_RATE // 10)
             level = 10 ** (rng.uniform(-9, 0) / 20) if len(parts) > 1 else 1
-            wave = load_audio(espeak.say(part, f"{lang}+{voices[-1]}", speed, pitch))
+            wave = load_audio(espeak.say(part, f"{lang}+{voice}", speed, pitch))
             pieces += [torch.zeros(pause), level * resampler(espeak.rate, SAMPLE_RATE)(wave)]
         texts.append(" ".join(parts))
         clip = torch.cat(pieces).clamp(-1, 1) * 32767
         clips.append(clip.round().to(torch.int16).numpy())
-
-    def write(tmp):
-        with open(tmp, "wb") as f:  # given a name, savez would append .npz to it
-            np.savez(f, pcm=np.concatenate(clips), ends=np.cumsum([len(c) for c in clips]),
-                     texts=texts, voices=voices)
-    replace_file(path, write)
-
+    sound = dict(pcm=np.concatenate(clips), ends=np.cumsum([len(clip) for clip in clips]))
+    replace_file(path, lambda tmp: np.savez(tmp, **sound, texts=texts, voices=voices))
 
 def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
-    """The first n rows of "train" or of one of EVAL_SPLITS, their audio as int16 samples at 16 kHz;
-    spoken now where the cache does not hold them."""
-    # A new recipe is a new folder. The last number stands for what script and synthesise do.
-    recipe = [GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, SENTENCE_SHARE, TRAIN_MANNERS, CHUNK, 2]
+    """The first n rows of "train" or of one of EVAL_SPLITS, spoken now or read from the cache."""
+    shares = [SENTENCE_SHARE, list(TRAIN_MANNERS.values())]
+    recipe = [GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, *shares, CHUNK, 2]  # 2: of synthesise
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     folder = cache_dir() / f"{lang}-{seed}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{split}-{k:03d}.npz" for k in range(-(-n // CHUNK))]
     jobs = [(lang, split, k, seed, str(p)) for k, p in enumerate(paths) if not p.exists()]
     if jobs:
-        processes = min(os.cpu_count(), len(jobs))
+        processes = min(multiprocessing.cpu_count(), len(jobs))
         with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
             list(tqdm(pool.imap_unordered(synthesise, jobs), f"speaking {lang} {split}", len(jobs),
                       unit_scale=CHUNK, unit=" utterances"))
@@ -180,8 +153,3 @@ def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
                 name = f"{lang}-{split}/{len(rows)}/{voice}"
                 rows.append({"audio": clip, "text": str(text), "name": name})
     return rows[:n]
-
-
-def train_tokenizer(*args):  # TEMPORARY
-    from support.tiny import train_tokenizer
-    return train_tokenizer(*args)

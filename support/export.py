@@ -9,29 +9,38 @@ import os
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import transformers
 from tabulate import tabulate
-from transformers.utils.logging import disable_progress_bar
 
 import model as code
 from model import ENCODER, LLM, SAMPLE_RATE
 from support import lora
-from support.checkpoint import find_checkpoint, load_checkpoint, training_config
+from support.checkpoint import find_checkpoint, load_checkpoint, read_json
 from support.cli import ArgumentParser, UserError, first_line, run
 
 PRIVATE = {"out", "data_dir", "train_manifest", "device", "workers", "save_every", "keep", "log"}
 
-
-def export(where: str | Path, to: str | Path, encoder: str = ENCODER, llm: str = LLM,
-           title: str | None = None) -> code.BorealisForConditionalGeneration:
-    """Write the folder `to`, whole or not at all -> the model. title: its name in the model card,
-    the folder's unless given. Raises ValueError or OSError."""
+def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None = None):
+    """Write the folder `to`, whole or not at all -> the model. Raises ValueError or OSError."""
     if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
         raise ValueError(f"{to} exists already: name a new folder with --to")
     model, source = load_checkpoint(where, encoder, llm), find_checkpoint(where)
+    lora.cast(model, model.llm.dtype)
+    config, ends = model.config, model.ends
+    config.auto_map = {"AutoConfig": "model.BorealisConfig",
+                       "AutoModel": "model.BorealisForConditionalGeneration"}
+    extractor = code.feature_extractor(config.encoder_config.num_mel_bins,
+                                       chunk_length=config.window_samples // SAMPLE_RATE)
+    # By hand: transformers writes no temperature beside do_sample=False, vLLM samples without one.
+    greedy = dict(do_sample=False, temperature=0.0, eos_token_id=ends, pad_token_id=ends[-1])
     fresh = Path(f"{Path(to)}.{os.getpid()}.tmp")
     try:
-        write_folder(lora.cast(model, model.llm.dtype), fresh)
+        model.save_pretrained(fresh, max_shard_size="5GB")
+        model.tokenizer.save_pretrained(fresh)
+        extractor.save_pretrained(fresh)
+        (fresh / "generation_config.json").write_text(json.dumps(greedy, indent=2))
+        shutil.copy(code.__file__, fresh)
         if (source / "train_config.json").is_file():  # eval.py reads there what it was made for
             shutil.copy(source / "train_config.json", fresh)
         card = model_card(model, source, title or Path(to).name)
@@ -41,57 +50,28 @@ def export(where: str | Path, to: str | Path, encoder: str = ENCODER, llm: str =
         shutil.rmtree(fresh, ignore_errors=True)
     return model
 
-
-def write_folder(model, folder: Path) -> None:
-    config, name, ends = model.config, type(model).__name__, model.ends
-    config.architectures = [name]
-    config.auto_map = {"AutoConfig": "model.BorealisConfig", "AutoModel": f"model.{name}"}
-    model.save_pretrained(folder, max_shard_size="5GB")
-    model.tokenizer.save_pretrained(folder)
-    code.feature_extractor(
-        feature_size=config.encoder_config.num_mel_bins,
-        chunk_length=config.window_samples // SAMPLE_RATE).save_pretrained(folder)
-    # By hand: transformers writes no temperature beside do_sample=False, vLLM samples without one.
-    greedy = dict(do_sample=False, temperature=0.0, eos_token_id=ends, pad_token_id=ends[-1])
-    (folder / "generation_config.json").write_text(json.dumps(greedy, indent=2))
-    shutil.copy(code.__file__, folder)
-
-
 def model_card(model, source: Path, title: str) -> str:
     """model_card.md filled in: sizes, results.json of eval.py, train_config.json."""
-    def table(rows, header):
-        return tabulate(rows, header, "pipe", disable_numparse=True)
-
-    scores = "Not evaluated yet."
-    files = [p / "results.json" for p in (source.parent, source) if (p / "results.json").is_file()]
-    results = json.loads(files[-1].read_text()) if files else {"task": None}
-    if results.get("task", "asr") == "asr":
-        runs = {results["run"]: results} | results.get("others", {})
-        rows = [[run, *(split["wer"] for split in r["splits"].values()), r["avg_wer"]]
-                for run, r in runs.items()]
-        scores = (f"{table(rows, ['WER %', *results['splits'], 'average'])}\n\nNormaliser: "
-                  f"{results['normalizer']}; 95 % intervals and more in the run's results.json.")
     settings = [(key, os.path.basename(value) if os.path.isabs(str(value)) else value)
-                for key, value in training_config(source).items()
+                for key, value in read_json(source / "train_config.json").items()
                 if key not in PRIVATE and value not in (None, "", False)]
+    training = tabulate(settings, ["setting", "value"], "pipe", disable_numparse=True)
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.format(
-        title=title, model=model, config=model.config, parameters=code.count(model), scores=scores,
-        seconds=model.config.window_samples / SAMPLE_RATE, transformers=transformers.__version__,
-        training=table(settings, ["setting", "value"]) if settings else "Not recorded.")
+        title=title, model=model, seconds=model.config.window_samples / SAMPLE_RATE,
+        parameters=code.count(model), transformers=transformers.__version__, scores=scores(source),
+        training=training if settings else "Not recorded.")
 
-
-def push(folder: str | Path, name: str):
-    """Upload a folder as user/name -> its address. Raises ValueError."""
-    from huggingface_hub import HfApi
-    try:
-        HfApi().create_repo(name, exist_ok=True)
-        return HfApi().upload_folder(repo_id=name, folder_path=folder)
-    except Exception as e:  # it fails in many ways, and none of them is ours
-        raise ValueError(f"{folder} is written, but not pushed to {name} ({type(e).__name__}): go "
-                         "online, set HF_TOKEN to a token that may write there, and run "
-                         f"hf upload {name} {folder}") from None
-
+def scores(source: Path) -> str:
+    """What eval.py found, as text: results.json beside the checkpoint, or else above it."""
+    results = read_json(source / "results.json") or read_json(source.parent / "results.json")
+    if not results or results.get("task", "asr") != "asr":
+        return "Not evaluated yet."
+    runs = {results["run"]: results} | results.get("others", {})
+    rows = [[run, *(split["wer"] for split in r["splits"].values()), r["avg_wer"]]
+            for run, r in runs.items()]
+    table = tabulate(rows, ["WER %", *results["splits"], "average"], "pipe", disable_numparse=True)
+    return f"{table}\n\nNormaliser: {results['normalizer']}; 95 % intervals are in results.json."
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m support.export", description="Write a model folder.")
@@ -101,15 +81,18 @@ def main() -> None:
     parser.add_argument("--encoder", default=ENCODER, help="for a checkpoint of the original")
     parser.add_argument("--llm", default=LLM, help="likewise")
     args = parser.parse_args()
-    disable_progress_bar()
     try:
         model = export(args.ckpt, args.to, args.encoder, args.llm, args.push)
-        print(f"{args.to} holds {code.count(model):,} parameters in {model.dtype}, LoRA merged")
-        if args.push:
-            print(f"pushed: {push(args.to, args.push)}")
     except (ValueError, OSError) as e:
         raise UserError(first_line(e)) from None
-
+    print(f"{args.to} holds {code.count(model):,} parameters in {model.dtype}, LoRA merged")
+    if args.push:
+        try:
+            huggingface_hub.create_repo(args.push, exist_ok=True)
+            print("pushed:", huggingface_hub.upload_folder(repo_id=args.push, folder_path=args.to))
+        except Exception as e:  # it fails in many ways, and none of them is ours
+            raise UserError(f"{args.to} is written, but not pushed ({type(e).__name__}): go online,"
+                            f" set HF_TOKEN, and run hf upload {args.push} {args.to}") from None
 
 if __name__ == "__main__":
     run(main)

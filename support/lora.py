@@ -7,12 +7,9 @@ import torch.nn.functional as F
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-
 def prepare(model: nn.Module, trained: str, lora: dict | None = None) -> nn.Module:
-    """Freeze everything but what is to train, and make that fp32.
-
-    trained: "adapter"; "lora", which is the adapter, low-rank matrices beside all linears of the
-    LLM and the embeddings of our tokens; or "full", adapter and LLM. lora: rank, alpha, dropout."""
+    """Freeze all but what trains, and make that fp32: "adapter"; "lora", it, matrices beside the
+    LLM's linears, our tokens' embeddings; "full", adapter and LLM. lora: rank, alpha, dropout."""
     model.config.trained, model.config.lora = trained, lora
     model.freeze("encoder", *(["llm"] if trained == "adapter" else []))
     if trained == "lora":
@@ -21,7 +18,6 @@ def prepare(model: nn.Module, trained: str, lora: dict | None = None) -> nn.Modu
     for p in stored(model).values():
         p.data = p.data.float()
     return model
-
 
 def add_matrices(llm: nn.Module, rank: int, alpha: float, dropout: float) -> None:
     """W x -> W x + alpha / rank * B A x, with W frozen and B zero at first."""
@@ -32,44 +28,37 @@ def add_matrices(llm: nn.Module, rank: int, alpha: float, dropout: float) -> Non
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
 
-
 def add_rows(model: nn.Module) -> None:
     """Let the embeddings of our tokens train, on the way in and, in a tied LLM, on the way out.
     Not by peft's trainable_token_indices: that copies the whole table in every forward."""
     tokens = new_tokens(model.config)
     table, head = model.llm.get_input_embeddings(), model.llm.get_output_embeddings()
     model.new_rows = nn.Parameter(table.weight[tokens].detach())
-
     def way_in(module, args, embeds):  # (B, L) ids -> (B, L, D)
         for token, row in zip(tokens, model.new_rows, strict=True):
             here = (args[0] == token).unsqueeze(-1)  # (B, L, 1)
             embeds = torch.where(here, row.to(embeds.dtype), embeds)
         return embeds
-
     def way_out(module, args, logits):  # (..., D) -> (..., V)
         logits[..., tokens] = F.linear(args[0], model.new_rows).to(logits.dtype)
         return logits
-
     model.row_hooks = [table.register_forward_hook(way_in)]
     if model.config.tie_word_embeddings:
         model.row_hooks.append(head.register_forward_hook(way_out))
-
 
 def new_tokens(config) -> list[int]:
     """Our tokens that have an embedding; in the original's layout AUDIO has none."""
     ids = {config.audio_token_id, config.audio_start_id, config.audio_end_id}
     return sorted(i for i in ids if i < config.llm_config.vocab_size)
 
-
 @torch.no_grad()
 def merge(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Undo prepare(): what was learned goes into the weights, each rounded to dtype once."""
     if model.config.trained == "lora":
-        from peft.tuners.lora import LoraLayer
         for name, module in list(model.llm.named_modules()):
-            if isinstance(module, LoraLayer):
-                base, delta = module.get_base_layer(), module.get_delta_weight("default")
-                base.weight.copy_(base.weight.float() + delta.float())
+            if hasattr(module, "lora_A"):  # the base with matrices -> the base
+                base = module.get_base_layer()
+                base.weight += module.get_delta_weight("default").float()
                 model.llm.set_submodule(name, base)
         table = model.llm.get_input_embeddings().weight
         table[new_tokens(model.config)] = model.new_rows.to(table.dtype)
@@ -79,14 +68,11 @@ def merge(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     model.config.trained = model.config.lora = model.config.base = None
     return cast(model, dtype).requires_grad_(True).freeze("encoder")
 
-
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Weights to dtype. Not model.to(dtype): that rounds the rotary frequencies, too, and far
-    positions go astray by radians."""
+    """Weights to dtype, not rotary frequencies as in model.to(dtype): that is off by radians."""
     for p in model.parameters():
         p.data = p.data.to(dtype)
     return model
-
 
 def stored(model: nn.Module) -> dict[str, torch.Tensor]:
     """What a checkpoint holds: what trains, or all of a model without a base."""

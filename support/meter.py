@@ -1,7 +1,4 @@
-"""
-support/meter.py -- what a training run measures: its log, its loss curve, how busy the GPU is.
-"""
-import contextlib
+"""support/meter.py -- what a training run measures: its log, its loss, how busy the GPU is."""
 import json
 import sys
 from itertools import accumulate
@@ -12,30 +9,24 @@ from tqdm import tqdm
 
 from support.cli import UserError, first_line, picture, write_text
 
-
 def read_metrics(path: Path, until: float) -> list[dict]:
     """The rows of metrics.jsonl up to a step, without a last line that a kill has cut short."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
     return [row for row in rows if row["step"] <= until]
 
-
 class Silent:
-    """The Log of the other ranks: nothing happens."""
     def write(self, row=None):
-        pass
+        """The Log of the other ranks: nothing happens."""
     note = close = write
 
-
 class Log:
-    """The log of rank 0, one row a step: metrics.jsonl, a progress bar, wandb or tensorboard."""
+    """The log of rank 0, one row a step: metrics.jsonl, a progress bar, wandb or tensorboard.
+    cfg: a TrainConfig. start: steps done; rows beyond it are dropped. Raises UserError."""
 
     def __init__(self, cfg, start: int):
-        """cfg: a TrainConfig. start: steps done; rows beyond it are dropped. Raises UserError."""
-        self.path, self.wandb, self.board = Path(cfg.out) / "metrics.jsonl", None, None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        self.path, self.wandb, self.board = Path(cfg.out, "metrics.jsonl"), None, None
         self.rows = read_metrics(self.path, start)
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         try:
@@ -46,13 +37,10 @@ class Log:
             elif cfg.log == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(cfg.out, purge_step=start)
-        except ImportError:
-            raise UserError(f"--log {cfg.log} needs a package: pip install {cfg.log}") from None
-        except Exception as e:  # not logged in, no network, ...
-            raise UserError(f"--log {cfg.log}: {first_line(e)}") from None
-        # A terminal gets a live bar, a file or pipe a line every ten seconds.
+        except Exception as e:  # not installed, not logged in, no network, ...
+            raise UserError(f"--log {cfg.log}: {first_line(e)} (pip install {cfg.log}?)") from None
         self.bar = tqdm(total=cfg.steps, initial=start, desc="training", unit="step",
-                        mininterval=0.1 if sys.stderr.isatty() else 10)
+                        mininterval=0.1 if sys.stderr.isatty() else 10)  # seconds; 10 in a file
 
     def write(self, row: dict):
         self.rows.append(row)
@@ -67,8 +55,7 @@ class Log:
         self.bar.set_postfix_str(", ".join(text[1:]), refresh=False)  # the step is in the bar
         self.bar.update()
 
-    def note(self, text: str):
-        """A line above the bar."""
+    def note(self, text: str):  # a line on standard error, above the bar
         self.bar.write(text, file=sys.stderr)
 
     def close(self):
@@ -77,7 +64,6 @@ class Log:
             self.wandb.finish()
         if self.board:
             self.board.close()
-
 
 def plot_loss(rows: list[dict], path: Path):
     """Rows of a Log -> a picture of the loss, each step and smoothed."""
@@ -90,17 +76,15 @@ def plot_loss(rows: list[dict], path: Path):
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
 
+# ---- MFU: FLOPs that a step needs, over those that the GPU could do (dense bf16, data sheets)
 
-# Dense bf16 FLOP/s of one device, from the makers' data sheets.
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
         "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
         "RTX 4090": 165e12, "RTX 3090": 71e12, "B200": 2250e12}
 
-
 def step_flops(model, tokens: float, squares: float, windows: float, labels: float) -> float:
-    """FLOPs a step needs, without what padding or gradient checkpointing add: per weight and token
-    2 forward, 2 more where a gradient passes through, 2 more where the weight itself learns.
-    squares: sum of the squared row lengths."""
+    """FLOPs of a step, without padding and checkpointing: per weight and token 2 forward, 2 where a
+    gradient passes through, 2 where the weight learns. squares: sum of the squared row lengths."""
     c, E, D = model.config, model.config.encoder_config, model.config.llm_config
     T, learns = E.max_source_positions, 2 * ("encoder" not in c.frozen)
 
@@ -120,17 +104,14 @@ def step_flops(model, tokens: float, squares: float, windows: float, labels: flo
     return (windows * (encoder + c.tokens_per_window * adapter)
             + tokens * linears(model.llm.model, 2) + 3 * causal + head)
 
-
 def speed(model, total: dict, took: float, world: int, device: torch.device) -> dict:
-    """Columns of a row: how fast a step of `took` seconds was. total: its tokens, squares, windows,
-    labels and seconds of audio, on all ranks."""
+    """Columns of a row: how fast a step of `took` seconds was. total: its counts on all ranks."""
     row = dict(ms=took * 1e3, tokens_per_s=total["tokens"] / took,
                audio_s_per_s=total["seconds"] / took)
-    if device.type != "cuda":
-        return row
-    row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    name = torch.cuda.get_device_name(device)
-    if peak := next((flops for part, flops in PEAK.items() if part in name), None):
-        sizes = {k: total[k] for k in ("tokens", "squares", "windows", "labels")}
-        row["mfu"] = step_flops(model, **sizes) / took / world / peak
+    if device.type == "cuda":
+        row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        name = torch.cuda.get_device_name(device)
+        if peak := next((flops for part, flops in PEAK.items() if part in name), None):
+            sizes = [total[key] for key in ("tokens", "squares", "windows", "labels")]
+            row["mfu"] = step_flops(model, *sizes) / took / world / peak
     return row

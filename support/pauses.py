@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -17,10 +18,8 @@ from data import Sample
 from model import HOP, SAMPLE_RATE
 from support.rows import MIN_SECONDS, BadRow
 
-
 def cut_at_pauses(wave: torch.Tensor, longest: int) -> list[torch.Tensor]:
-    """(samples,) -> pieces of at most `longest` samples, each cut at the quietest 0.2 s of its
-    second half."""
+    """(samples,) -> pieces of <= `longest`, each cut at the quietest 0.2 s of its second half."""
     pieces, span = [], SAMPLE_RATE // 5
     while len(wave) > longest:
         end = min(longest, len(wave) - SAMPLE_RATE // 2)  # in a sliver a model would invent words
@@ -31,36 +30,26 @@ def cut_at_pauses(wave: torch.Tensor, longest: int) -> list[torch.Tensor]:
         wave = wave[cut:]
     return [*pieces, wave]
 
-
 def without_thoughts(text: str) -> str:
     """Other people's checkpoints may think aloud."""
     return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL).strip()
 
-
 def in_pieces(answer: Callable, longest: int, batch_size: int) -> Callable:
-    """A system as eval.py's that transcribes long recordings piece by piece and joins the texts.
-    answer: a system, called with pieces of at most `longest` samples, batch_size at a time."""
+    """A system as eval.py's: asks another about pieces of <= `longest` samples, joins the texts."""
     def joined(samples, waves):
-        jobs, parts = [], [[] for _ in samples]
-        for i, recordings in enumerate(waves):
-            if len(recordings) != 1:
-                raise BadRow(f"a transcript is of one recording, not of {len(recordings)}")
-            jobs += [(i, piece) for piece in cut_at_pauses(recordings[0], longest)]
-        for start in range(0, len(jobs), batch_size):
-            batch = jobs[start:start + batch_size]
-            answers = answer([samples[i] for i, _ in batch], [[piece] for _, piece in batch])
-            for (i, _), part in zip(batch, answers, strict=True):
-                parts[i].append(part)
-        return [join(p) for p in parts]
-
-    def join(part):
-        texts, tokens, cut = zip(*part, strict=True)
+        if any(len(recordings) != 1 for recordings in waves):
+            raise BadRow("a transcript is of one recording, not of several or none")
+        cuts = [cut_at_pauses(wave, longest) for wave, in waves]
+        jobs = [(s, [piece]) for s, cut in zip(samples, cuts, strict=True) for piece in cut]
+        batches = (jobs[i:i + batch_size] for i in range(0, len(jobs), batch_size))
+        parts = chain.from_iterable(answer(*zip(*batch, strict=True)) for batch in batches)
+        return [join(islice(parts, len(cut))) for cut in cuts]
+    def join(parts):
+        texts, tokens, cut = zip(*parts, strict=True)
         return " ".join(filter(None, map(without_thoughts, texts))), sum(tokens), any(cut)
     return joined
 
-
-# -----------------------------------------------------------------------------
-# Live. The phrase so far is decoded anew every half second; the words that two passes in a row
+# ---- Live. The phrase so far is decoded anew every half second; the words that two passes in a row
 # agree on are printed (local agreement: Liu et al. 2020, arXiv:2005.11185; whisper_streaming).
 
 FRAME = SAMPLE_RATE // 40  # samples; loudness is measured in frames of 25 ms
@@ -69,55 +58,44 @@ LEAD = 3                   # frames kept before the first loud one of a phrase
 UNSURE = 40                # frames kept while nobody speaks
 MEMORY = 800               # frames that loud and quiet are told from
 
+def from_pcm(file) -> Iterator[np.ndarray]:
+    """Raw 16-bit mono samples at 16 kHz -> float32 arrays of half a second, as they come in."""
+    while len(data := file.read(2 * STEP * FRAME)) > 1:
+        yield np.frombuffer(data[:len(data) // 2 * 2], "<i2").astype(np.float32) / 32768
 
-def from_stdin() -> Iterator[np.ndarray]:
-    """Raw 16-bit mono PCM at 16 kHz on standard input -> float32 arrays of half a second."""
-    with open(0, "rb", closefd=False) as stdin:  # Python cannot exit while sys.stdin is read
-        while len(data := stdin.read(2 * STEP * FRAME)) > 1:
-            yield np.frombuffer(data[:len(data) // 2 * 2], "<i2").astype(np.float32) / 32768
-
-
-def in_real_time(wave: np.ndarray) -> Iterator[np.ndarray]:
+def in_real_time(wave: torch.Tensor) -> Iterator[np.ndarray]:
     """A recording, half a second at a time, as fast as it was spoken."""
-    began = time.monotonic()
-    for end in range(STEP * FRAME, len(wave) + STEP * FRAME, STEP * FRAME):
-        time.sleep(max(0, began + end / SAMPLE_RATE - time.monotonic()))
-        yield wave[end - STEP * FRAME:end]
-
+    for piece in wave.split(STEP * FRAME):
+        time.sleep(len(piece) / SAMPLE_RATE)
+        yield piece.numpy()
 
 def arriving(pieces: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, bool]]:
     """Each piece, and whether the next is there already: a thread reads on while this one is
     decoded. Ctrl-C, which is how a microphone ends, only ends the reading; a second one stops."""
     waiting = queue.SimpleQueue()  # its put() may be interrupted by a signal that puts, too
-
     def read():
         try:
             for piece in pieces:
                 waiting.put(piece)
-        except Exception as e:  # raised below, where it is seen
-            waiting.put(e)
-        waiting.put(None)
-
+            waiting.put(None)
+        except Exception as e:
+            waiting.put(e)  # raised below
     def stop(*_):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         waiting.put(None)
 
     before = signal.signal(signal.SIGINT, stop)
     threading.Thread(target=read, daemon=True).start()
-    try:
-        while (piece := waiting.get()) is not None:
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece, not waiting.empty()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
+    while isinstance(piece := waiting.get(), np.ndarray):
+        yield piece, not waiting.empty()
+    signal.signal(signal.SIGINT, before)
+    if piece:
+        raise piece
 
 def loudness(wave: np.ndarray) -> np.ndarray:
     """dB of full scale, one a frame."""
     frames = wave[:len(wave) // FRAME * FRAME].reshape(-1, FRAME)
     return 10 * np.log10(np.square(frames).mean(1) + 1e-10)
-
 
 class Live:
     """Prints words when they are certain, a line for each phrase; nothing printed is taken back.
@@ -135,46 +113,38 @@ class Live:
         for piece, behind in arriving(pieces):
             self.phrase = np.concatenate([self.phrase, piece])
             self.levels.extend(loudness(piece))
-            while self.levels and self.phrase_ended():
-                pass
+            while self.levels and (end := self.find_end()):
+                self.decode(end, over=True)
             if self.begun and not behind:
-                words = self.words(len(self.phrase))
-                self.print(os.path.commonprefix([words, self.last_pass]))
-                self.last_pass = words
+                self.decode(len(self.phrase))
         if self.begun and len(self.phrase) >= MIN_SECONDS * SAMPLE_RATE:
-            self.finish(len(self.phrase))
+            self.decode(len(self.phrase), over=True)
 
-    def phrase_ended(self) -> bool:
-        """Drop the quiet before a phrase; finish the phrase if it is over."""
+    def find_end(self) -> int:
+        """Drop the quiet before the phrase -> samples of the phrase if it is over, else 0."""
         quiet, voice = np.maximum(np.percentile(self.levels, (2, 95)), -70)
         threshold = quiet + max(9, (voice - quiet) / 3)  # dB
         loud = np.flatnonzero(loudness(self.phrase) > threshold)  # frames
+        frames = len(self.phrase) // FRAME
         if not self.begun:
-            first = max(0, loud[0] - LEAD if len(loud) else len(self.phrase) // FRAME - UNSURE)
-            self.phrase, loud = self.phrase[first * FRAME:], loud - first
+            first = max(0, loud[0] - LEAD if len(loud) else frames - UNSURE)
+            self.phrase, loud, frames = self.phrase[first * FRAME:], loud - first, frames - first
             self.begun = len(loud) > 0
-            if not self.begun:
-                return False
-        pauses = np.flatnonzero(np.diff(loud, append=len(self.phrase) // FRAME) > PAUSE)
-        if len(pauses):
-            self.finish((loud[pauses[0]] + 1 + PAUSE // 2) * FRAME)
         elif not len(loud):  # what was loud is quiet beside what came later
-            self.finish(len(self.phrase))
-        elif len(self.phrase) >= self.longest:
-            phrase = torch.from_numpy(self.phrase)
-            self.finish(len(cut_at_pauses(phrase, self.longest - 1)[0]))
-        return not self.begun
+            return len(self.phrase)
+        pauses = np.flatnonzero(np.diff(loud, append=frames) > PAUSE)
+        if self.begun and len(pauses):
+            return (loud[pauses[0]] + 1 + PAUSE // 2) * FRAME
+        if self.begun and len(self.phrase) >= self.longest:
+            return len(cut_at_pauses(torch.from_numpy(self.phrase), self.longest - 1)[0])
+        return 0
 
-    def finish(self, n: int) -> None:
-        """The first n samples are the phrase; what follows may become the next."""
-        self.print(self.words(n), end="\n")
-        self.start(self.phrase[n:])
-
-    def words(self, n: int) -> list[str]:
-        return self.answer([self.sample], [[torch.from_numpy(self.phrase[:n])]])[0][0].split()
-
-    def print(self, words: list[str], end: str = "") -> None:
-        """Print what is new."""
-        end = end if self.printed or words else ""
-        print("".join(f"{w} " for w in words[self.printed:]), end=end, flush=True)
-        self.printed = max(self.printed, len(words))
+    def decode(self, n: int, over: bool = False) -> None:
+        """Print what is new and certain in the first n samples: if the phrase is over, all."""
+        words = self.answer([self.sample], [[torch.from_numpy(self.phrase[:n])]])[0][0].split()
+        certain = words if over else os.path.commonprefix([words, self.last_pass])
+        end = "\n" if over and (words or self.printed) else ""
+        print("".join(f"{w} " for w in certain[self.printed:]), end=end, flush=True)
+        self.printed, self.last_pass = max(self.printed, len(certain)), words
+        if over:
+            self.start(self.phrase[n:])  # what follows may become the next phrase

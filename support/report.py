@@ -1,20 +1,15 @@
-"""
-support/report.py -- what eval.py writes: tables, what kind of errors they are made of, the worst
-utterances, a bar chart. A row is a line of hypotheses.jsonl, graded; a system is what assess() of
-eval.py says about one.
-"""
+"""support/report.py -- what eval.py writes: tables, kinds of errors, worst utterances, a chart. A
+row is a graded line of hypotheses.jsonl, a system what assess() of eval.py says about one."""
 import json
 import sys
 from pathlib import Path
 
 import jiwer
 import numpy as np
-import pandas as pd
 from tabulate import tabulate
 
 from support.cli import picture, write_text
 from support.tasks import TASKS, TITLES
-
 
 def by_split(rows: list[dict]) -> dict[str, list[dict]]:
     splits = {}
@@ -22,13 +17,9 @@ def by_split(rows: list[dict]) -> dict[str, list[dict]]:
         splits.setdefault(r["split"], []).append(r)
     return splits
 
-
-# -----------------------------------------------------------------------------
-# Diagnosis
-
 def longest_loop(words: list[str] | str) -> int:
-    """Words in the longest stretch of at least four that says a phrase (of up to 30 words) three
-    times in a row or more: "на на на на столе" -> 4. Or letters of a word."""
+    """Words, or letters, in the longest stretch, of 4 or more, that says a phrase (of up to 30)
+    three times in a row or more: "на на на на столе" -> 4."""
     longest = 0
     for size in range(1, min(30, len(words) // 3) + 1):
         same = 0  # words in a row that equal the one a phrase earlier
@@ -39,25 +30,22 @@ def longest_loop(words: list[str] | str) -> int:
                 longest = max(longest, stretch)
     return longest
 
-
 def diagnose(rows: list[dict]) -> dict[str, int]:
     """Rows of a split -> in how many utterances what went wrong."""
     counts = dict.fromkeys(("stopped_early", "loops", "cut", "silence", "text_on_silence"), 0)
     for r in rows:
-        said, heard = r["reference_normalised"].split(), r["hypothesis_normalised"].split()
-        word_said, word_heard = max(said, key=len, default=""), max(heard, key=len, default="")
-        counts["stopped_early"] += len(said) > 1.5 * len(heard)
-        counts["loops"] += (longest_loop(heard) > longest_loop(said)
-                            or longest_loop(word_heard) > longest_loop(word_said))
+        ref, hyp = r["reference_normalised"].split(), r["hypothesis_normalised"].split()
+        in_words = [longest_loop(max(words, key=len, default="")) for words in (ref, hyp)]
+        counts["stopped_early"] += len(ref) > 1.5 * len(hyp)
+        counts["loops"] += longest_loop(hyp) > longest_loop(ref) or in_words[1] > in_words[0]
         counts["cut"] += r["cut"]
-        counts["silence"] += not said
-        counts["text_on_silence"] += bool(heard) and not said
+        counts["silence"] += not ref
+        counts["text_on_silence"] += bool(hyp) and not ref
     return counts
-
 
 def describe(rows: list[dict], task: str) -> dict:
     """Rows of a split -> what its figure is made of, how many rows there are, what they took."""
-    seconds, took = sum(r["seconds"] for r in rows), sum(r["took"] for r in rows)
+    seconds, took, tokens = (sum(r[k] for r in rows) for k in ("seconds", "took", "tokens"))
     facts = {}
     if task == "asr":
         counts = np.array([r["wer"] for r in rows]).sum(0).tolist()
@@ -65,58 +53,47 @@ def describe(rows: list[dict], task: str) -> dict:
     return facts | dict(
         samples=len(rows), failed=sum(bool(r["failed"]) for r in rows), seconds=round(seconds, 1),
         rtf=round(took / seconds, 5) if seconds else None,
-        tokens_per_s=round(sum(r["tokens"] for r in rows) / max(took, 1e-9), 1))
-
+        tokens_per_s=round(tokens / max(took, 1e-9), 1))
 
 def worst(rows: list[dict], task: str, n: int = 10) -> str:
     """The rows with the most errors, reference above hypothesis, transcripts word by word."""
     def errors(r):
         return sum(r["wer"][:3]) if task == "asr" else 1 - r[TASKS[task][-1]][0]
-
     blocks = []
     for r in sorted(filter(errors, rows), key=errors, reverse=True)[:n]:
+        title, text = r["id"], f"REF: {r['reference']}\nHYP: {r['hypothesis']}"
         if task == "asr":
             words = jiwer.process_words(r["reference_normalised"], r["hypothesis_normalised"])
             text = jiwer.visualize_alignment(words, show_measures=False, line_width=110)
             text = text.split("===\n", 1)[1].strip("\n")  # below its own headline
-            blocks.append(f"{r['id']}: {errors(r)} errors\n{text}")
-        else:
-            blocks.append(f"{r['id']}\nREF: {r['reference']}\nHYP: {r['hypothesis']}")
+            title += f": {errors(r)} errors"
+        blocks.append(f"{title}\n{text}")
     return "\n\n".join(blocks)
-
 
 def examples(rows: list[dict], n: int = 3) -> str:
     """A few rows to read: the first ones that are right, and the first that are not."""
     shown = {"✓": [], "✗": []}
     for r in rows:
         mark = "✓" if r["reference_normalised"] == r["hypothesis_normalised"] else "✗"
-        shown[mark].append(f"  {mark} {r['id']}\n      said   {r['reference']}\n"
-                           f"      heard  {r['hypothesis'] or '(nothing)'}")
+        shown[mark].append(f"  {mark} {r['id']}\n      REF: {r['reference']}\n"
+                           f"      HYP: {r['hypothesis'] or '(nothing)'}")
     return "\n".join(shown["✓"][:n] + shown["✗"][:n])
-
-
-# -----------------------------------------------------------------------------
-# Tables
 
 def markdown(header: list[str], rows: list[list]) -> str:
     """A table, names to the left, figures to the right. None becomes "-"."""
     return tabulate(rows, header, tablefmt="pipe", disable_numparse=True, missingval="-",
                     colalign=("left", *["right"] * (len(header) - 1)))
 
-
 def plain(value: float | None) -> str:
     return "-" if value is None or np.isnan(value) else f"{value:.2f}"
-
 
 def with_interval(result: dict, metric: str) -> str:
     low, high = map(plain, result[f"{metric}_ci"])
     return "-" if result[metric] is None else f"{plain(result[metric])} [{low}, {high}]"
 
-
 KINDS = {"deletions %": ("del", "words"), "insertions %": ("ins", "words"),  # which, out of what
          "stopped early %": ("stopped_early", "samples"), "loops %": ("loops", "samples"),
          "cut by the limit %": ("cut", "samples")}
-
 
 def results_table(system: dict, task: str) -> str:
     """A system's figures by split; of transcripts also what kind of errors they are made of."""
@@ -124,17 +101,15 @@ def results_table(system: dict, task: str) -> str:
     figures, kinds = [], []
     for split, r in system["splits"].items():
         rtf = f"{r['rtf']:.4f}" if r["rtf"] else None
-        figures.append([split, *(with_interval(r, metric) for metric in TASKS[task]),
-                        *(r[c] for c in counts), rtf, f"{r['tokens_per_s']:.0f}"])
+        own = [with_interval(r, metric) for metric in TASKS[task]] + [r[c] for c in counts]
+        figures.append([split, *own, rtf, f"{r['tokens_per_s']:.0f}"])
         if task == "asr":
             shares = [f"{100 * r[n] / max(1, r[total]):.1f}" for n, total in KINDS.values()]
             silent = f"{r['text_on_silence']} of {r['silence']}" if r["silence"] else None
             kinds.append([split, *shares, silent])
     titles = [f"{TITLES[metric]} % [95 %]" for metric in TASKS[task]]
-    tables = [markdown(["split", *titles, *counts, "RTF", "tokens/s"], figures)]
-    tables += [markdown(["split", *KINDS, "text on silence"], kinds)] if kinds else []
-    return "\n\n".join(tables)
-
+    table = markdown(["split", *titles, *counts, "RTF", "tokens/s"], figures)
+    return table + ("\n\n" + markdown(["split", *KINDS, "text on silence"], kinds) if kinds else "")
 
 def overview(systems: dict[str, dict], task: str) -> str:
     """One line a system, in the shape of the post's table."""
@@ -144,69 +119,58 @@ def overview(systems: dict[str, dict], task: str) -> str:
     splits = next(iter(systems.values()))["splits"]
     return markdown([f"{TITLES[metric]} %", *splits, "average [95 %]"], rows)
 
-
 def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:
     """Bars by split, one a system, with their intervals."""
-    metric = TASKS[task][0]
-    results = {name: system["splits"].values() for name, system in systems.items()}
+    metric, width = TASKS[task][0], 0.7 / len(systems)
+    colors = "#1f4e9c", "#e08a1e", "#4f9c5a"  # ours, the baseline, the fallback to it
     splits = [split.replace("_", "\n") for split in next(iter(systems.values()))["splits"]]
-    values = pd.DataFrame({name: [r[metric] for r in own] for name, own in results.items()},
-                          index=splits, dtype=float)  # (splits, systems)
-    ends = np.array([[r[f"{metric}_ci"] for r in own] for own in results.values()], float)
-    reach = np.abs(ends.transpose(0, 2, 1) - values.T.to_numpy()[:, None])  # (systems, 2, splits)
-    size = (max(4, (1 + 0.5 * len(systems)) * len(splits)), 4.5)
-    with picture(path, figsize=size) as (_, axis):
-        values.plot.bar(ax=axis, yerr=reach, width=0.7, capsize=3, ecolor="#555555", rot=0,
-                        color=["#1f4e9c", "#e08a1e", "#4f9c5a"])
-        for name, bars in zip(results, axis.containers[1::2], strict=True):  # [::2]: error bars
-            axis.bar_label(bars, [plain(v) for v in values[name]], padding=3, fontsize=8)
-        axis.set_ylabel(f"{TITLES[metric]}, % (bars: 95 % intervals)")
-        axis.margins(y=0.15)
+    places = np.arange(len(splits)) - 0.35 + width / 2
+    inches = max(4, (1 + 0.5 * len(systems)) * len(splits))
+    with picture(path, figsize=(inches, 4.5)) as (_, axis):
+        for k, (name, system) in enumerate(systems.items()):
+            results = system["splits"].values()
+            values = np.array([r[metric] for r in results], float)  # None becomes nan
+            ends = np.array([r[f"{metric}_ci"] for r in results], float).T  # (2, splits)
+            bars = axis.bar(places + k * width, values, width, yerr=abs(ends - values).tolist(),
+                            capsize=3, label=name, color=colors[k], ecolor="#555555")
+            axis.bar_label(bars, map(plain, values), padding=3, fontsize=8)
+        axis.set(xticks=range(len(splits)), xticklabels=splits, ymargin=0.15,
+                 ylabel=f"{TITLES[metric]}, % (bars: 95 % intervals)")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
 
-
-# -----------------------------------------------------------------------------
-# Files
-
 def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, step: int | None) -> int:
-    """rows: {system: graded rows}, ours first; systems: {system: assessed}; more: as systems, for
-    the overview only. Writes all files, prints the short version -> exit code, 1 if all failed."""
+    """{system: graded rows}, ours first; {system: assessed}; more of them, for the overview only.
+    Writes all files, prints the short version -> exit code, 1 if all failed."""
     name, task = next(iter(rows)), cfg.task
-    lines = [json.dumps(dict(run=system) | r, ensure_ascii=False)
+    lines = [json.dumps(dict(run=system) | r, ensure_ascii=False) + "\n"
              for system, own in rows.items() for r in own]
-    write_text(out / "hypotheses.jsonl", "\n".join([*lines, ""]))
+    write_text(out / "hypotheses.jsonl", "".join(lines))
     result = dict(run=name, step=step, task=task, normalizer=cfg.normalizer,
                   settings={k: str(v) for k, v in vars(cfg).items() if v}, **systems[name],
                   others={k: v for k, v in systems.items() if k != name})
     write_text(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False))
     plot_bars(systems, task, out / ("wer.png" if task == "asr" else f"{task}.png"))
-
     tables = [(f"{system}\n\n" if len(systems) > 1 else "") + results_table(result, task)
               for system, result in systems.items()]
     if len(systems | more) > 1 or len(systems[name]["splits"]) > 1:
         tables.append(overview(systems | more, task))
-    text = [f"# {name}", f"Greedy, at most {cfg.max_new_tokens} tokens, normaliser: "
-            f"{cfg.normalizer}. Intervals: 95 %, bootstrap over utterances. RTF: seconds of "
-            "computing for a second of audio, of one process.", *tables]
-    failed = [f"- {r['id']} ({system}, {r['split']}): {r['failed']}"
-              for system, own in rows.items() for r in own if r["failed"]]
-    text += ["## Failed, counted as empty", "\n".join(failed)] if failed else []
+    text = [f"# {name}", f"At most {cfg.max_new_tokens} tokens; normaliser: {cfg.normalizer}; "
+            "intervals: 95 %, bootstrap; RTF: seconds of one process per second of audio.", *tables]
+    failed = {system: [f"{r['id']} ({system}, {r['split']}): {r['failed']}"
+                       for r in own if r["failed"]] for system, own in rows.items()}
+    if lines := [f"- {line}" for line in sum(failed.values(), [])]:
+        text += ["## Failed, counted as empty", "\n".join(lines)]
     for system, own in rows.items():
         for split, some in by_split(own).items():
             if block := worst(some, task):
                 text.append(f"## The worst of {system}, {split}\n\n```\n{block}\n```")
     write_text(out / "report.md", "\n\n".join(text) + "\n")
-    print("\n" + "\n\n".join([*tables, examples(rows[name]), "wrote results.json, report.md (the "
-          f"worst utterances are there), hypotheses.jsonl and a picture to {out}"]))
-    return max(warn(system, own) for system, own in rows.items())
-
-
-def warn(system: str, rows: list[dict]) -> int:
-    """Say which of a system's utterances failed -> 1 if all of them did."""
-    failed = [f"{r['id']}: {r['failed']}" for r in rows if r["failed"]]
-    if failed:
-        named = failed[:5] + ["..."] * (len(failed) > 5)
-        print(f"warning: {system}: {len(failed)} of {len(rows)} utterances failed and count as "
-              f"empty: {'; '.join(named)}", file=sys.stderr)
-    return int(len(failed) == len(rows))
+    print("\n" + "\n\n".join([*tables, examples(rows[name]), "wrote results.json, report.md (with "
+          f"the worst utterances), hypotheses.jsonl and a picture to {out}"]))
+    for system, lines in failed.items():
+        if lines:
+            first = "; ".join(lines[:5] + ["..."] * (len(lines) > 5))
+            print(f"warning: {system}: {len(lines)} of {len(rows[system])} utterances failed and "
+                  f"count as empty: {first}", file=sys.stderr)
+    return int(any(len(failed[system]) == len(own) for system, own in rows.items()))

@@ -1,6 +1,6 @@
 """
-support/sound.py -- the signal processing under augment.py: one FFT for all that is linear, time
-stretching, real codecs. Waves are float32 arrays at 16 kHz, of any length from one sample up.
+support/sound.py -- the signal processing under augment.py: filters, one FFT for all that is linear,
+time stretching, codecs. Waves are float32 arrays at 16 kHz, of any length from one sample up.
 """
 import io
 import math
@@ -14,46 +14,34 @@ from support.cli import picture, replace_file
 
 GUARD = 2048  # zeros after a clip: what a filter rings on lands here, not at the clip's start
 
-# glibc returns buffers of this size to the system at every free, and page faults then cost more
-# than the FFT. Having freed one block of 31 MiB, it keeps what it has.
+# glibc gives big buffers back at every free, and page faults cost more than the FFT; having freed
+# one block of 31 MiB, it keeps what it has.
 np.empty(31 << 20, np.uint8)
 
+# ---- Filters: frequencies f in Hz, parameters -> gain at each f
 
-# -----------------------------------------------------------------------------
-# Filters: frequencies f in Hz, parameters -> gain at each f
-
-# Equal ratios. The original's seventh band, 15 kHz, is above what a 16 kHz recording can hold.
-EQ_HZ = np.array([60, 130, 280, 600, 1300, 2800, 6000])
-
+EQ_HZ = np.array([60, 130, 280, 600, 1300, 2800, 6000])  # the original ends at 15 kHz, beyond ours
 
 def eq_response(f: np.ndarray, *gains_db: float) -> np.ndarray:
     """The given dB at EQ_HZ, straight lines in dB over log f between them."""
     gains = np.array(gains_db) * math.log(10) / 20
     return np.exp(np.interp(np.log(f + 1e-3), np.log(EQ_HZ), gains))
 
-
 def band_response(f: np.ndarray, low: float, high: float) -> np.ndarray:
     """Butterworth, 4th order on both sides: -3 dB at the edges, -24 dB an octave outside."""
     return 1 / np.sqrt((1 + (low / np.maximum(f, 1)) ** 8) * (1 + (f / high) ** 8))
 
-
 def resample_response(f: np.ndarray, rate: float) -> np.ndarray:
     """Down to `rate` and back: nothing above rate / 2, a slope over the last 5 % below it."""
-    edge = rate / 2
-    return np.clip((edge - f) / (0.05 * edge), 0, 1)
-
+    return np.clip((rate / 2 - f) / (0.05 * (rate / 2)), 0, 1)
 
 def telephone_response(f: np.ndarray, rate: float, low: float, high: float) -> np.ndarray:
-    """A lower rate and a band: both of the above."""
     return resample_response(f, rate) * band_response(f, low, high)
-
 
 FILTERS = {"eq": eq_response, "band_pass": band_response, "resample": resample_response,
            "telephony": telephone_response}
 
-
-# -----------------------------------------------------------------------------
-# All that is linear, as one product of spectra
+# ---- All that is linear, as one product of spectra
 
 @lru_cache
 def fast_sizes(limit: int) -> np.ndarray:
@@ -65,10 +53,8 @@ def fast_sizes(limit: int) -> np.ndarray:
                 sizes.append(s * p)
     return np.array(sorted(set(sizes)))
 
-
 def fft_sizes(n: int, ratio: float) -> tuple[int, int]:
-    """FFT lengths (N, M): N >= n and M / N within 1/1000 of ratio. The first pair within 3e-4 is
-    taken, else the nearest of those tried."""
+    """FFT lengths (N, M): N >= n, M / N within 1/1000 of ratio; mostly the first within 3e-4."""
     sizes = fast_sizes(1 << max(16, int(4 * n).bit_length()))
     first = np.searchsorted(sizes, n)
     if ratio == 1:
@@ -77,19 +63,12 @@ def fft_sizes(n: int, ratio: float) -> tuple[int, int]:
     above = np.searchsorted(sizes, N * ratio)
     above[::2] -= 1                                        # each N with the sizes around N * ratio
     M = sizes[above]
-    error = np.abs(M / N / ratio - 1)
-    close = error < 3e-4
-    best = np.argmax(close) if close.any() else np.argmin(error)
+    best = np.argmin(np.maximum(np.abs(M / N / ratio - 1), 3e-4))  # of equals, the first
     return N[best], M[best]
 
-
-def spectral(wave: np.ndarray, ratio: float = 1.0, length: int | None = None, responses=(), irs=(),
-             noise: np.ndarray | None = None) -> np.ndarray:
-    """One FFT and one back: a rate change (n -> n * ratio samples), noise added to its result, then
-    filters and impulse responses.
-
-    responses: pairs (function of frequencies in Hz, its further arguments) -> gains, zero phase, so
-    nothing moves in time. length: the result is cut or zero-padded to it."""
+def spectral(wave: np.ndarray, ratio=1.0, length=None, responses=(), irs=(), noise=None):
+    """One FFT and one back: (n,) -> (n * ratio,), or cut or filled up to `length`; noise added to
+    that; filters, as pairs (function of f, parameters), without phase; impulse responses."""
     n, tail = len(wave), max([GUARD, *map(len, irs)])
     N, M = fft_sizes(n + math.ceil(tail / min(ratio, 1)), ratio)
     bins = min(N, M) // 2                                  # Nyquist's own bin is left out
@@ -105,88 +84,66 @@ def spectral(wave: np.ndarray, ratio: float = 1.0, length: int | None = None, re
         spectrum *= np.fft.rfft(ir, M)[:len(spectrum)]
     return fit(np.fft.irfft(spectrum, M), round(n * M / N) if length is None else length)
 
-
 def fit(wave: np.ndarray, length: int) -> np.ndarray:
-    """Cut to `length`, or filled up with zeros."""
     return np.pad(wave[:length], (0, max(0, length - len(wave))))
 
-
-# -----------------------------------------------------------------------------
-# Not linear
+# ---- Not linear
 
 def stretch(wave: np.ndarray, factor: float) -> np.ndarray:
-    """WSOLA (Verhelst and Roelands 1993): `factor` times as long at equal pitch, round(n * factor).
-
-    80 ms frames, half overlapping, are laid out at a new distance. Each is taken from up to 8 ms
-    beside its place, where it best continues the one before; the search runs at 4 kHz, then to a
-    sample."""
+    """WSOLA (Verhelst and Roelands 1993): (n,) -> (round(n * factor),) at equal pitch. Frames of
+    80 ms, half overlapping, move apart. Each is taken up to 8 ms beside its place, where it best
+    continues the one before: searched at 4 kHz, then at 16."""
     H, D, q = 640, 128, 4                                  # half a frame, reach, decimation
     length = round(len(wave) * factor)
-    count = -(-length // H) + 1
-    places = np.round(np.arange(count) * (H / factor)).astype(int) + D + q
-    start = H + D + q                                      # frame 0 is centred on sample 0
-    x = np.zeros(max(places[-1] + 3 * H + 2 * D, start + len(wave)), np.float32)
-    x[start:start + len(wave)] = wave
+    places = np.round(np.arange(0, length + H, H) / factor).astype(int) + D + q
+    x = np.pad(wave, (H + D + q, math.ceil(H / factor) + 3 * H))  # frame 0: around sample 0
     coarse = x[:len(x) // q * q].reshape(-1, q).mean(1)
     starts = [places[0]]
     for place in places[1:].tolist():
         follow = starts[-1] + H                            # here the last frame would go on
         lo = (place - D) // q
-        target = coarse[follow // q:(follow // q) + H // q]
-        match = np.correlate(coarse[lo:lo + (2 * D + H) // q], target)
-        if match.max() <= 0:                               # silence continues silence anywhere
-            starts.append(place)
-            continue
-        lo = (lo + int(match.argmax())) * q - q
-        match = np.correlate(x[lo:lo + 2 * q + H], x[follow:follow + H])
-        starts.append(lo + int(match.argmax()))
+        ahead = coarse[follow // q:follow // q + H // q]
+        match = np.correlate(coarse[lo:lo + (2 * D + H) // q], ahead)
+        if match.max() > 0:                                # silence continues silence anywhere
+            lo = (lo + int(match.argmax())) * q - q
+            match = np.correlate(x[lo:lo + 2 * q + H], x[follow:follow + H])
+            place = lo + int(match.argmax())
+        starts.append(place)
     frames = np.lib.stride_tricks.sliding_window_view(x, 2 * H)[starts]              # (count, 2H)
     fade = np.sin(np.pi / (4 * H) * (2 * np.arange(H, dtype=np.float32) + 1)) ** 2   # + mirror = 1
     out = frames[1:, :H] * fade + frames[:-1, H:] * fade[::-1]                       # (count-1, H)
     return out.reshape(-1)[:length]
 
-
 def limit(wave: np.ndarray) -> np.ndarray:
-    """Turned down as a whole if its peak passes 1; nothing is cut."""
+    """Scaled down as a whole if its peak passes 1; nothing is cut."""
     return wave / max(np.float32(1), np.abs(wave).max())
 
-
 def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> np.ndarray:
-    """Through a real encoder and decoder at `rate` (8000, 12000 or 16000 Hz), not delayed.
-
-    kind: "mp3" (40 to 160 kbit/s; below 16 kHz 32 to 64) or "opus" (6 to 256); kbps is put into
-    that range."""
-    n = len(wave)
-    x = np.pad(wave, (0, max(0, SAMPLE_RATE // 10 - n)))   # MP3 wants a few frames at least
+    """Through a real codec at `rate` (8000, 12000 or 16000 Hz), not delayed. kind: "mp3" (40 to
+    160 kbit/s; below 16 kHz 32 to 64) or "opus" (6 to 256)."""
+    x = fit(wave, max(len(wave), SAMPLE_RATE // 10))       # MP3 wants a few frames at least
     if rate != SAMPLE_RATE:
         x = spectral(x, rate / SAMPLE_RATE)
-    # libsndfile maps low..high to 1..0. MP3's frames below `least` cannot hold the encoder's delay.
-    least, low, high = (40, 8, 160) if rate >= SAMPLE_RATE else (32, 8, 64)
-    settings = dict(format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="CONSTANT")
-    if kind == "opus":
-        least, low, high = 6, 6, 256
-        settings = dict(format="OGG", subtype="OPUS")
-    level = (high - np.clip(kbps, least, high)) / (high - low)
+    settings, least, low, high = dict(format="OGG", subtype="OPUS"), 6, 6, 256
+    if kind == "mp3":  # below `least` its frames have no room for the note about the delay
+        settings = dict(format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="CONSTANT")
+        least, low, high = (40, 8, 160) if rate == SAMPLE_RATE else (32, 8, 64)
+    level = (high - np.clip(kbps, least, high)) / (high - low)  # libsndfile's: 1 is `low` kbit/s
     buffer = io.BytesIO()
     soundfile.write(buffer, limit(x), rate, compression_level=level, **settings)
     buffer.seek(0)
     x, _ = soundfile.read(buffer, dtype="float32")
     if rate != SAMPLE_RATE:
-        x = spectral(x, SAMPLE_RATE / rate, n)
-    return fit(x, n)
-
-
-# -----------------------------------------------------------------------------
-# To look at
+        x = spectral(x, SAMPLE_RATE / rate, len(wave))
+    return fit(x, len(wave))
 
 def plot_mels(mels: dict, path: str) -> None:
     """{name: log-mel (M, F)} -> one picture of them all, small enough for a README."""
     from PIL import Image
     rows = math.ceil(len(mels) / 3)
-    with picture(path, rows, 3, dpi=100, figsize=(9, 0.9 * rows), squeeze=False) as (_, axes):
-        for axis in axes.flat:
-            axis.axis("off")
+    with picture(path, rows, 3, dpi=100, figsize=(9, 0.9 * rows)) as (_, axes):
         for axis, (name, mel) in zip(axes.flat, mels.items(), strict=False):
+            axis.axis("off")
             axis.imshow(mel.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-1, vmax=1.5)
             axis.set_title(name, loc="left", fontsize=9, pad=2)
     few = Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE)  # a third as large

@@ -1,13 +1,9 @@
-"""
-support/systems.py -- who answers in an evaluation: our checkpoint, here or in vLLM; a Whisper
-beside it; and with --fallback the one or the other, by noise.
-"""
+"""support/systems.py -- who answers in an evaluation: our checkpoint, a Whisper, or both."""
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from model import ENCODER, SAMPLE_RATE
@@ -16,12 +12,13 @@ from support.cli import UserError, first_line
 from support.decoding import RANK, System, digest, digest_model, digest_samples
 from support.pauses import in_pieces
 
-
-def until_end(ids: torch.Tensor, ends: torch.Tensor) -> tuple[int, bool]:
-    """One answer's ids, padded -> (tokens up to its end token, that included; has it none?)."""
-    stops = torch.isin(ids, ends).nonzero()
-    return (int(stops[0]) + 1, False) if len(stops) else (len(ids), True)
-
+def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int]) -> list[tuple]:
+    """Answers, their ids (B, L) -> [(text, tokens up to its end token; cut, as none came?)]"""
+    answers = []
+    for text, row in zip(texts, ids.tolist(), strict=True):
+        n = next((i for i, token in enumerate(row, 1) if token in ends), None)
+        answers.append((text.strip(), n or len(row), n is None))
+    return answers
 
 def whisper(where: str, language: str, device, max_new_tokens: int, batch_size: int) -> Callable:
     """The baseline: transformers' Whisper, greedy, its language forced. Raises UserError."""
@@ -29,40 +26,35 @@ def whisper(where: str, language: str, device, max_new_tokens: int, batch_size: 
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_part(WhisperForConditionalGeneration, where, dtype=dtype).to(device).eval()
         processor = WhisperProcessor.from_pretrained(where)
-    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError) as e:
+    except Exception as e:  # it fails in many ways, and none of them is ours
         raise UserError(f"cannot load --baseline {where}: {first_line(e)}") from None
     settings, vocabulary = model.generation_config, processor.tokenizer.get_vocab()
     language = f"<|{language}|>"
     if language not in vocabulary or getattr(settings, "is_multilingual", None) is False:
-        raise UserError(f"--baseline {where} does not know {language}: name a multilingual Whisper")
+        raise UserError(f"--baseline {where} lacks {language}: name a multilingual Whisper")
     for name, value in dict(  # which old generation_config.json lack
             is_multilingual=True, lang_to_id={language: vocabulary[language]},
             task_to_id={"transcribe": vocabulary.get("<|transcribe|>")},
             no_timestamps_token_id=vocabulary.get("<|notimestamps|>")).items():
         if getattr(settings, name, None) is None:
             setattr(settings, name, value)
-    ends = (model.config.eos_token_id, settings.eos_token_id, settings.pad_token_id)
-    ends = torch.tensor([i for i in ends if isinstance(i, int)])
-    prefix = 4  # start, language, task, no timestamps
-    most = min(max_new_tokens, model.config.max_target_positions - prefix)
-
+    ends = [model.config.eos_token_id, settings.eos_token_id, settings.pad_token_id]
+    most = min(max_new_tokens, model.config.max_target_positions - 4)  # 4: what Whisper is prompted
     def answer(samples, waves):
         mel = processor.feature_extractor([w.numpy() for w, in waves], sampling_rate=SAMPLE_RATE,
                                           return_tensors="pt").input_features
         ids = model.generate(mel.to(device, model.dtype), language=language, task="transcribe",
                              max_new_tokens=most, do_sample=False, num_beams=1).cpu()
-        lengths = [until_end(row, ends) for row in ids]
         texts = processor.batch_decode(ids, skip_special_tokens=True)
-        return [(text.strip(), n, endless and n >= most)
-                for text, (n, endless) in zip(texts, lengths, strict=True)]
+        return with_lengths(texts, ids, ends)
     return in_pieces(answer, processor.feature_extractor.n_samples, batch_size)
-
 
 def open_ours(cfg, native: Callable, name: str, device: torch.device) -> System:
     """The checkpoint. native: (model, max_new_tokens) -> answer(), our own. Raises UserError."""
     if cfg.engine == "vllm":
-        from support.engine import offline
-        answer, config = offline(cfg.ckpt, cfg.max_new_tokens, cfg.encoder, cfg.llm)
+        from support.engine import Offline
+        answer = Offline(cfg.ckpt, cfg.max_new_tokens, cfg.encoder, cfg.llm)
+        config = answer.config
     else:
         model = load_model(cfg.ckpt, device, cfg.encoder, cfg.llm)
         answer, config = native(model, cfg.max_new_tokens), model.config
@@ -71,25 +63,14 @@ def open_ours(cfg, native: Callable, name: str, device: torch.device) -> System:
     return System(name, answer, (digest_model(cfg.ckpt), cfg.encoder, cfg.llm, cfg.task,
                                  cfg.max_new_tokens, cfg.chunk, cfg.engine, device.type))
 
-
 def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> list[System]:
-    """What --baseline names or --fallback needs, if anything. ours: a name it must not have. lang:
-    of training."""
+    """What --baseline or --fallback asks for. ours: a name it must not have; lang: of training."""
     if not (cfg.baseline or cfg.fallback):
         return []
     where, language = cfg.baseline or ENCODER, (cfg.lang or lang or "ru").split(",")[0]
     answer = whisper(where, language, device, cfg.max_new_tokens, cfg.batch_size)
     name = Path(where).name + (" (baseline)" if Path(where).name == ours else "")
-    facts = digest_model(where), language, cfg.max_new_tokens, device.type
-    return [System(name, answer, facts)]
-
-
-def forget(systems: list[System], out: Path) -> None:
-    """The results are written: remove the answers that they were made of."""
-    for system in systems:
-        for path in system.parts(out):
-            path.unlink()
-
+    return [System(name, answer, (digest_model(where), language, cfg.max_new_tokens, device.type))]
 
 def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str, list]:
     """{split: samples} -> {system: rows}; with --fallback also of the two together."""
@@ -110,6 +91,6 @@ def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str,
             mixed = answers[ours] | {key: theirs[key] for key in noisy}
             answers[f"{ours}, noisy ones by {other.name}"] = mixed
             if RANK == 0:
-                print(f"{other.name} answers for {len(noisy)} of {len(jobs)} utterances, whose SNR "
-                      f"is estimated below {cfg.fallback_snr:g} dB", file=sys.stderr)
+                print(f"{other.name} answers for {len(noisy)} of {len(jobs)} utterances, "
+                      f"whose SNR is estimated below {cfg.fallback_snr:g} dB", file=sys.stderr)
     return {name: [own[key] for key, _ in jobs] for name, own in answers.items()}

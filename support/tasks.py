@@ -1,7 +1,4 @@
-"""
-support/tasks.py -- what eval.py measures besides our own transcripts: answers to questions,
-BigBenchAudio, a Whisper beside ours, and how noisy a recording is. And one answer, unmeasured.
-"""
+"""support/tasks.py -- eval.py besides transcripts: questions, BigBenchAudio, SNR, --audio."""
 import functools
 import math
 import re
@@ -11,21 +8,20 @@ from dataclasses import replace
 
 import torch
 
-from data import BadRow, BadRows, Rows, Sample, load_audio
-from model import ASR_PROMPT, SAMPLE_RATE, place_audio
+from data import HubSamples
+from model import ASR_PROMPT, SAMPLE_RATE
 from support.cli import UserError
 from support.pauses import without_thoughts
 from support.recipes import BIG_BENCH_AUDIO, Source
+from support.rows import BadRow, BadRows, load_audio
 
 TASKS = {"asr": ("wer", "cer"), "qa": ("em", "f1"), "bigbench": ("accuracy",)}  # main one first
 TITLES = dict(wer="WER", cer="CER", em="exact match", f1="F1", accuracy="accuracy")
 
-
+@functools.cache  # BigBenchAudio's categories are asked for one by one
 def load_split(source: Source, data_dir: str | None, strict: bool, limit: int | None = None):
-    """The samples of a dataset, from the hub or --data_dir; unusable rows are left out and counted.
-
-    limit: of the hub's rows so many are streamed (default: source.rows)."""
-    rows = Rows(source, data_dir, None if data_dir else limit or source.rows)
+    """A hub dataset's usable samples, maybe from its copy in data_dir. limit: rows streamed."""
+    rows = HubSamples(source, data_dir, None if data_dir else limit or source.rows)
     bad, samples = BadRows(strict), []
     for i in range(len(rows)):
         try:
@@ -35,9 +31,7 @@ def load_split(source: Source, data_dir: str | None, strict: bool, limit: int | 
     bad.report(len(rows), source.split)
     return samples
 
-
-# -----------------------------------------------------------------------------
-# Questions
+# ---- Questions
 
 def token_f1(reference: str, hypothesis: str) -> float:
     """Harmonic mean of precision and recall over words, as SQuAD scores answers (1606.05250)."""
@@ -47,25 +41,21 @@ def token_f1(reference: str, hypothesis: str) -> float:
         return float(reference == hypothesis)
     return 2 * common / (len(reference) + len(hypothesis))
 
-
 YES_NO = "yes|no|true|false|correct|incorrect"
+ONE_WORD = "Answer with one word:"
 CATEGORIES = {  # of BigBenchAudio: how to answer, and a pattern of the possible answers
-    "formal_fallacies": (
-        "Is the argument deductively valid? Answer with one word: valid or invalid.",
-        "valid|invalid"),
-    "navigate": ("Does the walk end where it began? Answer with one word: yes or no.", YES_NO),
+    "formal_fallacies": (f"Is the argument deductively valid? {ONE_WORD} valid or invalid.",
+                         "valid|invalid"),
+    "navigate": (f"Does the walk end where it began? {ONE_WORD} yes or no.", YES_NO),
     "object_counting": ("Count what is asked for. Answer with the number alone.", r"\d+"),
-    "web_of_lies": ("Does the last person tell the truth? Answer with one word: yes or no.",
-                    YES_NO)}
+    "web_of_lies": (f"Does the last person tell the truth? {ONE_WORD} yes or no.", YES_NO)}
 SAME = {"true": "yes", "correct": "yes", "false": "no", "incorrect": "no"}
 OPPOSITE = {"valid": "invalid", "invalid": "valid", "yes": "no", "no": "yes"}
 UNITS = ("zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|"
          "fifteen|sixteen|seventeen|eighteen|nineteen")
 TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
-NUMBERS = {word: n for n, word in enumerate(UNITS.split("|"))}
-NUMBERS |= {word: 20 + 10 * n for n, word in enumerate(TENS.split("|"))}
+NUMBERS = dict(zip(f"{UNITS}|{TENS}".split("|"), [*range(20), *range(20, 100, 10)], strict=True))
 NUMERAL = re.compile(rf"\b(?:({TENS})[- ])?({UNITS}|{TENS})\b")
-
 
 def extract_answer(text: str, category: str) -> str:
     """A free answer -> one of its category's, or "": the word it begins with; else the last one
@@ -86,31 +76,13 @@ def extract_answer(text: str, category: str) -> str:
             return OPPOSITE.get(option, option) if negated else option
     return ""
 
-
-@functools.cache
-def load_bigbench(data_dir: str | None, strict: bool) -> dict[str, list]:
-    """BigBenchAudio -> {category: samples}."""
-    splits = {category: [] for category in CATEGORIES}
-    for s in load_split(BIG_BENCH_AUDIO, data_dir, strict):
-        category = s.question  # recipes.py puts that column there
-        if category not in CATEGORIES:
-            raise UserError(f"{BIG_BENCH_AUDIO.hub} has the category {category!r}: known are "
-                            f"{', '.join(CATEGORIES)}")
-        splits[category].append(replace(s, system=CATEGORIES[category][0],
-                                        question="Listen carefully and answer the question."))
-    return splits
-
-
-def load_category(category: str, data_dir: str | None, strict: bool) -> list:
-    return load_bigbench(data_dir, strict)[category]
-
-
-def points(metric: str, row: dict, said: str, heard: str) -> float:
-    """0 to 1 for an answer; said and heard: reference and hypothesis, normalised."""
-    if metric == "accuracy":
-        return float(row["reference"].lower() == extract_answer(row["hypothesis"], row["split"]))
-    return token_f1(said, heard) if metric == "f1" else float(said == heard)
-
+def load_bigbench(category: str, data_dir: str | None, strict: bool) -> list:
+    """The samples of one of BigBenchAudio's categories, each with its instruction."""
+    samples = load_split(BIG_BENCH_AUDIO, data_dir, strict)
+    for unknown in {s.question for s in samples} - set(CATEGORIES):  # that column, see recipes.py
+        raise UserError(f"{unknown!r} is none of the categories {', '.join(CATEGORIES)}")
+    own, question = CATEGORIES[category][0], "Listen carefully and answer the question."
+    return [replace(s, system=own, question=question) for s in samples if s.question == category]
 
 def answer_one(model, path: str, prompt: str | None, max_new_tokens: int) -> None:
     """Print the answer to a question about one file; without a question, its transcript."""
@@ -118,26 +90,17 @@ def answer_one(model, path: str, prompt: str | None, max_new_tokens: int) -> Non
         raise UserError("--prompt is empty: ask something, or leave it out to transcribe")
     try:
         wave = load_audio(path)
-        question = place_audio(prompt or ASR_PROMPT, 1)
-    except BadRow as e:
-        raise UserError(f"{path}: {e}; give a wav, flac, ogg or mp3 with sound in it") from None
+        windows = -(-len(wave) // model.config.window_samples)
+        print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s), "
+              f"{windows * model.config.tokens_per_window} audio tokens", file=sys.stderr)
+        ids = model.generate(wave, prompt or ASR_PROMPT, max_new_tokens=max_new_tokens)
     except ValueError as e:
-        raise UserError(str(e)) from None
-    windows = -(-len(wave) // model.config.window_samples)
-    print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s), "
-          f"{windows * model.config.tokens_per_window} audio tokens", file=sys.stderr)
-    messages = Sample("", [path], question).messages(with_answer=False)
-    ids = model.chat([messages], [[wave]], max_new_tokens=max_new_tokens)
+        raise UserError(f"{path}: {e}") from None
     print(without_thoughts(model.decode(ids[0])))
 
-
-# -----------------------------------------------------------------------------
-
 def estimate_snr(wave: torch.Tensor) -> float:
-    """(samples,) at 16 kHz -> speech power over noise power in dB, within -10 to 60.
-
-    Noise is what the quietest twentieth of the 20 ms frames holds, digital silence aside; speech is
-    the mean less that. Without any pause, speech itself passes for noise."""
+    """(samples,) at 16 kHz -> speech power over noise power in dB, within -10 to 60. Noise: the 5th
+    percentile of 20 ms frames, digital silence aside. Without a pause, speech passes for noise."""
     frame = SAMPLE_RATE // 50
     whole = wave[:max(1, len(wave) // frame) * frame]
     power = whole.unfold(0, min(frame, len(wave)), frame).square().mean(1)

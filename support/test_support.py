@@ -1,0 +1,701 @@
+"""
+support/test_support.py -- what the rooms behind the chapters promise.
+"""
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+import transformers as hf
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
+
+import data
+import eval as evaluation
+import model as nb
+import train
+from augment import noise_at
+from conftest import HERE, A, M, exit_of, is_one_line, newest, pcm, tone, train_now, write_manifest
+from support import checkpoint as ckpt
+from support import cli, compare, export, lora, meter, pauses, recipes, report, tasks, tiny
+from support import corpus as spoken
+from support.cli import UserError
+from support.corpus import vocabulary
+
+# ---- Tests of support/checkpoint.py, support/storage.py, support/lora.py and support/export.py
+
+HEAD, LORA = "llm.lm_head.weight", dict(rank=4, alpha=8, dropout=0.0)
+RUN = ["--preset", "ru_only", "--workers", 0, "--lora_rank", 4, "--lr", 1e-3,
+       "--effective_batch", 4, "--steps", 2]
+
+def said(net):
+    return net.generate(tone(1), max_new_tokens=8).tolist()
+
+def shake(net):
+    """Pretend that it was trained."""
+    with torch.no_grad():
+        for p in lora.stored(net).values():
+            p += 0.05 * torch.randn_like(p)
+
+def batch_of(net, *samples):
+    rows = data.Dataset(list(samples), net.tokenizer, net.config)
+    return rows.pad([rows.item(i) for i in range(len(samples))])
+
+def test_from_parts_keeps_pretrained_weights(parts, tmp_path):
+    """openai/whisper-* is a whole Whisper in fp16; Qwen3's config names no padding."""
+    whisper = hf.WhisperConfig.from_pretrained(parts["encoder"])
+    hub = hf.WhisperForConditionalGeneration(whisper).half()
+    hub.save_pretrained(tmp_path / "whisper")
+    folder = shutil.copytree(parts["llm"], tmp_path / "llm")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"pad_token_id"', '"no_pad"'))
+    net = ckpt.from_parts(str(tmp_path / "whisper"), str(folder), torch.float32)
+    mine = net.encoder.state_dict()
+    assert all(torch.equal(p.float(), mine[k]) for k, p in hub.model.encoder.state_dict().items())
+    with pytest.raises(ValueError, match="is a qwen3 model, not whisper"):
+        ckpt.from_parts(parts["plain"], parts["plain"])
+    known = len(net.tokenizer) - 2  # the padded vocabulary shrinks, the two new rows are means
+    assert net.config.llm_config.pad_token_id == net.ends[1]
+    assert net.config.llm_config.vocab_size == known + 2 < 1500
+    configs = [m.config for m in net.modules() if hasattr(m, "config")]
+    assert {config._attn_implementation for config in configs} == {"sdpa"}
+    theirs = hf.Qwen3ForCausalLM.from_pretrained(parts["llm"]).state_dict()
+    for k, mine in net.llm.state_dict().items():
+        if theirs[k].shape[0] == 1500:
+            mean = theirs[k][:known].mean(0)
+            assert torch.allclose(mine[known:], mean.expand(2, -1))
+            mine, theirs[k] = mine[:known], theirs[k][:known]
+        assert torch.equal(mine, theirs[k]), k
+
+def test_the_original_layout(original, parts, tmp_path):
+    """Its own token pair, no AUDIO row; pickle or safetensors, one file or shards: one model."""
+    origin = parts["encoder"], parts["plain"]
+    net = ckpt.load_checkpoint(original, *origin)
+    n, config = len(net.tokenizer), net.config
+    ids = net.tokenizer.convert_tokens_to_ids([M, ckpt.END, A])
+    assert ids == [config.audio_start_id, config.audio_end_id, config.audio_token_id]
+    assert ids == [n - 3, n - 2, n - 1] and config.llm_config.vocab_size == n - 1
+    assert lora.new_tokens(config) == ids[:2]
+    prompt, _ = nb.build_ids(net.tokenizer, config, [{"role": "user", "content": A}], [1])
+    assert [t for t in prompt if t in ids] == [ids[0], *[ids[2]] * 25, ids[1]]
+    weights = torch.load(original / "pytorch_model.bin", weights_only=True)
+    assert torch.equal(net.adapter.w_in.weight, weights["adapter.w_in.weight"])
+    del weights[HEAD]
+    for name, write in (("model-{}-of-2.safetensors", save_file),
+                        ("pytorch_model-{}-of-2.bin", torch.save)):
+        folder = tmp_path / write.__name__
+        folder.mkdir()
+        for k in (0, 1):
+            write({key: weights[key] for key in sorted(weights)[k::2]}, folder / name.format(k + 1))
+        assert said(ckpt.load_checkpoint(folder, *origin)) == said(net)
+    export.export(original, tmp_path / "hf", *origin)
+    assert said(ckpt.load_model(tmp_path / "hf", "cpu")) == said(net)
+
+class Executes:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+@pytest.mark.parametrize("says, harm", [
+    ("missing keys encoder.conv1.bias", lambda w: w.pop("encoder.conv1.bias")),
+    ("unexpected keys adapter.x", lambda w: w.update({"adapter.x": torch.zeros(2)})),
+    ("mismatched keys adapter.w_in", lambda w: w["adapter.w_in.weight"].resize_(3, 3)),
+    ("no file of plain tensors", lambda w: w.update(x=Executes())),
+    ("differs from the embeddings", lambda w: w[HEAD].add_(1)),
+    ("no llm.model.embed_tokens.weight", lambda w: w.pop(ckpt.EMBEDDINGS)),
+    ("is its --llm another", lambda w: w.update({ckpt.EMBEDDINGS: w[ckpt.EMBEDDINGS][:-1]}))])
+def test_broken_original_checkpoints(original, parts, tmp_path, monkeypatch, says, harm):
+    monkeypatch.chdir(tmp_path)
+    weights = torch.load(original / "pytorch_model.bin")
+    harm(weights)
+    torch.save(weights, "pytorch_model.bin")
+    for reason in (says, "no file of plain tensors"):
+        with pytest.raises(ValueError, match=reason):
+            ckpt.load_checkpoint(tmp_path, parts["encoder"], parts["plain"])
+        os.truncate("pytorch_model.bin", 5000)
+    assert not Path("executed").exists()
+
+@pytest.mark.parametrize("name, old, new, says", [
+    ("config.json", '"intermediate_size": 512', '"intermediate_size": 256', "mismatched keys"),
+    ("config.json", '"borealis"', '"whisper"', "holds a whisper model"),
+    ("config.json", "{", "", "config.json is broken"),
+    ("train_config.json", "{", "", "train_config.json is broken"),
+    ("model.safetensors", "{", "", "no file of plain tensors"),
+    ("model.safetensors", "embed_tokens", "embed_xokens", "missing keys llm."),
+    ("config.json", '"encoder_layers": 1', '"encoder_layers": 0', "unexpected keys encoder."),
+    ("model.safetensors", None, None, "no checkpoint in"), (".", None, None, "no checkpoint in")])
+def test_broken_checkpoints(checkpoint, tmp_path, monkeypatch, capsys, name, old, new, says):
+    out = shutil.copytree(checkpoint, tmp_path / "ckpt")
+    if old:
+        whole = (out / name).read_bytes()
+        assert old.encode() in whole
+        (out / name).write_bytes(whole.replace(old.encode(), new.encode()))
+    else:
+        (out / name).rename(tmp_path / "elsewhere")
+    for main, flags in ((evaluation.main, []), (export.main, ["--to", tmp_path / "hf"])):
+        code, _, err = exit_of(main, monkeypatch, capsys, "--ckpt", out, *flags)
+        assert is_one_line(code, err, says)
+
+def test_old_templates_get_labels(checkpoint, net, tmp_path):
+    """Checkpoints from before the template marked what trains: none of theirs is used."""
+    out = shutil.copytree(checkpoint, tmp_path / "ckpt")
+    (out / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert "generation" not in hf.AutoTokenizer.from_pretrained(out).chat_template
+    old, messages = ckpt.load_checkpoint(out), data.Sample("семь", question="да?").messages()
+    ids, labels = nb.build_ids(old.tokenizer, old.config, messages)
+    assert (ids, labels) == nb.build_ids(net.tokenizer, net.config, messages)
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_starts_as_the_base_and_merges_into_it(parts, tmp_path, tied):
+    """New LoRA changes nothing; trained, it computes the same merged, new rows included. Qwen3 from
+    8B on has a head of its own, which keeps its rows; it survives a checkpoint."""
+    torch.manual_seed(0)
+    config = hf.Qwen3Config.from_pretrained(parts["plain"], tie_word_embeddings=tied)
+    llm = shutil.copytree(parts["plain"], tmp_path / "llm")
+    hf.Qwen3ForCausalLM(config).save_pretrained(llm)
+    net = ckpt.from_parts(parts["encoder"], str(llm)).eval()
+    batch = batch_of(net, data.Sample("анна", [pcm(3)])) | {"labels": None}
+    twin, before = copy.deepcopy(net), net(**batch).logits
+    lora.prepare(twin, "lora", LORA).eval()
+    assert torch.allclose(before, twin(**batch).logits, atol=1e-5)
+    shake(twin)
+    learned = twin(**batch).logits
+    assert (learned - before).abs().max() > 0.1
+    assert torch.allclose(learned, lora.merge(twin, torch.float32)(**batch).logits, atol=1e-4)
+    old, new = net.state_dict(), twin.state_dict()
+    changed = (old[ckpt.EMBEDDINGS] != new[ckpt.EMBEDDINGS]).any(1).nonzero().flatten()
+    assert old.keys() == new.keys() and changed.tolist() == lora.new_tokens(net.config)
+    assert torch.equal(old[HEAD], new[HEAD]) != tied
+    torch.save(new, tmp_path / "pytorch_model.bin")
+    again = ckpt.load_checkpoint(tmp_path, parts["encoder"], str(llm))
+    assert torch.equal(again.llm.lm_head.weight, new[HEAD])
+
+@pytest.mark.parametrize("trained", ["adapter", "lora", "full"])
+def test_the_dtypes_of_a_gpu_run(net, trained):
+    """Frozen weights in bf16, trained ones in fp32, autocast: on the CPU here, text-only too."""
+    twin = copy.deepcopy(net)
+    samples = data.Sample("анна", [pcm(3)]), data.Sample("2", question="раз")
+    batches = [batch_of(net, sample) for sample in samples]
+    exact = [twin(**batch).loss.item() for batch in batches]
+    lora.prepare(lora.cast(twin, torch.bfloat16), trained, LORA).train()
+    assert twin.llm.model.rotary_emb.inv_freq.dtype == torch.float32  # bf16 is off by radians
+    for batch, loss_before in zip(batches, exact, strict=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = twin(**batch).loss
+        loss.backward()
+        assert loss.item() == pytest.approx(loss_before, rel=0.02)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+               for p in lora.stored(twin).values())
+
+def test_a_run_and_its_base_move_together(manifest, original, parts, tmp_path, monkeypatch):
+    """LoRA on LoRA on an original checkpoint: found from another folder, through a link, after a
+    move; refused when the base is gone or another, by loading and by --resume."""
+    home, moved = tmp_path / "home", tmp_path / "moved"
+    shutil.copytree(Path(parts["encoder"]).parent, home)
+    shutil.copytree(original, home / "original")
+    (home / "disk").mkdir()
+    (home / "second").symlink_to(home / "disk")
+    monkeypatch.chdir(home)
+    run = [*RUN, "--train_manifest", manifest, "--encoder", "whisper", "--llm", "plain"]
+    first, second = ("--init_from", "original", "--out", "first"), ("--init_from", "first")
+    train_now(monkeypatch, *run, *first)
+    train_now(monkeypatch, *run, *second, "--lora_rank", 2, "--save_every", 1, "--out", "second")
+    net = ckpt.load_checkpoint("second")
+    assert not [k for k in net.state_dict() if "lora" in k]
+    monkeypatch.chdir(tmp_path)
+    home.rename(moved)
+    (moved / "second").unlink()
+    (moved / "disk").rename(moved / "second")
+    assert said(ckpt.load_checkpoint("moved/second")) == said(net)
+    shutil.rmtree(newest("moved/second"))  # back to step 1, and on, from another folder
+    _, rows = train_now(monkeypatch, "--resume", "--out", "moved/second")
+    assert said(ckpt.load_checkpoint("moved/second")) == said(net) and len(rows) == 2
+    monkeypatch.chdir(moved)
+    train_now(monkeypatch, *run, *first, "--steps", 3, "--overwrite")
+    shutil.rmtree(newest("second"))
+    for load in (lambda: ckpt.load_model("second", "cpu"),
+                 lambda: train_now(monkeypatch, "--resume", "--out", "second")):
+        with pytest.raises(cli.UserError, match="is gone|has changed"):
+            load()
+
+SNIPPET = """
+import sys
+for name in ("peft", "data", "soundfile", "datasets", "torchaudio", "jiwer"):
+    sys.modules[name] = None  # as if not installed
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained("hf", trust_remote_code=True, device="cpu")
+audio = torch.load("audio.pt", weights_only=True)
+output = model.generate(audio=audio, user_prompt=sys.argv[1], system_prompt=sys.argv[2],
+                        max_new_tokens=12)
+print(output.tolist())
+print(model.decode(output[0]))
+"""
+ASKED = ["О чём говорится в этом аудио? <|start_of_audio|><|end_of_audio|>",
+         "Ты полезный голосовой ассистент."]  # the post's own words
+
+def test_the_posts_snippet_runs_far_from_home(manifest, original, parts, tmp_path, monkeypatch,
+                                              capsys):
+    """A LoRA run on an original checkpoint, evaluated and exported: offline, in a process that
+    knows neither this project nor peft, the post's snippet gives the run's own tokens."""
+    out, hf = tmp_path / "out", tmp_path / "far" / "hf"
+    hf.parent.mkdir()
+    train_now(monkeypatch, *RUN, "--train_manifest", manifest, "--init_from", original, "--encoder",
+              parts["encoder"], "--llm", parts["plain"], "--lr", 0.01, "--out", out)
+    exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", out, "--manifest", manifest,
+            "--max_new_tokens", 3)
+    assert exit_of(export.main, monkeypatch, capsys, "--ckpt", out, "--to", hf)[0] == 0
+    assert {p.name for p in hf.iterdir()} >= {
+        "README.md", "config.json", "generation_config.json", "model.py", "model.safetensors",
+        "preprocessor_config.json", "tokenizer.json", "train_config.json"}
+    config = json.loads((hf / "config.json").read_text())
+    assert [config["auto_map"]["AutoModel"]] == [f"model.{n}" for n in config["architectures"]]
+    assert config["audio_start_id"] != config["audio_end_id"]  # the original's own pair
+    card, results = (hf / "README.md").read_text(), next(out.rglob("results.json"))
+    assert f"| {json.loads(results.read_text())['avg_wer']}" in card
+    assert "| lora_rank " in card and str(tmp_path) not in card
+    torch.save(tone(3.0), hf.parent / "audio.pt")
+    env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", SNIPPET, *ASKED], cwd=hf.parent, env=env,
+                          text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    net = ckpt.load_model(out, "cpu")
+    ids = net.generate(tone(3.0), *ASKED, max_new_tokens=12)
+    assert done.stdout.splitlines() == [str(ids.tolist()), net.decode(ids[0])]
+
+def test_a_pushed_folder_comes_back_whole(checkpoint, tmp_path, monkeypatch, capsys):
+    """A failed export leaves nothing; offline, the push says what to do; then the hub as a folder,
+    with its own matching of names: what we fetch of an export answers."""
+    hf, fetched = tmp_path / "hf", tmp_path / "fetched"
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(export, "model_card", lambda *_: 1 / 0)
+        export.export(checkpoint, hf)
+    assert not list(tmp_path.iterdir())
+    code, _, err = exit_of(export.main, monkeypatch, capsys, "--ckpt", checkpoint, "--to", hf,
+                           "--push", "me/mine")
+    assert is_one_line(code, err, "is written, but not pushed") and "hf upload me/mine" in err
+    assert 'from_pretrained("me/mine"' in (hf / "README.md").read_text()
+    def fetch(name, allow_patterns):
+        fetched.mkdir()
+        for file in filter_repo_objects(sorted(os.listdir(hf)), allow_patterns=allow_patterns):
+            shutil.copy(hf / file, fetched)
+        return fetched
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert said(ckpt.load_checkpoint("me/mine")) == said(ckpt.load_checkpoint(hf))
+    assert set(os.listdir(fetched)) == set(os.listdir(hf)) - {"README.md"}
+
+# ---- support/: rows, the embedded corpus, the tiny tokenizer, datasets of the hub
+
+@pytest.mark.parametrize("name, rate, channels", [
+    ("a.wav", 8000, 1), ("a.wav", 44100, 2), ("a.flac", 48000, 3), ("a.ogg", 16000, 1),
+    ("a.mp3", 22050, 2), ("a.wav", 15999, 1), ("a.wav", 11025, 1)])
+def test_audio_of_any_rate_and_channels(tmp_path, name, rate, channels):
+    wave = np.zeros((rate, channels))
+    wave[:, 0] = np.sin(2 * np.pi * 440 * np.arange(rate) / rate) * 0.5
+    soundfile.write(tmp_path / name, wave, rate)
+    x = data.load_audio(str(tmp_path / name))
+    assert x.dim() == 1 and abs(len(x) - 16000) <= 16000 * 0.1  # mp3 pads its ends
+    x = x[2000:14000]
+    assert abs(torch.fft.rfft(x).abs().argmax().item() * 16000 / 12000 - 440) < 2
+    assert x.abs().max().item() == pytest.approx(0.5 / channels, rel=0.1)  # the channels' mean
+
+def test_corpus_same_seed_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path))
+    for lang in spoken.LANGUAGES:  # caches of earlier versions stay valid
+        spoken.embedded_rows(lang, "train", 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["en-0-9c5391d1", "ru-0-d85cbfca"]
+    monkeypatch.setattr(spoken, "CHUNK", 12)
+    runs = []
+    for folder, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path / folder))
+        runs.append(data.embedded("ru", "train", 20, seed) + data.embedded("en", "books", 5, seed))
+    said = [[(s.answer, s.audio[0].tobytes()) for s in run] for run in runs]
+    assert said[0] == said[1] and not set(said[0]) & set(said[2])
+    for s in runs[0]:
+        assert 0.2 < len(s.audio[0]) / 16000 < 6 and np.abs(s.audio[0]).max() > 1000
+
+@pytest.mark.parametrize("lang", ["ru", "en"])
+def test_corpus_holds_out_voices_and_sentences(lang):
+    assert not set(spoken.TRAIN_VOICES) & set(spoken.EVAL_VOICES)
+    train_set, held_out = (data.embedded(lang, split, 250) for split in ("train", "clean"))
+    texts, words = {s.answer for s in held_out}, spoken.vocabulary(lang)
+    assert not {s.answer for s in train_set} & texts and len(texts) == 250
+    assert set(" ".join(texts).split()) <= set(words) and len(words) >= 150
+    assert {s.name.split("/")[2] for s in held_out} == set(spoken.EVAL_VOICES)
+    assert {s.name.split("/")[2] for s in train_set} <= set(spoken.TRAIN_VOICES)
+
+def test_tiny_pools():
+    asked = [s for s in data.tiny_pool("ru_audio", 40, 0) if s.question != nb.ASR_PROMPT]
+    assert 0 < len(asked) < 30 and {s.system for s in asked} == {data.TASK_SYSTEM}
+    for s in data.tiny_pool("text", 40, 0):
+        assert s.audio == [] and s.system == data.TEXT_SYSTEM
+        assert not spoken.held_out(s.question.split("\n")[1])
+    both = [s.name.split("/")[0] for s in data.tiny_pool("pretrain", 11, 0, ("ru", "en"))]
+    assert both == ["ru-train"] * 6 + ["en-train"] * 6
+
+def test_tokenizer_round_trip(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = f"анна купила 9 конфет, ё-й! {A}<|im_end|> hello\n\n<think>"
+    ids = loaded(text).input_ids
+    assert ids == tokenizer(text).input_ids and loaded.decode(ids) == text
+    assert loaded.chat_template == tokenizer.chat_template
+    assert len(tokenizer("анна").input_ids) == 1  # a known word is a token
+
+BOOKS, TEXT = recipes.POOLS["ru_audio"][1], recipes.POOLS["text"][0]
+
+def test_rows_of_the_pools(hub):
+    """Every dataset's own columns arrive where they belong. --max_rows asks the hub for so many
+    rows and no more; filters come first. (A local path is a hub to datasets.)"""
+    def read(pool, number):
+        return data.HubSamples(recipes.POOLS[pool][number], hub)
+    asked, books, gemini, text = *(read("ru_audio", i) for i in range(3)), read("text", 0)
+    assert [len(r) for r in (books, asked, gemini, text)] == [12, 12, 12, 10]
+    assert (books[3].question, books[3].system) == (nb.ASR_PROMPT, nb.ASR_SYSTEM)
+    assert books[3].name == "Vikhrmodels/ToneBooks/train:3"
+    assert (asked[3].question, asked[3].system) == ("Что сказано?", data.TASK_SYSTEM)
+    assert asked[3].answer == books[3].answer and gemini[0].answer == "О разном."
+    assert gemini[0].messages()[1]["content"] == f"О чём речь? {A}"
+    questions = [f"Вопрос {i}" for i in (0, 2, 3, 5)]  # the prompt or the answer is Russian
+    assert [text[i].question for i in range(4)] == questions
+    assert text[0].system == "Отвечай кратко." and text[0].audio == []
+    assert [s.answer for s in read("pretrain", 9)] == [books[i].answer for i in (0, 3, 6, 9)]
+    assert read("pretrain", 8)[0].answer == "Farfield"
+    assert read("en_audio", 2)[0].answer == "a bell"
+    a, b = data.load_audio(books[3].audio[0]), data.load_audio(asked[3].audio[0])
+    assert torch.allclose(a, b, atol=1e-4) and len(data.load_audio(gemini[0].audio[0])) > 8000
+    assert {s.rows for s in recipes.POOLS["ru_audio"]} == {70_000, 90_000, None}
+    assert len(recipes.BENCHMARK) == 6 and recipes.open_source(TEXT, hub, 2).num_rows == 2
+    some, few = (data.HubSamples(replace(source, hub=str(hub / source.hub)), limit=limit)
+                 for source, limit in ((BOOKS, 5), (TEXT, 4)))
+    assert [s.answer for s in some] == [books[i].answer for i in range(5)]
+    assert torch.equal(*(data.load_audio(pool[2].audio[0]) for pool in (some, books)))
+    assert [s.question for s in few] == questions
+
+def test_rows_that_break_on_the_way(tmp_path, tokenizer, net):
+    """Datasets are too big to look through before: the next good row takes a bad one's place."""
+    chat = [dict(role="user", content="раз"), dict(role="assistant", content="два")]
+    datasets.Dataset.from_dict({"conversation": [[], chat]}).to_parquet(tmp_path / "chats.parquet")
+    chats = data.HubSamples(recipes.Source("owner/chats", conversation="conversation"), tmp_path)
+    turns = {"role": ["user", "assistant"], "content": ["раз", "два"]}  # as datasets has it
+    assert chats.source.manifest_row({"conversation": turns}) == {"conversation": chat}
+    broken = [data.Sample("да", [b"RIFF is not enough"], name="set:0")]
+    dataset = data.Dataset(data.Chain([broken, chats]), tokenizer, net.config)
+    item, left_out = dataset[0, 0.0]
+    assert [row[1:] for row in left_out] == [("set:0", False), ("owner/chats/train:0", False)]
+    assert left_out[0][0] == "not audio" and item[0] == dataset.item(2)[0] and len(item[2]) == 0
+    item, left_out = data.Dataset(broken, tokenizer, net.config)[0, 0.0]
+    assert item is None and len(left_out) == data.RETRIES
+    batch = dataset.collate([dataset[2, 0.0], (None, left_out)])
+    assert batch["hopeless"] == 1 and batch["left_out"] == left_out and len(batch["micro"]) == 1
+    only_long = data.Dataset([chats[1]], tokenizer, net.config, max_tokens=1)
+    assert len(only_long[0, 0.0][1]) == 20 * data.RETRIES
+
+def test_data_dir_takes_what_datasets_writes(hub, corpus, tmp_path):
+    table, folder = recipes.open_source(BOOKS, hub), tmp_path / "audiofolder/ToneBooks/train"
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "saved" / BOOKS.hub)
+    folder.mkdir(parents=True)
+    lines = ["file_name,text", *(f"{i}.flac,{s.answer}" for i, s in enumerate(corpus[:12]))]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    for i, s in enumerate(corpus[:12]):
+        soundfile.write(folder / f"{i}.flac", s.audio[0], 16000)
+    table.to_parquet(tmp_path / "ToneBooks.parquet")
+    for place in (tmp_path / "saved", tmp_path / "audiofolder", tmp_path):
+        found = {s.answer: len(data.load_audio(s.audio[0])) for s in data.HubSamples(BOOKS, place)}
+        assert found == {s.answer: len(s.audio[0]) for s in corpus[:12]}, place
+
+@pytest.mark.parametrize("source, copied, says", [
+    (recipes.Source("Vikhrmodels/Nothing"), True, "Vikhrmodels/Nothing: put its files"),
+    (replace(BOOKS, split="test"), True, "split test"),
+    (replace(BOOKS, answer="sentence"), True, "has no column sentence: it has audio, text"),
+    (BOOKS, False, "cannot reach Vikhrmodels/ToneBooks, split train, .*go online.*--data_dir")])
+def test_datasets_that_cannot_be_read_are_named(hub, source, copied, says):
+    with pytest.raises(UserError, match=says):
+        recipes.open_source(source, hub if copied else None)
+
+# ---- support/meter.py, and what may not change a step
+
+def model_and_batch(trained: str, tokenizer):
+    """A random model, prepared as train.py does, and one recording."""
+    model = nb.BorealisForConditionalGeneration(tiny.tiny_config(tokenizer, frozen=()))
+    if trained != "scratch":
+        lora.prepare(model, trained, dict(rank=8, alpha=8, dropout=0.0))
+    rows = data.Dataset([data.Sample("анна купила", [pcm(3)])], tokenizer, model.config)
+    return model.train(), rows.pad([rows.item(0)])
+
+@pytest.mark.parametrize("trained", ["adapter", "lora", "full"])
+def test_gradient_checkpointing_and_compile_change_no_step(tokenizer, trained):
+    """And checkpointing keeps less, also where the LLM is frozen and else in eval mode."""
+    model, batch = model_and_batch(trained, tokenizer)
+
+    def step(**settings):
+        sizes, net = [], train.wrap(train.TrainConfig(**settings), model, 1)
+        def keep(x):
+            sizes.append(x.numel())
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = net(**batch).loss
+        loss.backward()
+        learned = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return sum(sizes), torch.cat([loss.detach()[None], *learned])
+
+    (plain, numbers), (less, same) = step(), step(grad_checkpoint=True)
+    assert less < 0.7 * plain and (numbers - same).abs().max() < 1e-6
+    model.llm.gradient_checkpointing_disable()
+    if trained == "lora":
+        assert (numbers - step(compile=True)[1]).abs().max() < 1e-4
+
+@pytest.mark.parametrize("trained", ["adapter", "lora", "full", "scratch"])
+def test_flops_are_those_that_run(tokenizer, trained):
+    """The formula of MFU against torch's own count of what ran, forward and backward."""
+    model, batch = model_and_batch(trained, tokenizer)
+    tokens, labels = batch["input_ids"].numel(), (batch["labels"] != -100).sum().item()
+    # The count leaves out the CPU's fused attention, hence MATH.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(**batch).loss.backward()
+    c = model.config.llm_config
+    heads = c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    other_half = 3 * 2 * tokens**2 * heads  # of causal attention: torch counts it
+    ours = meter.step_flops(model, tokens, tokens**2, 2, labels) + other_half
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)  # 2 %: RoPE's products
+
+def test_speed_on_a_gpu(net, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3e9)
+    total = dict(tokens=100, squares=5000, windows=2, labels=20, seconds=4, hopeless=0)
+    mfu = meter.step_flops(net, 100, 5000, 2, 20) / 0.5 / 2 / 756e12
+    assert meter.speed(net, total, 0.5, 2, torch.device("cuda", 0)) == dict(
+        ms=500, tokens_per_s=200, audio_s_per_s=8, memory_gb=3, mfu=mfu)
+
+# ---- The rooms behind eval.py: diagnosis, questions, noise, the comparison of runs
+
+# ---- report.py
+
+def row(reference, hypothesis, task="asr", **more):
+    r = dict(reference=reference, hypothesis=hypothesis, cut=False, id="u") | more
+    return evaluation.grade(r, task, "default")
+
+@pytest.mark.parametrize("text, n", [
+    ("раз два три", 0), ("на на на на столе", 4), ("", 0),
+    ("я кот спит кот спит кот спит", 6), ("я на на на на на", 5),
+    ("да да да", 0), ("а б а б а б а", 6), ("а б в а б в а б в а б в", 12),
+    ("кот спит кот спит", 0), (" ".join(map(str, range(5000))), 0),
+    (" ".join(map(str, range(5000))) + " да да" * 9, 18)])
+def test_loops(text, n):
+    assert report.longest_loop(text.split()) == n
+
+def test_diagnosis_by_hand():
+    rows = [
+        row("раз два три четыре", "раз два"),  # 4 > 1.5 * 2: stopped early
+        row("раз два три", "раз два"),  # 3 = 1.5 * 2: not yet
+        row("раз два", "раз два два два два два", cut=True),  # a loop, cut
+        row("да да да да", "да да да да"),                     # it was said so
+        row("на", "нананананана"), row("ананас", "ананас"),  # in a word
+        row("", "спасибо за просмотр"), row("…", "")]          # nobody spoke
+    assert report.diagnose(rows) == dict(
+        stopped_early=1, loops=2, cut=1, silence=2, text_on_silence=1)
+    text = report.worst(rows, "asr")
+    assert text.split("\n", 4)[1:4] == ["REF: раз два *** *** *** ***",
+                                        "HYP: раз два два два два два",
+                                        "               I   I   I   I"]
+    assert text.count("errors") == 5 and report.worst(rows[3:4], "asr") == ""
+
+# ---- tasks.py
+
+@pytest.mark.parametrize("reference, hypothesis, em, f1", [
+    ("Париж.", "париж", 1, 1), ("в саду", "кот в саду", 0, 4 / 5),
+    ("да", "", 0, 0), ("да", "нет", 0, 0),
+    ("кот кот пёс", "кот пес лис", 0, 2 / 3)])  # кот: said once
+def test_answers_by_hand(reference, hypothesis, em, f1):
+    """F1: 2 * common words / (words of both)."""
+    r = row(reference, hypothesis, "qa")
+    assert r["em"] == [em, 1] and r["f1"] == [pytest.approx(f1), 1]
+
+@pytest.mark.parametrize("category, text, answer", [
+    ("formal_fallacies", "The argument is invalid.", "invalid"), ("navigate", "True", "yes"),
+    ("formal_fallacies", "Valid", "valid"), ("formal_fallacies", "it is not valid", "invalid"),
+    ("formal_fallacies", "Some would say valid. The answer is: invalid", "invalid"),
+    ("formal_fallacies", "It is not deductively valid.", "invalid"), ("web_of_lies", "No.", "no"),
+    ("formal_fallacies", "Valid arguments look otherwise: this isn’t valid", "invalid"),
+    ("navigate", "Yes, you return.", "yes"), ("navigate", "knowing nothing", ""),
+    ("navigate", "No, that is not correct.", "no"), ("web_of_lies", "incorrect", "no"),
+    ("navigate", "Yes. There are no extra steps.", "yes"), ("web_of_lies", "**No**", "no"),
+    ("object_counting", "3 pianos and 4 flutes, so the answer is 7.", "7"),
+    ("object_counting", "You have seven.", "7"), ("object_counting", "Twenty-one.", "21"),
+    ("object_counting", "7.0", "7"), ("object_counting", "3, then thirty", "30"),
+    ("object_counting", "3.", "3"), ("object_counting", "many", "")])
+def test_what_an_answer_comes_down_to(category, text, answer):
+    assert tasks.extract_answer(text, category) == answer
+
+@pytest.mark.parametrize("snr", [0, 5, 10, 15, 20])
+def test_snr_is_estimated(corpus, snr):
+    """Speech with white noise at a known SNR: the mean of 20 clips, and each of them."""
+    rng, estimates, padded = np.random.default_rng(snr), [], []
+    for s in corpus[:20]:
+        x = data.load_audio(s.audio[0]).numpy()
+        x = torch.as_tensor(x + noise_at(rng.normal(size=len(x)), np.mean(x ** 2), snr))
+        estimates.append(tasks.estimate_snr(x))
+        padded.append(tasks.estimate_snr(torch.cat([torch.zeros(4800), x])))
+    assert np.mean(estimates) == pytest.approx(snr, abs=1.5)
+    assert np.allclose(estimates, snr, atol=5) and np.allclose(padded, estimates, atol=0.5)
+    assert tasks.estimate_snr(torch.zeros(16000)) <= 0
+    assert -10 <= tasks.estimate_snr(torch.ones(100)) <= 60
+
+# ---- compare.py
+
+def evaluated(folder, rng, rate, ids=40):
+    """A folder as an evaluation leaves it, of a system that gets words wrong at a rate."""
+    folder.mkdir()
+    rows = []
+    for split, i in product(("clean", "webinars"), range(ids)):
+        words = vocabulary("ru")[i:i + 8]
+        hypothesis = " ".join(w if rng.random() > rate else "ой" for w in words)
+        rows.append(dict(run="x", split=split, id=f"{split}/{i}", reference=" ".join(words),
+                         hypothesis=hypothesis))
+    write_manifest(folder / "hypotheses.jsonl", rows)
+    (folder / "results.json").write_text(json.dumps(dict(run="x", step=1, task="asr")))
+    return folder
+
+def test_compare_tells_what_is_real(tmp_path, monkeypatch, capsys):
+    def run(*folders, out="all"):
+        code, text, err = exit_of(evaluation.main, monkeypatch, capsys, "--compare", *folders,
+                                  "--out", tmp_path / out)
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+        return code, text, {line[0]: line for line in cells if line}, err
+    rng = np.random.default_rng(0)
+    folders = {name: evaluated(tmp_path / f"out_{name}", rng, rate)
+               for name, rate in (("bad", 0.3), ("good", 0.1), ("alike", 0.1))}
+    code, out, lines, _ = run(*folders.values())
+    assert code == 0 and out.index("| good ") < out.index("| bad ")  # best first
+    pairs = {name: line for name, line in lines.items() if " - " in name}
+    p = {name: float(line[-1].split("(")[1].rstrip(")")) for name, line in pairs.items()}
+    assert len(p) == 3 and all((v < 0.05) == ("bad" in name) for name, v in p.items())
+    wers = [float(x) for x in lines["bad"][2:]]
+    assert wers[2] == pytest.approx((wers[0] + wers[1]) / 2, abs=0.02)
+    assert lines["Whisper-v3 (published)"][1:] == [
+        "-", "11.68", "12.23", "7.77", "11.95", "2.68", "19.87", "11.03"] and "other speech" in out
+    assert (tmp_path / "all" / "heatmap.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "all" / "table.md").read_text() in out
+    theirs = (folders["alike"] / "hypotheses.jsonl").read_text().splitlines()
+    for name, source in (("x", "bad"), ("y", "good")):  # two runs of one name, one baseline
+        folder = shutil.copytree(folders[source], tmp_path / name / "out_run")
+        with open(folder / "hypotheses.jsonl", "a") as f:
+            for line in theirs:
+                f.write(json.dumps(json.loads(line) | dict(run="w", took=ord(name))) + "\n")
+    code, out, lines, _ = run(tmp_path / "x" / "out_run", tmp_path / "y" / "out_run", out="two")
+    second = str(tmp_path / "y" / "out_run" / "run")
+    runs = {name for name in lines if " - " not in name and "(" not in name and ":-" not in name}
+    assert code == 0 and runs - {"Run", "Difference"} == {"run", second, "w"}
+    code, _, _, err = run(*folders.values(), evaluated(tmp_path / "other", rng, 0.1, ids=39))
+    assert code == 2 and "other has other utterances or another --task than bad" in err
+    assert run(tmp_path)[0] == 2
+
+def test_published_averages_are_means():
+    for name, (_, *wers, average) in compare.PUBLISHED.items():
+        if np.isfinite(wers).all():
+            assert average == pytest.approx(np.mean(wers), abs=0.006), name
+
+# ---- Cutting at pauses, and words as they are said: support/pauses.py
+
+@pytest.mark.parametrize("longest, n", [
+    *[(32000, n) for n in (30400, 32000, 32160, 80000, 980800)],
+    *[(16000, n) for n in (16000, 16001, 19000, 20001, 24001, 50000)]])
+def test_cuts_at_pauses(longest, n):
+    """Nothing is lost, no piece is longer than a window or a sliver, the cuts are in the pauses."""
+    spoken = torch.ones(n)
+    for start in range(2000, n, 7000):  # pauses of 0.25 s
+        spoken[start:start + 4000] = 0
+    wave = tone(n / 16000) * spoken
+    pieces = pauses.cut_at_pauses(wave, longest)
+    assert torch.equal(torch.cat(pieces), wave) and (len(pieces) > 1) == (n > longest)
+    assert all(longest // 4 <= len(p) <= longest for p in pieces)
+    for cut in np.cumsum([len(p) for p in pieces])[:-1]:
+        assert longest == 16000 or not spoken[cut - 1000:cut + 1000].any()
+
+# ---- live
+
+WORDS = [f"слово{i}" for i in range(30)]
+
+def live(pieces, heard=lambda: None):
+    """A system listens that hears a word a tone; before it answers, it calls heard()."""
+    def answer(samples, waves):
+        heard()
+        loud = (waves[0][0].unfold(0, 800, 800).square().mean(1) > 1e-3).int()
+        return [(" ".join(WORDS[:(loud.diff() == 1).sum() + loud[0]]), 1, False)]
+    pauses.Live(answer, data.Sample("", [b""]), 160_000).run(pieces)
+
+BEEP, GAP, REST = 0.3 * np.sin(np.arange(9600) * 0.2), np.zeros(2400), np.zeros(12800)
+
+@pytest.mark.parametrize("sounds, noise, lines", [
+    ([REST, BEEP, GAP, BEEP, REST, REST, BEEP, GAP, BEEP, GAP, BEEP, REST], 0.0, [2, 3]),
+    ([REST, BEEP, GAP, BEEP, REST, BEEP, REST], 0.02, [2, 1]),  # a room 21 dB below the voice
+    ([0.05 * BEEP, 0.05 * GAP, BEEP, GAP, BEEP, REST], 0.0, [2]),  # too soft to hear, then loud
+    ([0.12 * BEEP, GAP, 0.12 * BEEP, GAP, BEEP, GAP, BEEP, REST], 0.0, [2]),
+    ([REST, REST], 0.02, []), ([REST, BEEP], 0.001, [1]),
+    ([REST, *[BEEP] * 20], 0.001, [1, 1])])  # longer than a phrase may be
+def test_live_prints_only_what_it_keeps(monkeypatch, capsys, sounds, noise, lines):
+    """Nothing is taken back, each phrase ends with its pause, and a quiet room says nothing."""
+    wave, printed = np.concatenate(sounds), []
+    wave = wave + noise * np.random.default_rng(0).standard_normal(len(wave))
+    monkeypatch.setattr(pauses.time, "sleep", lambda _: threading.Event().wait(0.02))
+    live(pauses.in_real_time(torch.from_numpy(wave).float()),
+         lambda: printed.append(capsys.readouterr().out))
+    printed.append(capsys.readouterr().out)
+    assert "".join(printed) == "".join(" ".join(WORDS[:n]) + " \n" for n in lines)
+    early = [text for text in printed if text.strip() and "\n" not in text]
+    assert early or len(sounds) < 9  # words before the phrase is over
+
+def test_live_ends_on_ctrl_c_with_all_that_was_heard(capsys):
+    """In the middle of a pass; what comes during that is decoded at once. The microphone is on."""
+    before, passes = signal.getsignal(signal.SIGINT), []
+    def microphone():
+        yield from np.tile(np.float32([*BEEP, *GAP]), 10).reshape(15, 8000)
+        threading.Event().wait()
+    def interrupt():
+        passes.append(1)
+        if len(passes) == 1:
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGINT)
+    live(microphone(), interrupt)
+    assert capsys.readouterr().out.split() == WORDS[:10] and len(passes) <= 4
+    assert signal.getsignal(signal.SIGINT) == before
+
+def test_live_reads_raw_samples_as_they_drip_in():
+    """In pieces of any length, the last one cut in the middle of a sample."""
+    samples, (read, write) = np.arange(-10000, 10001, dtype="<i2"), os.pipe()
+    sent = samples.tobytes() + b"x"
+    def drip():
+        for i in range(0, len(sent), 3001):
+            os.write(write, sent[i:i + 3001])
+        os.close(write)
+    threading.Thread(target=drip).start()
+    with open(read, "rb") as file:
+        heard = list(pauses.from_pcm(file))
+    assert [len(p) for p in heard] == [8000, 8000, 4001]
+    assert np.array_equal(np.concatenate(heard) * 32768, samples.astype(np.float32))
+
+# ---- docs/WALK.md
+
+def test_the_walk_names_what_exists():
+    walk = (HERE / "docs" / "WALK.md").read_text()
+    steps = re.findall(r"`([\w/]+\.py): (\w+)`", walk)
+    assert len(steps) > 20 and len(walk.splitlines()) <= 80
+    for path, name in steps:
+        assert re.search(rf"(def|class) {name}\b|^{name} = ", (HERE / path).read_text(), re.M), path
