@@ -1,7 +1,6 @@
-"""
-support/banks.py -- banks for augment.py, lists of arrays at 16 kHz: noises, int16, and rooms
-(impulse responses), float32; made here, of a folder, or of the hub (the post's: MUSAN, EchoThief).
-"""
+"""support/banks.py -- banks for augment.py, lists of arrays at 16 kHz: noises, int16, and rooms
+(impulse responses), float32; made here, of a folder, or of the hub (the post's: MUSAN,
+EchoThief)."""
 import os
 import sys
 from pathlib import Path

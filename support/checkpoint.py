@@ -1,7 +1,5 @@
-"""
-support/checkpoint.py -- load any checkpoint: ours or the original's, whole or on top of another.
-Strictly: what does not fit is a ValueError or OSError. support/storage.py has the files.
-"""
+"""support/checkpoint.py -- load any checkpoint: ours or the original's, whole or on top of another.
+Strictly: what does not fit is a ValueError or OSError. support/storage.py has the files."""
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
-"""
-support/cli.py -- how every script talks to its user: flags, errors, files written whole. A mistake
-of the user's is a UserError: one line that says what to do, exit code 2, no traceback.
-"""
+"""support/cli.py -- how every script talks to its user: flags, errors, files written whole. A
+mistake of the user's is a UserError: one line that says what to do, exit code 2, no traceback."""
 import argparse
 import contextlib
 import difflib

@@ -1,7 +1,5 @@
-"""
-support/corpus.py -- a spoken corpus without a download: sentences of a small grammar, spoken by
-espeak-ng, as a manifest's rows with a "name". Equal seeds give equal bytes on any machine.
-"""
+"""support/corpus.py -- a spoken corpus without a download: sentences of a small grammar, spoken by
+espeak-ng, as a manifest's rows with a "name". Equal seeds give equal bytes on any machine."""
 import hashlib
 import json
 import multiprocessing

@@ -1,6 +1,5 @@
-"""
-support/engine.py -- vLLM in this process. Import it before vllm, which reads the environment then.
-"""
+"""support/engine.py -- vLLM in this process. Import it before vllm, which reads the environment
+then."""
 import contextlib
 import hashlib
 import os

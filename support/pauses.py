@@ -1,6 +1,5 @@
-"""
-support/pauses.py -- cut where nobody speaks: recordings into windows, live speech into phrases.
-"""
+"""support/pauses.py -- cut where nobody speaks: recordings into windows, live speech into
+phrases."""
 import os
 import queue
 import re

@@ -1,9 +1,7 @@
-"""
-support/recipes.py -- the post's runs, read from recipes.toml: datasets, the pools they make, mixes
-of pools, presets that train on a mix, and their tiny twins. And a dataset's rows, from the hub or a
-copy on disk (--data_dir): owner/name with the hub's parquet files, or what save_to_disk of datasets
-wrote, or audio files beside a metadata.csv or .jsonl.
-"""
+"""support/recipes.py -- the post's runs, read from recipes.toml: datasets, the pools they make,
+mixes of pools, presets that train on a mix, and their tiny twins. And a dataset's rows, from the
+hub or a copy on disk (--data_dir): owner/name with the hub's parquet files, or what save_to_disk of
+datasets wrote, or audio files beside a metadata.csv or .jsonl."""
 import sys
 import tomllib
 from dataclasses import dataclass

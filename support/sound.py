@@ -1,7 +1,6 @@
-"""
-support/sound.py -- the signal processing under augment.py: filters, one FFT for all that is linear,
-time stretching, codecs. Waves are float32 arrays at 16 kHz, of any length from one sample up.
-"""
+"""support/sound.py -- the signal processing under augment.py: filters, one FFT for all that is
+linear, time stretching, codecs. Waves are float32 arrays at 16 kHz, of any length from one sample
+up."""
 import io
 import math
 from functools import lru_cache

@@ -1,8 +1,6 @@
-"""
-support/storage.py -- a run's folder: out/step-0000500, ..., each a checkpoint: model.safetensors
+"""support/storage.py -- a run's folder: out/step-0000500, ..., each a checkpoint: model.safetensors
 has what trained (all, if it stands on no base), state.pt the optimizer, train_config.json the
-flags. Reading is strict, and unpickles nothing that could execute.
-"""
+flags. Reading is strict, and unpickles nothing that could execute."""
 import hashlib
 import json
 import os
