@@ -5,8 +5,8 @@ augment.py -- the post's effects make clean speech sound like the world, harder 
     python augment.py in.wav out/ --noise my_noises/  # with your own; --noise hub takes the post's
 
 Thirteen effects: the post's table has eleven rows (pitch and speed share one), its code Gaussian
-noise besides. They come in the world's order, which the original does not keep: the speaker,
-noise, the room, the microphone (EQ to clipping), the line; and on the mel, SpecAugment.
+noise besides. Their order is nearly the world's: the speaker, noise, the room, all that filters
+(EQ to telephony), gain, Gaussian noise, clipping, the codec; and on the mel, SpecAugment.
 """
 import math
 from dataclasses import dataclass, fields
@@ -154,8 +154,8 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
         irs = [rooms[i] for i in rng.integers(len(rooms), size=count)]
     filters = {name: draw(getattr(config, name), rng) for name in FILTERS}  # EQ to telephony
     responses = [(FILTERS[name], drawn) for name, drawn in filters.items() if drawn]
-    # Filters and rooms multiply a spectrum; a spectrum cut or padded to another length is the clip
-    # at another rate. Products commute, so all that is linear takes one FFT and one back.
+    # Filters and rooms multiply the spectrum, in any order; a spectrum cut or padded is the clip at
+    # another rate. So everything linear needs one FFT and one inverse FFT.
     if responses or irs or ratio != 1:                     # -> (n * ratio,), or (length,) if given
         x = spectral(x, ratio, length, responses, irs, noise)
     if gain := draw(config.gain, rng):

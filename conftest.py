@@ -51,12 +51,14 @@ def write_manifest(path: Path, rows: list) -> str:
     path.write_text("".join(f"{line}\n" for line in lines))
     return str(path)
 
+def rows_in(out) -> list[dict]:
+    return meter.read_metrics(Path(out) / "metrics.jsonl", 10**9)
+
 def train_now(monkeypatch, *flags):
     """train.main() in this process, signals left alone -> (exit code, rows of metrics.jsonl)."""
-    out = Path(flags[flags.index("--out") + 1])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    return train.main(), meter.read_metrics(out / "metrics.jsonl", 10**9)
+    return train.main(), rows_in(flags[flags.index("--out") + 1])
 
 def exit_of(main, monkeypatch, capsys, *argv):
     """What a user sees: (exit code, stdout, stderr) of a script's main."""
@@ -73,12 +75,14 @@ def is_one_line(code: int, err: str, says: str) -> bool:
     return code == 2 and len(lines) == 1 and says in lines[0] and "Traceback" not in err
 
 def torchrun(processes: int, *flags, script: str = "train.py"):
-    """A script under torchrun on this machine, gloo."""
+    """A script under torchrun on this machine, gloo -> its stderr."""
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(HERE / script)]
-    return subprocess.run([*command, *map(str, flags)], capture_output=True, text=True, env=env,
-                          timeout=300)
+    result = subprocess.run([*command, *map(str, flags)], capture_output=True, text=True, env=env,
+                            timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stderr
 
 def losses(rows) -> np.ndarray:
     return np.array([r["loss"] for r in rows])
@@ -137,10 +141,9 @@ def manifest(tmp_path_factory, corpus):
 @pytest.fixture
 def bad_files(tmp_path):
     (tmp_path / "noise.wav").write_bytes(b"RIFF this is no recording" * 9)
-    soundfile.write(tmp_path / "nan.wav", [0.1, np.nan] * 4000, 16000, subtype="FLOAT")
-    soundfile.write(tmp_path / "short.wav", tone(0.09).numpy(), 16000)
-    soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 16000)
-    soundfile.write(tmp_path / "good.wav", tone(1).numpy(), 16000)
+    for name, wave in dict(nan=torch.full((8000,), torch.nan), short=tone(0.09), good=tone(1),
+                           silent=torch.zeros(16000)).items():
+        (tmp_path / f"{name}.wav").write_bytes(wav_bytes(wave, subtype="FLOAT"))
     return tmp_path
 
 @pytest.fixture
@@ -159,11 +162,11 @@ def four(corpus, tmp_path):
 
 def whisper_config(width: int, size: int, end: int = 0, start: int = 0, **more) -> hf.WhisperConfig:
     """One layer, a window of 2 s."""
-    return hf.WhisperConfig(
-        d_model=width, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width,
-        max_source_positions=100, vocab_size=size, pad_token_id=end, bos_token_id=end,
-        eos_token_id=end, decoder_start_token_id=start, **more)
+    for part in ("encoder", "decoder"):
+        more |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 2 * width}
+    return hf.WhisperConfig(d_model=width, max_source_positions=100, vocab_size=size, **more,
+                            pad_token_id=end, bos_token_id=end, eos_token_id=end,
+                            decoder_start_token_id=start)
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory, tokenizer, plain_tokenizer):
@@ -248,9 +251,8 @@ def baseline(tmp_path_factory, corpus):
     bpe = tiny.train_tokenizer([s.answer for s in corpus], 400).backend_tokenizer.to_str()
     bpe = json.loads(bpe)["model"]
     tokenizer = hf.WhisperTokenizer(vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]])
-    tokenizer.add_tokens([f"<|{t}|>" for t in (
-        "endoftext", "startoftranscript", "en", "ru", "translate", "transcribe", "startofprev",
-        "notimestamps")], special_tokens=True)
+    special = "endoftext startoftranscript en ru translate transcribe startofprev notimestamps"
+    tokenizer.add_tokens([f"<|{t}|>" for t in special.split()], special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids
     extractor = nb.feature_extractor(80, chunk_length=2)
     end, start = ids("<|endoftext|>"), ids("<|startoftranscript|>")

@@ -64,7 +64,7 @@ def read_manifest(path: str, bad: BadRows, evaluation: bool = False) -> tuple[li
 
 def parse_row(row: dict, folder: str = "", evaluation: bool = False) -> Sample:
     """A manifest's row -> Sample, or BadRow. Audio: paths below `folder`, files' bytes, int16 at 16
-    kHz. evaluation: a row counts without audio too (as failed), and with the text "" (silence)."""
+    kHz. evaluation: keep rows without audio (they fail), and with the text "" (nobody speaks)."""
     name = row.get("name", "")
     if "conversation" in row:
         system, history, question, answer = rows.check_turns(row["conversation"])
@@ -133,8 +133,8 @@ def encode(sample, tokenizer, config, change=None, max_windows=math.inf, max_tok
     return ids, labels, windows
 
 class Dataset(torch.utils.data.Dataset):
-    """Items as they go into a batch: (ids, labels, mel (W, M, F), sound samples per window), an
-    unusable one replaced by the next. keep: how many stay in memory. limits: those of encode."""
+    """Items as they go into a batch: (ids, labels, mel (W, M, F), length of each window's sound),
+    an unusable one replaced by the next. keep: how many stay in memory. limits: those of encode."""
     def __init__(self, samples, tokenizer, config, keep=0, augment=None, batch_size=1, **limits):
         self.samples, self.config, self.augment = samples, config, augment
         self.batch_size, self.keep, self.kept = batch_size, keep, {}
@@ -162,7 +162,7 @@ class Dataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, float]):
         """(index, epoch) from Schedule -> (item, [(reason, row, too long?) of rows left out]). No
-        item after RETRIES bad rows in a row, or 20 times as many long ones, which may be common."""
+        item after RETRIES consecutive bad rows, or 20 times as many too long, a common case."""
         i, epoch = key
         left_out, patience = [], 20 * RETRIES
         while patience > 0:
@@ -198,8 +198,8 @@ class Dataset(torch.utils.data.Dataset):
                     labels=torch.tensor([row + [-100] * (L - len(row)) for row in labels]),
                     input_features=torch.cat(mels))
 
-# ---- The order depends on (seed, position) alone. Step s takes positions s*E ... (s+1)*E-1, dealt
-# to the ranks: a run stopped and resumed, on any number of GPUs, sees what it would have seen.
+# ---- The order depends on (seed, position) alone. Step s takes the s-th effective batch of
+# positions, dealt to the ranks: a resumed run, on any number of GPUs, sees what it would have seen.
 
 @lru_cache(maxsize=2)
 def turns_of(block: int, seed: int, counts: tuple) -> np.ndarray:
@@ -213,8 +213,8 @@ def shuffled(size: int, seed: int) -> list[int]:
 
 class Schedule(torch.utils.data.Sampler):
     """For each of `steps` (a range), this rank's part: a list of (index, epoch with its fraction).
-    sizes: of the pools, whose indices follow one another; each is shuffled anew whenever it is
-    through. shares: how often a pool's turn comes."""
+    sizes: of the pools, indexed as one concatenation; each is shuffled anew for every pass through
+    it. shares: how often a pool's turn comes."""
     def __init__(self, sizes, shares, seed, steps, effective_batch, rank=0, world=1):
         self.sizes, self.seed, self.steps, self.rank, self.world = sizes, seed, steps, rank, world
         self.effective_batch, self.starts = effective_batch, np.cumsum([0, *sizes]).tolist()
@@ -224,13 +224,13 @@ class Schedule(torch.utils.data.Sampler):
         self.counts = tuple(counts.tolist())
 
     def at(self, position: int) -> tuple[int, float]:
-        """Of A (3 samples) and B, in turns AABAAB: position 4 is A's 4th turn, so walk 1 begins."""
+        """Of A (3 samples) and B, in turns AABAAB: position 4 is A's 4th turn: its next pass."""
         block, i = divmod(position, BLOCK)
         turns = turns_of(block, self.seed, self.counts)
         pool = int(turns[i])
         earlier = block * self.counts[pool] + int(np.count_nonzero(turns[:i] == pool))
-        walk, i = divmod(earlier, self.sizes[pool])
-        order = shuffled(self.sizes[pool], (self.seed + 7919 * pool) * 1_000_003 + walk)
+        passes, i = divmod(earlier, self.sizes[pool])
+        order = shuffled(self.sizes[pool], (self.seed + 7919 * pool) * 1_000_003 + passes)
         return self.starts[pool] + order[i], position / self.starts[-1]
 
     def __iter__(self):

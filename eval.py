@@ -10,7 +10,7 @@ eval.py -- measure a checkpoint: decode, compare with the references, say how su
     python eval.py --compare out_a/ out_b/ --out out                  # several runs in one table
 
 Writes results.json, report.md, hypotheses.jsonl and wer.png into the checkpoint's folder or --out.
-What fails counts as an empty answer; what was interrupted goes on (see support/decoding.py).
+A failed utterance scores as an empty answer; interrupted, the same command goes on where it was.
 Shapes: n utterances of a split, S splits, R draws of the bootstrap.
 """
 import string
@@ -52,7 +52,7 @@ class EvalConfig:
     limit: int | None = flag(None, "at most so many utterances a split", low=1)
     strict: bool = flag(False, "stop at the first unusable row of the data")
     normalizer: str = flag("default", "post: the original's", choices=("default", "post"))
-    baseline: str | None = flag(None, f"a Whisper as another row; for --fallback: {ENCODER}")
+    baseline: str | None = flag(None, f"a Whisper beside it; --fallback takes {ENCODER}")
     fallback: str | None = flag(None, "noisy ones to the baseline", choices=("whisper",))
     fallback_snr: float = flag(12.0, "noisy: with an estimated SNR below this, in dB")
     chunk: str = flag("window", "vad: cut long recordings at pauses", choices=("window", "vad"))
@@ -157,7 +157,7 @@ def assess(rows: list[dict], task: str) -> dict:
 
 def embedded_split(lang: str, name: str, n: int, seed: int) -> list:
     """n held-out sentences by held-out voices, see support/corpus.py; webinars and devices are the
-    clean split in noise and rooms never trained on, the babble in them of its voices."""
+    clean split with noise (some of it babble of these voices) and rooms never trained on."""
     if name not in HARD:
         return embedded(lang, name, n, seed)
     samples, banks, kind = [], open_banks(voices="clean"), list(HARD).index(name)

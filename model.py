@@ -102,13 +102,13 @@ def place_audio(prompt: str, recordings: int) -> str:
     return prompt
 
 def group_recordings(audio, prompts: list[str]) -> list[list]:
-    """The recordings of each answer: a wave (1-D, float, 16 kHz) -> [[wave]]; [a, b] -> [[a], [b]],
-    or [[a, b]] for one prompt with two AUDIO; [[a, b], None] -> [[a, b], []]; None -> no audio."""
+    """A list of recordings for each answer. A wave (1-D, float, 16 kHz) -> [[wave]]. [a, b] ->
+    [[a], [b]]; with two AUDIO in the one prompt, [[a, b]]. [[a, b], None] -> [[a, b], []]. None: none."""
     groups = [as_list(item) for item in as_list(audio)] or [[] for _ in prompts]
-    k = prompts[0].replace(TAG_PAIR, AUDIO).count(AUDIO)
-    if len(prompts) > 1 or k <= len(groups[0]):
+    each = prompts[0].replace(TAG_PAIR, AUDIO).count(AUDIO)
+    if len(prompts) > 1 or each <= len(groups[0]):
         return groups
-    return [sum(groups[i:i + k], []) for i in range(0, len(groups), k)]  # k of a flat list for each
+    return [sum(groups[i:i + each], []) for i in range(0, len(groups), each)]  # of a flat list
 
 def as_list(x) -> list:
     if x is None:
@@ -223,7 +223,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         return AutoTokenizer.from_pretrained(self.config._name_or_path)
 
     def freeze(self, *parts: str) -> nn.Module:
-        """No gradient for these parts, no dropout in the encoder. support/lora.py says which."""
+        """No gradients for these parts, and no dropout in the encoder. --train: support/lora.py"""
         self.config.frozen = list(parts)
         for part in parts:
             getattr(self, part).requires_grad_(False)
@@ -239,7 +239,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         x, config = input_features.to(self.encoder.conv1.weight), self.config.encoder_config
         if len(x):
             x = self.encoder(x).last_hidden_state  # (W, T, E)  [W, 1500, 1280]
-        else:  # text only; DDP still waits for a gradient of each trained weight, and gets zeros
+        else:  # text only: DDP still expects a gradient for each trained weight, so give it zeros
             zero = sum(p.sum() for p in self.encoder.parameters() if p.requires_grad)
             x = x.new_zeros(0, config.max_source_positions, config.d_model) + zero
         x = downsample(x, self.config.downsample_factor)  # (W, N, k*E)  [W, 375, 5120]
@@ -248,7 +248,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
     def embed(self, input_ids: torch.Tensor, input_features: torch.Tensor | None) -> torch.Tensor:
         """The one splice: (B, L) ids -> (B, L, D), with audio in its slots, in reading order."""
         slots = input_ids == self.config.audio_token_id  # (B, L)
-        text = input_ids.masked_fill(slots, 0)  # to a row of the table, as AUDIO may have none
+        text = input_ids.masked_fill(slots, 0)  # AUDIO may have no row; overwritten below
         embeds = self.llm.get_input_embeddings()(text)  # (B, L, D)
         if input_features is None:
             return embeds
@@ -269,7 +269,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         keep = targets != -100  # (B, L-1)  a 30 s clip has 400 positions without a label
         logits = self.llm.lm_head(hidden[:, :-1][keep])  # (number of labels, V)
         loss = F.cross_entropy(logits.float(), targets[keep], reduction="sum")
-        # All labels of the batch, not the micro-batch's: in a mean of means, few would weigh more.
+        # Divided by the labels of the whole effective batch: see backward() in train.py.
         n = keep.sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=loss / n, logits=logits)
 
@@ -321,7 +321,7 @@ def count(module: nn.Module, trained_only: bool = False) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        print("error: export is now python -m support.export --ckpt out/ --to hf/", file=sys.stderr)
+        print("error: to export: python -m support.export --ckpt out/ --to hf/", file=sys.stderr)
         sys.exit(2)
     for adapter in ("simple", "deep"):
         with torch.device("meta"):  # shapes without memory

@@ -54,7 +54,7 @@ class TrainConfig:
     llm: str = flag(LLM, "any Qwen3, hub name or path")
     init_from: str | None = flag("AlexWortega/Borealis5b_90k", "checkpoint to start from, or none")
     adapter: str = flag("simple", "a new one's: 19.7 M, or 78.6 M", choices=["simple", "deep"])
-    train: str = flag("lora", "adapter: it alone; lora, full: and LoRA, or the whole LLM; scratch: "
+    train: str = flag("lora", "adapter: only that; lora: and LoRA; full: and the LLM; scratch: "
                       "all of a tiny model", choices=["adapter", "lora", "full", "scratch"])
     lora_rank: int = flag(256, "of matrices beside all linears of the LLM", low=1)  # post: ~500M
     lora_alpha: float = flag(512, "they are scaled by alpha / rank")
@@ -118,7 +118,7 @@ def build(cfg, samples, device):
     whole (full), by matrices beside its linears (lora), or not at all (adapter)."""
     torch.manual_seed(cfg.seed)
     if cfg.train == "scratch":
-        # Runs that start from one of a mix will ask questions, in two languages: words to know.
+        # Later runs may start here, with questions and English: the tokenizer needs their words.
         more = ["ru_audio", "en_audio", "text"] if cfg.mix else []
         texts = chain(samples, *(tiny_pool(pool, 1000, cfg.seed) for pool in more))
         return scratch_model(texts, 2048 if more else 1024, adapter=cfg.adapter).to(device)
@@ -182,7 +182,7 @@ def wrap(cfg, model, world):
             layer.compile(dynamic=True)  # all share one graph, and rows have many lengths
     if world == 1:
         return model
-    # As views of what DDP sends, gradients need no second copy: so zero them, never set to None.
+    # Gradients are views of DDP's buckets, which saves a copy: zero them, do not set them to None.
     return torch.nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -201,7 +201,7 @@ def backward(net, micro_batches, num_labels, world, device):
             # DDP takes the mean over the ranks, where we want the sum: so times `world`
             part = net(**inputs, num_items_in_batch=num_labels / world).loss
         part.backward()
-        loss += part.detach().double() / world  # and without it, to report
+        loss += part.detach().double() / world  # undone in the loss that is reported
     return launch.all_sum(dict(loss=loss.item()), device)["loss"]
 
 def train(cfg: TrainConfig) -> int:
@@ -213,8 +213,8 @@ def train(cfg: TrainConfig) -> int:
     groups = [dict(params=[p for p in trained if p.dim() >= 2], weight_decay=cfg.weight_decay),
               dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
-    # What a resume restores: trained weights, AdamW's moments, the step. The order of the data and
-    # the randomness of dropout and augmentation are functions of (seed, step): nothing is missing.
+    # What a resume restores: trained weights, AdamW's moments, the step. Data order, augmentation
+    # and dropout (that of each rank) follow from seed and step: there is no RNG state to save.
     start = storage.restore(out, model, optimizer, device) if cfg.resume else 0
     net = wrap(cfg, model, world)
     schedule = Schedule(sizes, shares, cfg.seed, range(start, cfg.steps), cfg.effective_batch,
@@ -228,7 +228,7 @@ def train(cfg: TrainConfig) -> int:
 
     for step in range(start, cfg.steps):
         began = time.perf_counter()
-        # Augmenter finds each sample's stage of the curriculum itself; here a new one is only told.
+        # The Augmenter finds the stage of each sample itself; a change is only logged here.
         epoch = step * cfg.effective_batch / sum(sizes)
         if dataset.augment and stage != dataset.augment.stage(epoch):
             stage = dataset.augment.stage(epoch)

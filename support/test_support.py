@@ -1,6 +1,4 @@
-"""
-support/test_support.py -- what the rooms behind the chapters promise.
-"""
+"""support/test_support.py -- what the rooms behind the chapters promise."""
 import copy
 import json
 import os
@@ -39,7 +37,7 @@ from support import corpus as spoken
 from support.cli import UserError
 from support.corpus import vocabulary
 
-# ---- Tests of support/checkpoint.py, support/storage.py, support/lora.py and support/export.py
+# ---- support/checkpoint.py, support/storage.py, support/lora.py and support/export.py
 
 HEAD, LORA = "llm.lm_head.weight", dict(rank=4, alpha=8, dropout=0.0)
 RUN = ["--preset", "ru_only", "--workers", 0, "--lora_rank", 4, "--lr", 1e-3,
@@ -267,6 +265,7 @@ def test_the_posts_snippet_runs_far_from_home(manifest, original, parts, tmp_pat
     config = json.loads((hf / "config.json").read_text())
     assert [config["auto_map"]["AutoModel"]] == [f"model.{n}" for n in config["architectures"]]
     assert config["audio_start_id"] != config["audio_end_id"]  # the original's own pair
+    assert config.get("base") is None  # it is whole
     card, results = (hf / "README.md").read_text(), next(out.rglob("results.json"))
     assert f"| {json.loads(results.read_text())['avg_wer']}" in card
     assert "| lora_rank " in card and str(tmp_path) not in card
@@ -434,16 +433,15 @@ def test_datasets_that_cannot_be_read_are_named(hub, source, copied, says):
 def model_and_batch(trained: str, tokenizer):
     """A random model, prepared as train.py does, and one recording."""
     model = nb.BorealisForConditionalGeneration(tiny.tiny_config(tokenizer, frozen=()))
+    model.tokenizer = tokenizer
     if trained != "scratch":
-        lora.prepare(model, trained, dict(rank=8, alpha=8, dropout=0.0))
-    rows = data.Dataset([data.Sample("анна купила", [pcm(3)])], tokenizer, model.config)
-    return model.train(), rows.pad([rows.item(0)])
+        lora.prepare(model, trained, LORA | dict(rank=8))
+    return model.train(), batch_of(model, data.Sample("анна купила", [pcm(3)]))
 
 @pytest.mark.parametrize("trained", ["adapter", "lora", "full"])
 def test_gradient_checkpointing_and_compile_change_no_step(tokenizer, trained):
     """And checkpointing keeps less, also where the LLM is frozen and else in eval mode."""
     model, batch = model_and_batch(trained, tokenizer)
-
     def step(**settings):
         sizes, net = [], train.wrap(train.TrainConfig(**settings), model, 1)
         def keep(x):
@@ -455,7 +453,6 @@ def test_gradient_checkpointing_and_compile_change_no_step(tokenizer, trained):
         learned = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         model.zero_grad()
         return sum(sizes), torch.cat([loss.detach()[None], *learned])
-
     (plain, numbers), (less, same) = step(), step(grad_checkpoint=True)
     assert less < 0.7 * plain and (numbers - same).abs().max() < 1e-6
     model.llm.gradient_checkpointing_disable()
@@ -486,8 +483,6 @@ def test_speed_on_a_gpu(net, monkeypatch):
 
 # ---- The rooms behind eval.py: diagnosis, questions, noise, the comparison of runs
 
-# ---- report.py
-
 def row(reference, hypothesis, task="asr", **more):
     r = dict(reference=reference, hypothesis=hypothesis, cut=False, id="u") | more
     return evaluation.grade(r, task, "default")
@@ -516,8 +511,6 @@ def test_diagnosis_by_hand():
                                         "HYP: раз два два два два два",
                                         "               I   I   I   I"]
     assert text.count("errors") == 5 and report.worst(rows[3:4], "asr") == ""
-
-# ---- tasks.py
 
 @pytest.mark.parametrize("reference, hypothesis, em, f1", [
     ("Париж.", "париж", 1, 1), ("в саду", "кот в саду", 0, 4 / 5),
@@ -557,8 +550,6 @@ def test_snr_is_estimated(corpus, snr):
     assert np.allclose(estimates, snr, atol=5) and np.allclose(padded, estimates, atol=0.5)
     assert tasks.estimate_snr(torch.zeros(16000)) <= 0
     assert -10 <= tasks.estimate_snr(torch.ones(100)) <= 60
-
-# ---- compare.py
 
 def evaluated(folder, rng, rate, ids=40):
     """A folder as an evaluation leaves it, of a system that gets words wrong at a rate."""
@@ -629,8 +620,6 @@ def test_cuts_at_pauses(longest, n):
     for cut in np.cumsum([len(p) for p in pieces])[:-1]:
         assert longest == 16000 or not spoken[cut - 1000:cut + 1000].any()
 
-# ---- live
-
 WORDS = [f"слово{i}" for i in range(30)]
 
 def live(pieces, heard=lambda: None):
@@ -690,8 +679,6 @@ def test_live_reads_raw_samples_as_they_drip_in():
         heard = list(pauses.from_pcm(file))
     assert [len(p) for p in heard] == [8000, 8000, 4001]
     assert np.array_equal(np.concatenate(heard) * 32768, samples.astype(np.float32))
-
-# ---- docs/WALK.md
 
 def test_the_walk_names_what_exists():
     walk = (HERE / "docs" / "WALK.md").read_text()
