@@ -29,8 +29,6 @@ SHARED = HERE.parent / "shared"  # real data beside the project; users do not ha
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared/ beside the project")
 A, M, newest = nb.AUDIO, nb.MARKER, storage.newest_step
 
-# ---- helpers: from conftest import ...
-
 def tone(seconds: float, seed: int = 0) -> torch.Tensor:
     """Not speech, but not silence: a noisy chirp, float32 at 16 kHz."""
     t = torch.arange(round(seconds * 16000)) / 16000
@@ -75,7 +73,6 @@ def is_one_line(code: int, err: str, says: str) -> bool:
     return code == 2 and len(lines) == 1 and says in lines[0] and "Traceback" not in err
 
 def torchrun(processes: int, *flags, script: str = "train.py"):
-    """A script under torchrun on this machine, gloo -> its stderr."""
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(HERE / script)]
@@ -87,14 +84,10 @@ def torchrun(processes: int, *flags, script: str = "train.py"):
 def losses(rows) -> np.ndarray:
     return np.array([r["loss"] for r in rows])
 
-# ---- a random model, and recordings
-
 @pytest.fixture(scope="session")
 def plain_tokenizer():
-    """As Qwen3's, without our two tokens."""
-    texts = ["анна купила девять конфет",
-             "сейчас семь часов двадцать минут",
-             "the cat sleeps under the table"]
+    texts = ["анна купила девять конфет", "the cat sleeps under the table",
+             "сейчас семь часов двадцать минут"]
     samples = [data.Sample(t, question=nb.ASR_PROMPT.replace(A, "")) for t in texts]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "add_audio_tokens", lambda tokenizer: tokenizer)
@@ -113,7 +106,6 @@ def net(tokenizer):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, net, tokenizer):
-    """An untrained checkpoint as train.py writes one."""
     out = tmp_path_factory.mktemp("ckpt")
     net.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -149,16 +141,14 @@ def bad_files(tmp_path):
 @pytest.fixture
 def four(corpus, tmp_path):
     """A manifest of the four sentences the baseline knows, and of two of them in one recording."""
-    waves, texts = [s.audio[0] for s in corpus[:4]], [s.answer.upper() + "!" for s in corpus[:4]]
-    waves.append(np.concatenate([waves[0], np.zeros(8000, np.int16), waves[1]]))
-    texts.append(f"{corpus[0].answer} {corpus[1].answer}")
-    rows = []
-    for name, wave, text in zip([*"0123", "both"], waves, texts, strict=True):
+    a, b, *_ = corpus
+    both = np.concatenate([a.audio[0], np.zeros(8000, np.int16), b.audio[0]])
+    spoken = {str(i): (s.audio[0], f"{s.answer.upper()}!") for i, s in enumerate(corpus[:4])}
+    spoken["both"] = both, f"{a.answer} {b.answer}"
+    for name, (wave, _) in spoken.items():
         soundfile.write(tmp_path / f"{name}.wav", wave, 16000)
-        rows.append({"audio": f"{name}.wav", "text": text})
+    rows = [{"audio": f"{name}.wav", "text": text} for name, (_, text) in spoken.items()]
     return write_manifest(tmp_path / "four.jsonl", rows)
-
-# ---- stand-ins of the hub: models, a checkpoint of the original, datasets
 
 def whisper_config(width: int, size: int, end: int = 0, start: int = 0, **more) -> hf.WhisperConfig:
     """One layer, a window of 2 s."""
@@ -173,7 +163,7 @@ def parts(tmp_path_factory, tokenizer, plain_tokenizer):
     """A tiny Whisper and Qwen3, vocabulary padded. plain: without our tokens, as on the hub."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(1)
-    hf.WhisperModel(whisper_config(32, 50, num_mel_bins=128)).save_pretrained(folder / "whisper")
+    hf.WhisperModel(whisper_config(32, 50, num_mel_bins=128)).save_pretrained(folder / "encoder")
     ids = tokenizer.convert_tokens_to_ids
     llm = hf.Qwen3ForCausalLM(hf.Qwen3Config(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -181,11 +171,10 @@ def parts(tmp_path_factory, tokenizer, plain_tokenizer):
         max_position_embeddings=4096, eos_token_id=ids("<|im_end|>"),
         pad_token_id=ids("<|endoftext|>")))
     llm.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95, top_k=20)  # as 4B
-    for name, own in (("qwen", tokenizer), ("plain", plain_tokenizer)):
+    for name, own in (("llm", tokenizer), ("plain", plain_tokenizer)):
         llm.save_pretrained(folder / name)
         own.save_pretrained(folder / name)
-    names = dict(encoder="whisper", llm="qwen", plain="plain")
-    return {part: str(folder / name) for part, name in names.items()}
+    return {path.name: str(path) for path in folder.iterdir()}
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory, parts, plain_tokenizer):
@@ -209,19 +198,17 @@ def clip(sample, kind: str = "FLAC") -> dict:
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory, corpus):
-    """Stand-ins of the hub's datasets: its columns, its file names, a few rows each."""
     root, some = tmp_path_factory.mktemp("hub"), corpus[:12]
     audio = datasets.Audio(sampling_rate=16000, decode=False)
     def write(name, split, where="data", shards=1, **columns):
-        folder = root / "Vikhrmodels" / name / where
-        folder.mkdir(parents=True, exist_ok=True)
         n = max(len(v) for v in columns.values() if isinstance(v, list))
-        columns = {k: v if isinstance(v, list) else [v] * n for k, v in columns.items()}
-        table = datasets.Dataset.from_dict(columns)
+        table = datasets.Dataset.from_dict(
+            {k: v if isinstance(v, list) else [v] * n for k, v in columns.items()})
         table = table.cast_column("audio", audio) if "audio" in columns else table
         for k in range(shards):
-            shard = table.shard(shards, k, contiguous=True)
-            shard.to_parquet(folder / f"{split}-{k:05d}-of-{shards:05d}.parquet")
+            file = root / "Vikhrmodels" / name / where / f"{split}-{k:05d}-of-{shards:05d}.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            table.shard(shards, k, contiguous=True).to_parquet(file)
     clips, texts = [clip(s) for s in some], [s.answer for s in some]
     voice = dict(text_description="спокойный голос", voice_name="анна")
     write("ToneBooks", "train", audio=clips, text=texts, shards=2, **voice)
@@ -247,7 +234,6 @@ def hub(tmp_path_factory, corpus):
 
 @pytest.fixture(scope="session")
 def baseline(tmp_path_factory, corpus):
-    """A small multilingual Whisper, saved as on the hub, that knows four Russian sentences."""
     bpe = tiny.train_tokenizer([s.answer for s in corpus], 400).backend_tokenizer.to_str()
     bpe = json.loads(bpe)["model"]
     tokenizer = hf.WhisperTokenizer(vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]])

@@ -103,7 +103,7 @@ def place_audio(prompt: str, recordings: int) -> str:
 
 def group_recordings(audio, prompts: list[str]) -> list[list]:
     """A list of recordings for each answer. A wave (1-D, float, 16 kHz) -> [[wave]]. [a, b] ->
-    [[a], [b]]; with two AUDIO in the one prompt, [[a, b]]. [[a, b], None] -> [[a, b], []]. None: none."""
+    [[a], [b]]; for one prompt with two AUDIO, [[a, b]]. [[a, b], None] -> [[a, b], []]."""
     groups = [as_list(item) for item in as_list(audio)] or [[] for _ in prompts]
     each = prompts[0].replace(TAG_PAIR, AUDIO).count(AUDIO)
     if len(prompts) > 1 or each <= len(groups[0]):

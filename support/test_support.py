@@ -23,7 +23,6 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer
 
 import data
 import eval as evaluation
@@ -32,25 +31,16 @@ import train
 from augment import noise_at
 from conftest import HERE, A, M, exit_of, is_one_line, newest, pcm, tone, train_now, write_manifest
 from support import checkpoint as ckpt
-from support import cli, compare, export, lora, meter, pauses, recipes, report, tasks, tiny
+from support import compare, export, lora, meter, pauses, recipes, report, tasks, tiny
 from support import corpus as spoken
 from support.cli import UserError
-from support.corpus import vocabulary
 
 # ---- support/checkpoint.py, support/storage.py, support/lora.py and support/export.py
-
 HEAD, LORA = "llm.lm_head.weight", dict(rank=4, alpha=8, dropout=0.0)
 RUN = ["--preset", "ru_only", "--workers", 0, "--lora_rank", 4, "--lr", 1e-3,
        "--effective_batch", 4, "--steps", 2]
-
 def said(net):
     return net.generate(tone(1), max_new_tokens=8).tolist()
-
-def shake(net):
-    """Pretend that it was trained."""
-    with torch.no_grad():
-        for p in lora.stored(net).values():
-            p += 0.05 * torch.randn_like(p)
 
 def batch_of(net, *samples):
     rows = data.Dataset(list(samples), net.tokenizer, net.config)
@@ -151,7 +141,6 @@ def test_broken_checkpoints(checkpoint, tmp_path, monkeypatch, capsys, name, old
         assert is_one_line(code, err, says)
 
 def test_old_templates_get_labels(checkpoint, net, tmp_path):
-    """Checkpoints from before the template marked what trains: none of theirs is used."""
     out = shutil.copytree(checkpoint, tmp_path / "ckpt")
     (out / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert "generation" not in hf.AutoTokenizer.from_pretrained(out).chat_template
@@ -161,8 +150,7 @@ def test_old_templates_get_labels(checkpoint, net, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_lora_starts_as_the_base_and_merges_into_it(parts, tmp_path, tied):
-    """New LoRA changes nothing; trained, it computes the same merged, new rows included. Qwen3 from
-    8B on has a head of its own, which keeps its rows; it survives a checkpoint."""
+    """New rows included. A head of its own, as Qwen3 has from 8B on, survives a checkpoint."""
     torch.manual_seed(0)
     config = hf.Qwen3Config.from_pretrained(parts["plain"], tie_word_embeddings=tied)
     llm = shutil.copytree(parts["plain"], tmp_path / "llm")
@@ -172,7 +160,8 @@ def test_lora_starts_as_the_base_and_merges_into_it(parts, tmp_path, tied):
     twin, before = copy.deepcopy(net), net(**batch).logits
     lora.prepare(twin, "lora", LORA).eval()
     assert torch.allclose(before, twin(**batch).logits, atol=1e-5)
-    shake(twin)
+    for p in lora.stored(twin).values():  # as if it had been trained
+        p.data += 0.05 * torch.randn_like(p)
     learned = twin(**batch).logits
     assert (learned - before).abs().max() > 0.1
     assert torch.allclose(learned, lora.merge(twin, torch.float32)(**batch).logits, atol=1e-4)
@@ -210,7 +199,7 @@ def test_a_run_and_its_base_move_together(manifest, original, parts, tmp_path, m
     (home / "disk").mkdir()
     (home / "second").symlink_to(home / "disk")
     monkeypatch.chdir(home)
-    run = [*RUN, "--train_manifest", manifest, "--encoder", "whisper", "--llm", "plain"]
+    run = [*RUN, "--train_manifest", manifest, "--encoder", "encoder", "--llm", "plain"]
     first, second = ("--init_from", "original", "--out", "first"), ("--init_from", "first")
     train_now(monkeypatch, *run, *first)
     train_now(monkeypatch, *run, *second, "--lora_rank", 2, "--save_every", 1, "--out", "second")
@@ -229,7 +218,7 @@ def test_a_run_and_its_base_move_together(manifest, original, parts, tmp_path, m
     shutil.rmtree(newest("second"))
     for load in (lambda: ckpt.load_model("second", "cpu"),
                  lambda: train_now(monkeypatch, "--resume", "--out", "second")):
-        with pytest.raises(cli.UserError, match="is gone|has changed"):
+        with pytest.raises(UserError, match="is gone|has changed"):
             load()
 
 SNIPPET = """
@@ -242,16 +231,13 @@ model = AutoModel.from_pretrained("hf", trust_remote_code=True, device="cpu")
 audio = torch.load("audio.pt", weights_only=True)
 output = model.generate(audio=audio, user_prompt=sys.argv[1], system_prompt=sys.argv[2],
                         max_new_tokens=12)
-print(output.tolist())
-print(model.decode(output[0]))
+print(output.tolist(), model.decode(output[0]), sep="\\n")
 """
 ASKED = ["О чём говорится в этом аудио? <|start_of_audio|><|end_of_audio|>",
          "Ты полезный голосовой ассистент."]  # the post's own words
 
-def test_the_posts_snippet_runs_far_from_home(manifest, original, parts, tmp_path, monkeypatch,
-                                              capsys):
-    """A LoRA run on an original checkpoint, evaluated and exported: offline, in a process that
-    knows neither this project nor peft, the post's snippet gives the run's own tokens."""
+def test_the_posts_snippet_runs_anywhere(manifest, original, parts, tmp_path, monkeypatch, capsys):
+    """A LoRA run, exported: without this project, peft and network it gives the run's tokens."""
     out, hf = tmp_path / "out", tmp_path / "far" / "hf"
     hf.parent.mkdir()
     train_now(monkeypatch, *RUN, "--train_manifest", manifest, "--init_from", original, "--encoder",
@@ -279,8 +265,7 @@ def test_the_posts_snippet_runs_far_from_home(manifest, original, parts, tmp_pat
     assert done.stdout.splitlines() == [str(ids.tolist()), net.decode(ids[0])]
 
 def test_a_pushed_folder_comes_back_whole(checkpoint, tmp_path, monkeypatch, capsys):
-    """A failed export leaves nothing; offline, the push says what to do; then the hub as a folder,
-    with its own matching of names: what we fetch of an export answers."""
+    """A failed export leaves nothing; offline, the push says what to do; what we fetch answers."""
     hf, fetched = tmp_path / "hf", tmp_path / "fetched"
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(export, "model_card", lambda *_: 1 / 0)
@@ -300,7 +285,6 @@ def test_a_pushed_folder_comes_back_whole(checkpoint, tmp_path, monkeypatch, cap
     assert set(os.listdir(fetched)) == set(os.listdir(hf)) - {"README.md"}
 
 # ---- support/: rows, the embedded corpus, the tiny tokenizer, datasets of the hub
-
 @pytest.mark.parametrize("name, rate, channels", [
     ("a.wav", 8000, 1), ("a.wav", 44100, 2), ("a.flac", 48000, 3), ("a.ogg", 16000, 1),
     ("a.mp3", 22050, 2), ("a.wav", 15999, 1), ("a.wav", 11025, 1)])
@@ -350,7 +334,7 @@ def test_tiny_pools():
 
 def test_tokenizer_round_trip(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    loaded = hf.AutoTokenizer.from_pretrained(tmp_path)
     text = f"анна купила 9 конфет, ё-й! {A}<|im_end|> hello\n\n<think>"
     ids = loaded(text).input_ids
     assert ids == tokenizer(text).input_ids and loaded.decode(ids) == text
@@ -360,8 +344,7 @@ def test_tokenizer_round_trip(tokenizer, tmp_path):
 BOOKS, TEXT = recipes.POOLS["ru_audio"][1], recipes.POOLS["text"][0]
 
 def test_rows_of_the_pools(hub):
-    """Every dataset's own columns arrive where they belong. --max_rows asks the hub for so many
-    rows and no more; filters come first. (A local path is a hub to datasets.)"""
+    """Columns arrive where they belong; filters come before a limit. A path can be a hub."""
     def read(pool, number):
         return data.HubSamples(recipes.POOLS[pool][number], hub)
     asked, books, gemini, text = *(read("ru_audio", i) for i in range(3)), read("text", 0)
@@ -375,8 +358,7 @@ def test_rows_of_the_pools(hub):
     assert [text[i].question for i in range(4)] == questions
     assert text[0].system == "Отвечай кратко." and text[0].audio == []
     assert [s.answer for s in read("pretrain", 9)] == [books[i].answer for i in (0, 3, 6, 9)]
-    assert read("pretrain", 8)[0].answer == "Farfield"
-    assert read("en_audio", 2)[0].answer == "a bell"
+    assert read("pretrain", 8)[0].answer == "Farfield" and read("en_audio", 2)[0].answer == "a bell"
     a, b = data.load_audio(books[3].audio[0]), data.load_audio(asked[3].audio[0])
     assert torch.allclose(a, b, atol=1e-4) and len(data.load_audio(gemini[0].audio[0])) > 8000
     assert {s.rows for s in recipes.POOLS["ru_audio"]} == {70_000, 90_000, None}
@@ -428,10 +410,7 @@ def test_datasets_that_cannot_be_read_are_named(hub, source, copied, says):
     with pytest.raises(UserError, match=says):
         recipes.open_source(source, hub if copied else None)
 
-# ---- support/meter.py, and what may not change a step
-
 def model_and_batch(trained: str, tokenizer):
-    """A random model, prepared as train.py does, and one recording."""
     model = nb.BorealisForConditionalGeneration(tiny.tiny_config(tokenizer, frozen=()))
     model.tokenizer = tokenizer
     if trained != "scratch":
@@ -444,10 +423,8 @@ def test_gradient_checkpointing_and_compile_change_no_step(tokenizer, trained):
     model, batch = model_and_batch(trained, tokenizer)
     def step(**settings):
         sizes, net = [], train.wrap(train.TrainConfig(**settings), model, 1)
-        def keep(x):
-            sizes.append(x.numel())
-            return x
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        hooks = (lambda x: sizes.append(x.numel()) or x), (lambda x: x)
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
             loss = net(**batch).loss
         loss.backward()
         learned = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
@@ -461,7 +438,6 @@ def test_gradient_checkpointing_and_compile_change_no_step(tokenizer, trained):
 
 @pytest.mark.parametrize("trained", ["adapter", "lora", "full", "scratch"])
 def test_flops_are_those_that_run(tokenizer, trained):
-    """The formula of MFU against torch's own count of what ran, forward and backward."""
     model, batch = model_and_batch(trained, tokenizer)
     tokens, labels = batch["input_ids"].numel(), (batch["labels"] != -100).sum().item()
     # The count leaves out the CPU's fused attention, hence MATH.
@@ -481,18 +457,15 @@ def test_speed_on_a_gpu(net, monkeypatch):
     assert meter.speed(net, total, 0.5, 2, torch.device("cuda", 0)) == dict(
         ms=500, tokens_per_s=200, audio_s_per_s=8, memory_gb=3, mfu=mfu)
 
-# ---- The rooms behind eval.py: diagnosis, questions, noise, the comparison of runs
-
 def row(reference, hypothesis, task="asr", **more):
     r = dict(reference=reference, hypothesis=hypothesis, cut=False, id="u") | more
     return evaluation.grade(r, task, "default")
 
 @pytest.mark.parametrize("text, n", [
-    ("раз два три", 0), ("на на на на столе", 4), ("", 0),
-    ("я кот спит кот спит кот спит", 6), ("я на на на на на", 5),
-    ("да да да", 0), ("а б а б а б а", 6), ("а б в а б в а б в а б в", 12),
-    ("кот спит кот спит", 0), (" ".join(map(str, range(5000))), 0),
-    (" ".join(map(str, range(5000))) + " да да" * 9, 18)])
+    (" ".join(map(str, range(5000))) + " да да" * 9, 18), ("на на на на столе", 4),
+    ("кот спит кот спит", 0), ("я на на на на на", 5), ("", 0),
+    ("я" + " кот спит" * 3, 6), ("а б а б а б а", 6), ("да да да", 0),
+    ("а б в " * 4, 12)])
 def test_loops(text, n):
     assert report.longest_loop(text.split()) == n
 
@@ -517,7 +490,6 @@ def test_diagnosis_by_hand():
     ("да", "", 0, 0), ("да", "нет", 0, 0),
     ("кот кот пёс", "кот пес лис", 0, 2 / 3)])  # кот: said once
 def test_answers_by_hand(reference, hypothesis, em, f1):
-    """F1: 2 * common words / (words of both)."""
     r = row(reference, hypothesis, "qa")
     assert r["em"] == [em, 1] and r["f1"] == [pytest.approx(f1), 1]
 
@@ -539,7 +511,6 @@ def test_what_an_answer_comes_down_to(category, text, answer):
 
 @pytest.mark.parametrize("snr", [0, 5, 10, 15, 20])
 def test_snr_is_estimated(corpus, snr):
-    """Speech with white noise at a known SNR: the mean of 20 clips, and each of them."""
     rng, estimates, padded = np.random.default_rng(snr), [], []
     for s in corpus[:20]:
         x = data.load_audio(s.audio[0]).numpy()
@@ -552,11 +523,10 @@ def test_snr_is_estimated(corpus, snr):
     assert -10 <= tasks.estimate_snr(torch.ones(100)) <= 60
 
 def evaluated(folder, rng, rate, ids=40):
-    """A folder as an evaluation leaves it, of a system that gets words wrong at a rate."""
     folder.mkdir()
     rows = []
     for split, i in product(("clean", "webinars"), range(ids)):
-        words = vocabulary("ru")[i:i + 8]
+        words = spoken.vocabulary("ru")[i:i + 8]
         hypothesis = " ".join(w if rng.random() > rate else "ой" for w in words)
         rows.append(dict(run="x", split=split, id=f"{split}/{i}", reference=" ".join(words),
                          hypothesis=hypothesis))
@@ -597,14 +567,10 @@ def test_compare_tells_what_is_real(tmp_path, monkeypatch, capsys):
     code, _, _, err = run(*folders.values(), evaluated(tmp_path / "other", rng, 0.1, ids=39))
     assert code == 2 and "other has other utterances or another --task than bad" in err
     assert run(tmp_path)[0] == 2
-
-def test_published_averages_are_means():
-    for name, (_, *wers, average) in compare.PUBLISHED.items():
-        if np.isfinite(wers).all():
-            assert average == pytest.approx(np.mean(wers), abs=0.006), name
+    for _, *wers, average in compare.PUBLISHED.values():  # published averages are means
+        assert not np.isfinite(wers).all() or average == pytest.approx(np.mean(wers), abs=0.006)
 
 # ---- Cutting at pauses, and words as they are said: support/pauses.py
-
 @pytest.mark.parametrize("longest, n", [
     *[(32000, n) for n in (30400, 32000, 32160, 80000, 980800)],
     *[(16000, n) for n in (16000, 16001, 19000, 20001, 24001, 50000)]])
@@ -631,7 +597,6 @@ def live(pieces, heard=lambda: None):
     pauses.Live(answer, data.Sample("", [b""]), 160_000).run(pieces)
 
 BEEP, GAP, REST = 0.3 * np.sin(np.arange(9600) * 0.2), np.zeros(2400), np.zeros(12800)
-
 @pytest.mark.parametrize("sounds, noise, lines", [
     ([REST, BEEP, GAP, BEEP, REST, REST, BEEP, GAP, BEEP, GAP, BEEP, REST], 0.0, [2, 3]),
     ([REST, BEEP, GAP, BEEP, REST, BEEP, REST], 0.02, [2, 1]),  # a room 21 dB below the voice
@@ -667,7 +632,6 @@ def test_live_ends_on_ctrl_c_with_all_that_was_heard(capsys):
     assert signal.getsignal(signal.SIGINT) == before
 
 def test_live_reads_raw_samples_as_they_drip_in():
-    """In pieces of any length, the last one cut in the middle of a sample."""
     samples, (read, write) = np.arange(-10000, 10001, dtype="<i2"), os.pipe()
     sent = samples.tobytes() + b"x"
     def drip():
