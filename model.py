@@ -85,8 +85,8 @@ class BorealisConfig(PretrainedConfig):  # which makes a dataclass of it
 # ---- from text and waveforms to what the network takes: one prompt builder, one window cutter
 
 def add_audio_tokens(tokenizer, tokens: tuple[str, ...] = (AUDIO, MARKER)):
-    """Append our tokens: AUDIO and MARKER get the next ids, in Qwen3 151669 and 151670, and support/
-    copies these into the config. Set our chat template: Qwen3's with thinking switched off."""
+    """Append our tokens: AUDIO and MARKER get the next ids, 151669 and 151670 in Qwen3; support/
+    copies them into the config. Set our chat template: Qwen3's with thinking switched off."""
     tokenizer.add_tokens(list(tokens), special_tokens=True)
     template = Path(__file__).with_name("support") / "chat_template.jinja"
     tokenizer.chat_template = template.read_text(encoding="utf-8")
