@@ -104,9 +104,9 @@ def place_audio(prompt: str, recordings: int) -> str:
 def group_recordings(audio, prompts: list[str]) -> list[list]:
     """A list of recordings for each answer. A wave (1-D, float, 16 kHz) -> [[wave]]. [a, b] ->
     [[a], [b]]; for one prompt with two AUDIO, [[a, b]]. [[a, b], None] -> [[a, b], []]."""
-    groups = [as_list(item) for item in as_list(audio)] or [[] for _ in prompts]
-    each = prompts[0].replace(TAG_PAIR, AUDIO).count(AUDIO)
-    if len(prompts) > 1 or each <= len(groups[0]):
+    groups = [[] for _ in prompts] if audio is None else [as_list(item) for item in as_list(audio)]
+    each = "".join(prompts).replace(TAG_PAIR, AUDIO).count(AUDIO)
+    if len(prompts) != 1 or not groups or each <= len(groups[0]):
         return groups
     return [sum(groups[i:i + each], []) for i in range(0, len(groups), each)]  # of a flat list
 
@@ -280,7 +280,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         groups = group_recordings(audio, prompts)
         if len(prompts) == 1:
             prompts *= len(groups)
-        if len(groups) != len(prompts):
+        if not groups or len(groups) != len(prompts):
             raise ValueError(f"{len(groups)} recordings, {len(prompts)} prompts: give 1 or as many")
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         chats = [[*system, {"role": "user", "content": place_audio(prompt, len(waves))}]

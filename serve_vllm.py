@@ -259,7 +259,10 @@ def main() -> int | None:
     answer = in_pieces(vllm, window, BATCH)
     if args.transcribe:
         return transcribe(answer, sound)
-    Live(answer, engine.TRANSCRIBE, longest=max(window, 10 * SAMPLE_RATE)).run(sound)
+    try:
+        Live(answer, engine.TRANSCRIBE, longest=max(window, 10 * SAMPLE_RATE)).run(sound)
+    except (ValueError, OSError) as e:
+        raise UserError(f"--live {args.live}: {first_line(e)}") from None
 
 if __name__ == "__main__":
     run(main)

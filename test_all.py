@@ -216,7 +216,7 @@ def test_generate_takes_what_users_have(net):
 
 @pytest.mark.parametrize("audio, prompt, says", [
     ([tone(1)] * 3, ["?"] * 2, "3 recordings, 2 prompts: give 1 or as many"),
-    (tone(1), ["a", "b"], "1 recordings, 2 prompts"), ([], f"{A}?", "1 .* for 0 recordings"),
+    (tone(1), ["a", "b"], "1 recordings, 2 prompts"), ([], f"{A}?", "0 recordings"),
     (torch.zeros(2, 100), "", "1-D"), (torch.zeros(0), "", "empty"),
     (np.zeros(100, np.int16), "", "float"), (torch.tensor([0.1, float("nan")]), "", "NaN"),
     (torch.full((99,), -np.inf), "", "Inf"), (torch.full((100,), 1e30), "", "scale")])

@@ -59,9 +59,10 @@ class ArgumentParser(argparse.ArgumentParser):
             settings = dict(default=f.default) | f.metadata
             low, high = settings.pop("low"), settings.pop("high")
             names = [f"--{f.name}", *settings.pop("aliases", ())]
+            names += [name.replace("_", "-") for name in names if "_" in name]
             kind = (*typing.get_args(f.type), f.type)[0]  # of "int | None": int
             if kind is bool:
-                settings["action"] = "store_true"
+                settings["action"] = argparse.BooleanOptionalAction  # also --no-x
             elif kind in (int, float):
                 settings["type"] = ranged(kind, low, high)
             self.add_argument(*names, **settings)

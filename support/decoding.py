@@ -21,6 +21,7 @@ from support.checkpoint import find_checkpoint
 from support.cli import first_line, pick_device
 from support.pauses import without_thoughts
 from support.rows import BadRow, load_audio
+from support.storage import fingerprint
 from support.tasks import estimate_snr
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
@@ -64,8 +65,9 @@ def digest_model(where: str) -> str:
     """A local model by its files; one on the hub by its name."""
     if not Path(where).exists():
         return where
-    files = [p for p in sorted(find_checkpoint(where).iterdir()) if p.name != "results.json"]
-    return digest([stamp(str(p)) for p in files if p.suffix in (".json", ".safetensors", ".bin")])
+    folder = find_checkpoint(where)
+    files = [p for p in sorted(folder.glob("*.json")) if p.name != "results.json"]
+    return digest(fingerprint(folder), [(p.name, p.read_bytes()) for p in files])
 
 @dataclass
 class System:

@@ -1,5 +1,4 @@
-"""support/engine.py -- vLLM in this process. Import it before vllm, which reads the environment
-then."""
+"""support/engine.py -- vLLM in this process. Import it before vllm, for it sets its environment."""
 import contextlib
 import hashlib
 import os
@@ -71,7 +70,7 @@ def prompt(tokenizer, sample: Sample, waves: list) -> dict:
     ids = tokenizer.apply_chat_template(sample.messages(with_answer=False), return_dict=False,
                                         add_generation_prompt=True)
     audio = [(np.asarray(wave), SAMPLE_RATE) for wave in waves]
-    return dict(prompt_token_ids=ids, multi_modal_data={"audio": audio})
+    return dict(prompt_token_ids=ids, multi_modal_data={"audio": audio} if audio else {})
 
 class Offline:
     """A system as eval.py's, which batches by itself. settings: more of vllm.LLM's. UserError."""

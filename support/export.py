@@ -52,8 +52,11 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
 
 def model_card(model, source: Path, title: str) -> str:
     """model_card.md filled in: sizes, results.json of eval.py, train_config.json."""
-    settings = [(key, os.path.basename(value) if os.path.isabs(str(value)) else value)
-                for key, value in read_json(source / "train_config.json").items()
+    settings = read_json(source / "train_config.json")
+    for key, value in settings.items():
+        if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
+            settings[key] = Path(value).name  # the rest of a path is nobody's business
+    settings = [(key, value) for key, value in settings.items()
                 if key not in PRIVATE and value not in (None, "", False)]
     training = tabulate(settings, ["setting", "value"], "pipe", disable_numparse=True)
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")

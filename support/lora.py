@@ -1,5 +1,4 @@
-"""support/lora.py -- what trains: LoRA into the LLM and out again, dtypes, what a checkpoint
-holds."""
+"""support/lora.py -- what trains: LoRA into the LLM and out again, dtypes, a checkpoint's data."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -114,7 +114,7 @@ class Live:
             self.levels.extend(loudness(piece))
             while self.levels and (end := self.find_end()):
                 self.decode(end, over=True)
-            if self.begun and not behind:
+            if self.begun and not behind and len(self.phrase) >= MIN_SECONDS * SAMPLE_RATE:
                 self.decode(len(self.phrase))
         if self.begun and len(self.phrase) >= MIN_SECONDS * SAMPLE_RATE:
             self.decode(len(self.phrase), over=True)

@@ -68,7 +68,7 @@ def read_lines(path: str) -> list[tuple[str, bytes]]:
 def parse_json(line: bytes) -> dict:
     """One line -> dict. Raises BadRow."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
     except ValueError:
         raise BadRow("broken JSON") from None
     if not isinstance(row, dict):

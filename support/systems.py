@@ -46,7 +46,8 @@ def whisper(where: str, language: str, device, max_new_tokens: int, batch_size: 
         ids = model.generate(mel.to(device, model.dtype), language=language, task="transcribe",
                              max_new_tokens=most, do_sample=False, num_beams=1).cpu()
         texts = processor.batch_decode(ids, skip_special_tokens=True)
-        return with_lengths(texts, ids, ends)
+        answers = with_lengths(texts, ids, ends)  # transformers strips a batch's last end token
+        return [(text, n, endless and n >= most) for text, n, endless in answers]
     return in_pieces(answer, processor.feature_extractor.n_samples, batch_size)
 
 def open_ours(cfg, native: Callable, name: str, device: torch.device) -> System:

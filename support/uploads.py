@@ -1,6 +1,5 @@
 """support/uploads.py -- what clients of serve_vllm.py send: files in chat messages, links, uploads.
-Decoded as in training. Whatever is wrong with one is a ValueError: vLLM answers 400, and not
-500."""
+Decoded as in training. What is wrong with one is a ValueError: vLLM answers 400, not 500."""
 import io
 import json
 import os
