@@ -1,11 +1,9 @@
-"""support/banks.py -- banks for augment.py, lists of arrays at 16 kHz: noises, int16, and rooms
-(impulse responses), float32; made here, of a folder, or of the hub (the post's: MUSAN,
-EchoThief)."""
+"""support/banks.py -- noises (int16) and rooms (impulse responses, float32) for augment.py, at 16
+kHz; made here, of a folder, or of the hub (the post's: MUSAN, EchoThief)."""
 import os
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import soundfile
 
@@ -58,6 +56,7 @@ def recordings(source: str, split: str):
             if path.suffix.lower() in kinds:
                 yield path.name, str(path)
         return
+    import datasets  # see support/recipes.py
     try:
         table = datasets.load_dataset(NOISE_DATASET, split=split, streaming=True)
         for i, row in enumerate(table.cast_column("audio", datasets.Audio(decode=False))):

@@ -7,8 +7,6 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Audio, Dataset, disable_progress_bars, load_dataset, load_from_disk
-
 from support.cli import UserError, first_line
 
 KINDS = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}  # of files, for load_dataset
@@ -85,7 +83,7 @@ PRESETS["tiny"] = TINY | dict(mix="none")  # Russian transcription
 PRESETS["tiny_pretrain"] |= dict(lang="ru,en", steps=TINY["steps"])
 PRESETS["tiny_long_audio"] |= dict(max_windows=8)
 
-# ---- Reading a dataset
+# ---- Reading a dataset. Who reads none need not wait 0.4 s for the import of `datasets`.
 
 def find_copy(source: Source, data_dir: str | Path) -> Path:
     """Where a dataset lies: data_dir may also be its owner's folder, or itself. Or UserError."""
@@ -102,6 +100,7 @@ def find_copy(source: Source, data_dir: str | Path) -> Path:
 
 def read_copy(source: Source, place: Path):
     """A dataset on disk, in any of its layouts -> datasets table."""
+    from datasets import load_dataset, load_from_disk
     def read(path):
         return load_dataset(KINDS[path.suffix], data_files=str(path), split="train")
     if place.is_file():
@@ -117,6 +116,7 @@ def read_copy(source: Source, place: Path):
 
 def select(source: Source, table, limit: int | None):
     """A Source's columns of the rows that count, audio undecoded. Raises UserError."""
+    from datasets import Audio, Dataset
     only, word = source.only or ((), "")
     columns, there = [*source.columns, *only], table.column_names
     if missing := [c for c in columns if there and c not in there]:
@@ -135,6 +135,7 @@ def select(source: Source, table, limit: int | None):
 
 def open_source(source: Source, data_dir: str | Path | None = None, limit: int | None = None):
     """-> datasets table of select's; with a limit the hub streams so many rows, or UserError."""
+    from datasets import disable_progress_bars, load_dataset
     if not sys.stderr.isatty():
         disable_progress_bars()
     place = find_copy(source, data_dir) if data_dir else None
