@@ -1,5 +1,6 @@
 """support/decoding.py -- every utterance answered: in batches, on all ranks, whatever fails. Until
 all are, answers lie in hypotheses.SETTINGS.RANK.part.jsonl, so that what was stopped can go on."""
+import atexit
 import contextlib
 import hashlib
 import io
@@ -34,6 +35,7 @@ def join_ranks(device: str) -> torch.device:
     device = torch.device(pick_device(device))
     if WORLD > 1:
         dist.init_process_group("gloo", timeout=timedelta(hours=3))
+        atexit.register(dist.destroy_process_group)  # or gloo's threads may abort the exit
     gpu = int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count())
     return torch.device("cuda", gpu) if device.type == "cuda" else device
 
