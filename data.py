@@ -16,6 +16,7 @@ reason and ends the run beyond 5 % (support/rows.py). The embedded corpus needs 
 sentences of a small grammar, spoken by espeak-ng (support/corpus.py).
 """
 import contextlib
+import hashlib
 import math
 import os
 from dataclasses import dataclass, field
@@ -105,6 +106,20 @@ class HubSamples:
 
 Chain = torch.utils.data.ConcatDataset  # Chain([a, b]): first a, then b
 
+def digest(pool) -> str:
+    """Hash of a pool's texts and of the names of its recordings: is it still the same data?"""
+    total = hashlib.sha256()
+    for part in getattr(pool, "datasets", [pool]):
+        if isinstance(part, HubSamples):
+            columns = [c for c in part.source.columns if c != part.source.audio]
+            texts = part.table.select_columns(columns).iter(1000)
+        else:
+            texts = ((s.messages(), [os.path.basename(a) for a in s.audio if isinstance(a, str)])
+                     for s in part)
+        for some in texts:
+            total.update(repr(some).encode())
+    return total.hexdigest()[:16]
+
 def embedded(lang: str, split: str, n: int, seed: int = 0) -> list[Sample]:
     """The first n samples of a split of the embedded corpus (support/corpus.py)."""
     return [parse_row(row) for row in corpus.embedded_rows(lang, split, n, seed)]
@@ -191,11 +206,13 @@ class Dataset(torch.utils.data.Dataset):
 
     def pad(self, items: list) -> dict[str, torch.Tensor]:
         """B items -> input_ids (B, L) and labels (B, L), padded on the right, and input_features
-        (W, M, F): the windows of all samples in reading order, none at all for text only."""
+        (W, M, F): the windows of all samples in reading order, none at all for text only. Where
+        labels are is found here, on the CPU: a GPU would wait for it in each forward."""
         ids, labels, mels, _ = zip(*items, strict=True)
-        L, pad = max(map(len, ids)), self.config.llm_config.pad_token_id
+        L, pad = max(map(len, ids)), self.config.llm_config.pad_token_id or 0
+        labels = torch.tensor([row + [-100] * (L - len(row)) for row in labels])
         return dict(input_ids=torch.tensor([row + [pad] * (L - len(row)) for row in ids]),
-                    labels=torch.tensor([row + [-100] * (L - len(row)) for row in labels]),
+                    labels=labels, label_positions=model.find_labels(labels),
                     input_features=torch.cat(mels))
 
 # ---- The order depends on (seed, position) alone. Step s takes the s-th effective batch of

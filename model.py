@@ -132,6 +132,10 @@ def build_ids(tokenizer, config, messages: list[dict], counts=()) -> tuple[list[
     end = None if asks else -1  # the template ends with a line break, after the last <|im_end|>
     return ids[:end], labels[:end]
 
+def find_labels(labels: torch.Tensor) -> torch.Tensor:
+    """(B, L) -> where in the flat (B * L,) the next token has a label: there are logits needed."""
+    return (F.pad(labels[:, 1:], (0, 1), value=-100) != -100).flatten().nonzero().flatten()
+
 def check_wave(wave) -> torch.Tensor:
     """One recording at 16 kHz -> (samples,) float32 in [-1, 1], or ValueError. One that passes 1
     is scaled down as a whole: nothing is clipped, and how loud somebody speaks stays audible."""
@@ -253,24 +257,28 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         if input_features is None:
             return embeds
         audio = self.encode_audio(input_features).flatten(0, 1)  # (W*N, D)
-        assert slots.sum() == len(audio), f"{slots.sum()} slots for {len(audio)} audio tokens"
+        if not slots.is_cuda:  # where to look would be to wait
+            assert slots.sum() == len(audio), f"{slots.sum()} slots for {len(audio)} audio tokens"
         return embeds.masked_scatter(slots.unsqueeze(-1), audio.to(embeds.dtype))
 
     def forward(self, input_ids, input_features=None, attention_mask=None, labels=None,
-                num_items_in_batch=None, **kwargs) -> CausalLMOutputWithPast:
+                label_positions=None, num_items_in_batch=None, **kwargs) -> CausalLMOutputWithPast:
         """(B, L) ids -> logits (B, L, V); with labels, the loss, and logits (number of labels, V).
         Padding on the right needs no mask: under causal attention no token sees it."""
         embeds = self.embed(input_ids, input_features)  # (B, L, D)
+        if attention_mask is None and self.llm.config._attn_implementation == "sdpa":
+            attention_mask = {"full_attention": None}  # else transformers waits for the GPU
         hidden = self.llm.model(inputs_embeds=embeds, attention_mask=attention_mask,
                                 use_cache=False, **kwargs).last_hidden_state  # (B, L, D)
         if labels is None:
             return CausalLMOutputWithPast(logits=self.llm.lm_head(hidden))
-        targets = labels[:, 1:]  # position t predicts token t+1
-        keep = targets != -100  # (B, L-1)  a 30 s clip has 400 positions without a label
-        logits = self.llm.lm_head(hidden[:, :-1][keep])  # (number of labels, V)
-        loss = F.cross_entropy(logits.float(), targets[keep], reduction="sum")
+        if label_positions is None:  # n of them; a 30 s clip has 400 positions without a label
+            label_positions = find_labels(labels)
+        logits = self.llm.lm_head(hidden.flatten(0, 1)[label_positions])  # (n, V)
+        targets = labels.flatten()[label_positions + 1]  # (n,) position t predicts token t+1
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         # Divided by the labels of the whole effective batch: see backward() in train.py.
-        n = keep.sum() if num_items_in_batch is None else num_items_in_batch
+        n = len(targets) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=loss / n, logits=logits)
 
     def generate(self, audio=None, user_prompt=ASR_PROMPT, system_prompt=ASR_SYSTEM, **settings):

@@ -600,7 +600,7 @@ def test_banks_from_folders_and_the_hub(tmp_path, monkeypatch, capsys):
 
 # ---- train.py: the loop, its processes, its interruptions, its flags
 FAST = ["--preset", "tiny", "--workers", "0", "--save_every", "1000"]
-NOISY = ["--curriculum", "0,0,0.5,1.5"]  # light at once, intense and heavy within two epochs
+NOISY = ["--curriculum", "0,0,0.3,0.6"]  # light at once, then intense, then heavy
 def weights_in(out):
     return load_file(newest(out) / "model.safetensors")
 
@@ -684,6 +684,98 @@ def test_a_run_and_how_not_to_overwrite_it(manifest, tmp_path, monkeypatch, caps
     assert train_now(monkeypatch, "--resume", "--keep", 5, "--out", out)[0] == 0  # nothing to do
     assert train_now(monkeypatch, *flags, "--overwrite")[0] == 0
 
+def test_only_checkpoints_are_deleted(manifest, tmp_path, monkeypatch):
+    for name in ("step-best", "step-0000500-good", "step-²", ".my-step", "hypotheses_good.jsonl"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-0000400.tar").touch()
+    (tmp_path / "step-0000003").symlink_to(tmp_path / "step-best")
+    (tmp_path / "step-0000009").touch()
+    own = {p.name for p in tmp_path.iterdir()}
+    flags = [*FAST, "--train_manifest", manifest, "--steps", 3, "--save_every", 1, "--keep", 1,
+             "--effective_batch", 2, "--out", tmp_path]
+    (tmp_path / "step-0000003").unlink()
+    assert train_now(monkeypatch, *flags)[0] == 0
+    assert [p.name for p in storage.steps_in(tmp_path)] == ["step-0000003"]
+    (tmp_path / "results.json").write_text("{}")  # of an evaluation of this run
+    assert train_now(monkeypatch, *flags, "--steps", 2, "--overwrite")[0] == 0
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *own - {"step-0000003"}, "step-0000002", "metrics.jsonl", "loss.png"}
+
+def test_a_resumed_run_wants_its_own_data(manifest, tmp_path, monkeypatch, capsys):
+    own, out = tmp_path / "own.jsonl", tmp_path / "out"
+    rows = [json.loads(line) for line in Path(manifest).read_text().splitlines()]
+    for row in rows:
+        if "audio" in row:
+            row["audio"] = str(Path(manifest).parent / row["audio"])
+    write_manifest(own, rows)
+    flags = [*FAST, "--train_manifest", own, "--steps", 2, "--effective_batch", 2, "--out", out]
+    train_now(monkeypatch, *flags)
+    before = (newest(out) / "tokenizer.json").read_bytes()
+    for changed in (rows[:-1], [*rows[:-1], rows[-1] | {"extra": 1}], [rows[0] | {"text": "Ещё"}]):
+        write_manifest(own, changed + rows[len(changed):] if len(changed) == 1 else changed)
+        argv = ["--resume", "--out", out]
+        if "extra" in changed[-1]:  # which changes nothing
+            assert train_now(monkeypatch, *argv)[0] == 0
+            continue
+        code, _, err = exit_of(train.main, monkeypatch, capsys, *argv)
+        assert is_one_line(code, err, "the data has changed since the run was started, in manifest")
+    assert (newest(out) / "tokenizer.json").read_bytes() == before
+
+def test_hub_data_that_changed_is_seen(hub, tmp_path):
+    def digest(rows, **more):
+        table = datasets.Dataset.from_list(rows).select_columns(["text", "audio"])
+        path = tmp_path / "Vikhrmodels/ToneBooks"
+        shutil.rmtree(path, ignore_errors=True)
+        table.to_parquet(path / "data/train-00000-of-00001.parquet")
+        return data.digest(data.Chain([data.HubSamples(source, tmp_path)]))
+    source = recipes.Source("Vikhrmodels/ToneBooks")
+    rows = [{"audio": clip, "text": text} for clip, text in zip(
+        [b"a", b"b", b"c"], ["раз", "два", "три"], strict=True)]
+    first = digest(rows)
+    assert digest(rows) == first  # written again, at another time
+    assert digest(rows[:2]) != first and digest([*rows[:2], rows[2] | {"text": "тройка"}]) != first
+
+def test_two_runs_do_not_share_a_folder(manifest, tmp_path, monkeypatch, capsys):
+    flags = [*FAST, "--train_manifest", manifest, "--effective_batch", 2, "--out", tmp_path / "out"]
+    command = [sys.executable, train.__file__, *map(str, flags), "--steps", "9999"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
+        try:
+            while not rows_in(tmp_path / "out"):
+                assert other.poll() is None
+                time.sleep(0.1)
+            code, _, err = exit_of(train.main, monkeypatch, capsys, *flags, "--overwrite")
+            assert is_one_line(code, err, f"process {other.pid} is writing into"), err
+        finally:
+            other.kill()  # which leaves the file behind, but not the lock
+    assert train_now(monkeypatch, *flags, "--overwrite", "--steps", 1)[0] == 0
+
+def test_an_error_of_all_ranks_is_said_once(tmp_path):
+    err = torchrun(2, "--preset", "tiny", "--lr", "fast", "--out", tmp_path, code=1)
+    assert err.count("error: ") == 1, err
+
+def test_a_failed_save_ends_the_run(manifest, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    (out / "step-0000002").mkdir(parents=True)
+    (out / "step-0000002/mine").touch()  # a folder in the way, and not empty
+    flags = [*FAST, "--train_manifest", manifest, "--steps", 9, "--save_every", 1, "--overwrite"]
+    monkeypatch.setattr(storage, "clear", lambda out: None)
+    code, _, err = exit_of(train.main, monkeypatch, capsys, *flags, "--out", out)
+    assert is_one_line(code, err, "cannot write to"), err
+
+def test_models_are_looked_for_before_data(parts, original, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "load_pools", lambda cfg: pytest.fail("read data first"))
+    monkeypatch.setattr(train, "read_manifest", train.load_pools)
+    llm, whisper = ["--llm", parts["plain"]], ["--encoder", parts["encoder"]]
+    fresh = ["--preset", "pretrain", *llm]
+    for argv, says in (
+            (["--preset", "ru_only"], "--init_from none"), ([], "or --preset pretrain first"),
+            ([*fresh, "--encoder", "nowhere/a"], "nowhere/a"),
+            ([*fresh, "--encoder", parts["plain"]], "is a qwen3 model, not whisper"),
+            (["--init_from", original, *llm, "--encoder", tmp_path / "no"], "no"),
+            (["--init_from", parts["encoder"], *llm, *whisper], "whisper model, not a Borealis")):
+        code, _, err = exit_of(train.main, monkeypatch, capsys, *argv, "--out", tmp_path / "out")
+        assert is_one_line(code, err, says), err
+
 def test_pretrain_on_stand_ins(manifest, parts, tmp_path, monkeypatch, capsys):
     flags = ["--preset", "pretrain", "--train_manifest", manifest, "--encoder", parts["encoder"],
              "--llm", parts["llm"], "--steps", 2, "--effective_batch", 4, "--workers", 0]
@@ -738,6 +830,24 @@ def test_two_processes_and_one_resume_each_other(stand_ins, tmp_path, monkeypatc
     again = weights_in(out)
     assert max((whole[k] - again[k]).abs().max().item() for k in whole) < 1e-4
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_shards_and_one_process_resume_each_other(stand_ins, tmp_path, monkeypatch, kind):
+    flags = [*stand_ins, "--train", kind, "--lr", 1e-4, "--steps", 6, "--save_every", 2,
+             "--keep", 0, "--grad_checkpoint"]
+    _, alone = train_now(monkeypatch, *flags, "--out", tmp_path / "one")
+    out, flags = tmp_path / "two", [*flags, "--batch_size", 2, "--shard"]
+    torchrun(2, *flags, "--out", out)
+    assert np.abs(losses(alone) - losses(rows_in(out))).max() < 1e-5
+    whole, one = weights_in(out), weights_in(tmp_path / "one")
+    assert max((whole[k] - one[k]).abs().max().item() for k in whole.keys() | one.keys()) < 1e-4
+    storage.prune(storage.steps_in(out)[1:])  # back to step 2
+    train_now(monkeypatch, "--resume", "--no-shard", "--out", out)
+    storage.prune(storage.steps_in(out)[2:])  # back to step 4
+    torchrun(2, "--resume", "--shard", "--out", out)
+    assert np.abs(losses(alone) - losses(rows_in(out))).max() < 1e-5
+    again = weights_in(out)
+    assert max((whole[k] - again[k]).abs().max().item() for k in whole) < 1e-4
+
 def test_twenty_kills(stand_ins, tmp_path, monkeypatch):
     """SIGKILL while a run reads, computes, saves or deletes: in the end, the same bits."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -778,14 +888,14 @@ def test_twenty_kills(stand_ins, tmp_path, monkeypatch):
     ("--train_manifest OWN --init_from nowhere/c", "cannot fetch the checkpoint nowhere/c"),
     ("--preset tiny --curriculum 0,0,0,0 --rooms nowhere", "no folder nowhere"), ("--lr 0", "--lr"),
     ("--preset tiny --train_manifest nowhere.jsonl", "no manifest at"), ("--lr fast", "--lr"),
-    ("--preset tiny --curriculum 0,1,3,nan", "4 ascending epochs"), ("--lr nan", "--lr"),
-    ("--preset tiny --curriculum 0,1,2", "4 ascending epochs"), ("--resume", "nothing to resume"),
+    ("--preset tiny --curriculum 0,1,3,nan", "ascending fractions"), ("--lr nan", "--lr"),
+    ("--preset tiny --curriculum 0,1,2", "ascending fractions"), ("--resume", "nothing to resume"),
     ("--preset tiny --init_from x", "leave out --init_from"), ("--lora_dropout 1", "between 0 and"),
     ("--preset tiny_ru_only", "--preset tiny_pretrain"), ("--preset tiny --steps 0", "at least 1"),
     ("--presett tiny", "did you mean --preset"), ("--preset tiny --keep -1", "at least 0"),
     ("--preset tiny --device cuda", "no GPU"), ("--data_dir nowhere", "no folder at"),
     ("--preset tiny --lang fr", "--lang"), ("--preset tiny", "no multiple of 3"),
-    ("--mix soup", "choose from"), ("--beta2 1", "between 0 and"), ("", "--data_dir"),
+    ("--mix soup", "choose from"), ("--beta2 1", "between 0 and"), ("", "--preset pretrain"),
     ("--preset huge", "choose from"), ("--preset tiny stray", "stray")])
 def test_wrong_training_flags(tmp_path, manifest, monkeypatch, capsys, argv, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

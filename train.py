@@ -1,7 +1,7 @@
 """
 train.py -- fit a Borealis model: one flat loop for a laptop, one GPU, or eight under torchrun.
 
-    torchrun --nproc_per_node=8 train.py                     # the post's best run: LoRA + adapter
+    torchrun --nproc_per_node=8 --shutdown_timeout 600 train.py  # the post's best: LoRA + adapter
     torchrun --nproc_per_node=8 train.py --preset pretrain   # another one: support/recipes.py
     python train.py --preset tiny                            # from nothing; minutes on a CPU
     python train.py --preset tiny --train_manifest my.jsonl  # on your own recordings
@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -22,9 +23,9 @@ import torch
 import torch.distributed as dist
 
 from augment import CURRICULUM, Augmenter
-from data import Chain, Dataset, HubSamples, Schedule, read_manifest, tiny_pool
+from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
 from model import ENCODER, LLM, count
-from support import launch, lora, storage
+from support import launch, lora, ranks, storage
 from support.banks import open_banks
 from support.cli import UserError, flag, run
 from support.meter import Log, Silent, plot_loss, speed
@@ -44,7 +45,8 @@ class TrainConfig:
     embedded: bool = flag(False, "speak the mix's pools (espeak-ng) instead of using the hub")
     lang: str = flag("ru", "of the embedded corpus", choices=["ru", "en", "ru,en", "en,ru"])
     utterances: int = flag(12000, "spoken by the embedded corpus for each pool", low=1)
-    curriculum: str = flag("none", "epochs where augment.py's stages start, like 0,1,3,4, or none")
+    curriculum: str = flag("none", "where in the run the four stages of augment.py start, as "
+                           "fractions: 0,0.2,0.5,0.8; or none")
     noise: str = flag("made", "for the curriculum: made, hub, or a folder of recordings")
     rooms: str = flag("made", "impulse responses for it: made, hub, or a folder")
     max_tokens: int = flag(2048, "a longer row, audio included, is left out and counted", low=1)
@@ -75,10 +77,12 @@ class TrainConfig:
     overwrite: bool = flag(False, "start anew although --out holds a run")
     strict: bool = flag(False, "stop at the first unusable row instead of counting it")
     data_dir: str | None = flag(None, "local copies of the hub's repositories, at owner/name")
-    batch_size: int = flag(1, "samples a GPU takes at once; accumulation follows from it", low=1)
+    batch_size: int | None = flag(None, "samples taken at once; default: what surely fits the GPU; "
+                                  "it changes speed, not the loss", low=1)
     device: str = flag("auto", "where to compute", choices=["cpu", "cuda", "auto"])
     workers: int = flag(4, "processes a GPU that decode audio", low=0)
     grad_checkpoint: bool = flag(False, "a third more compute, far less memory")
+    shard: bool = flag(False, "spread weights and optimizer over the GPUs: for --train full")
     compile: bool = flag(False, "torch.compile each layer")
     save_every: int = flag(500, "steps between checkpoints", low=1)
     keep: int = flag(3, "checkpoints to keep, the newest; 0: all", low=0)
@@ -87,7 +91,7 @@ class TrainConfig:
 # ---- Data and model
 
 def load_pools(cfg):
-    """-> (pools of samples, their shares). Raises UserError."""
+    """-> ({name: pool of samples}, their shares). Raises UserError."""
     shares = MIXES[cfg.mix] if cfg.mix else {"pretrain": 1}  # plain transcription
     if cfg.embedded:
         pools = [tiny_pool(name, cfg.utterances, cfg.seed, cfg.lang.split(",")) for name in shares]
@@ -97,70 +101,77 @@ def load_pools(cfg):
     for name, pool in zip(shares, pools, strict=True):
         if not len(pool):
             raise UserError(f"the pool {name} is empty: its datasets have no fitting rows")
-    return pools, list(shares.values())
+    return dict(zip(shares, pools, strict=True)), list(shares.values())
 
-def make_augmenter(cfg):
-    """-> the Augmenter of --curriculum, None for none. Raises UserError."""
-    if cfg.curriculum == "none":
+def make_augmenter(cfg, banks, samples: int):
+    """-> the Augmenter of --curriculum, whose fractions of the run become epochs, None for none."""
+    starts = launch.stage_starts(cfg)
+    if not starts:
         return None
-    try:
-        starts = [float(s) for s in cfg.curriculum.split(",")]
-        stages = [replace(s, start_epoch=at) for s, at in zip(CURRICULUM, starts, strict=True)]
-        if starts[0] != 0 or starts != sorted(starts) or not math.isfinite(sum(starts)):
-            raise ValueError
-    except ValueError:
-        raise UserError("--curriculum: none, or 4 ascending epochs from 0, as 0,1,3,4") from None
-    return Augmenter(stages, *open_banks(cfg.noise, cfg.rooms), cfg.seed)
+    epochs = cfg.steps * cfg.effective_batch / samples
+    stages = [replace(stage, start_epoch=at * epochs)
+              for stage, at in zip(CURRICULUM, starts, strict=True)]
+    return Augmenter(stages, *banks, cfg.seed)
 
 def build(cfg, samples, device):
     """-> model with its tokenizer. scratch: a tiny, random one, all of which trains. Else from a
     checkpoint, or pretrained parts: the encoder is frozen, the adapter trains, and the LLM as a
     whole (full), by matrices beside its linears (lora), or not at all (adapter)."""
     torch.manual_seed(cfg.seed)
-    if cfg.train == "scratch":
+    if cfg.train == "scratch" and not cfg.resume:
         # Later runs may start here, with questions and English: the tokenizer needs their words.
         more = ["ru_audio", "en_audio", "text"] if cfg.mix else []
         texts = chain(samples, *(tiny_pool(pool, 1000, cfg.seed) for pool in more))
         return scratch_model(texts, 2048 if more else 1024, adapter=cfg.adapter).to(device)
-    model = launch.load_start(cfg)
-    # Whatever --train says, lora.prepare freezes what does not train, and makes the rest fp32.
-    lora.cast(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    size = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout)
-    lora.prepare(model, cfg.train, size if cfg.train == "lora" else None)
+    model = launch.load_start(cfg)  # on resume, tokenizer and all
+    if cfg.train != "scratch":
+        # Whatever --train says, lora.prepare freezes what does not train, makes the rest fp32.
+        lora.cast(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        size = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout)
+        lora.prepare(model, cfg.train, size if cfg.train == "lora" else None)
+    if cfg.resume:
+        storage.restore_weights(cfg.out, model)
     return model.to(device)
 
 def load_data_and_model(cfg, rank, world, device):
-    """-> (model, dataset, [samples in each pool], [their shares]). Raises UserError."""
+    """-> (model, dataset, {pool: (samples, digest)}, [their shares]). Raises UserError."""
     bad = BadRows(cfg.strict)
     if rank > 0:  # rank 0 looks first, fetches the data or speaks it; the others find it ready
         dist.barrier()
-    augment = make_augmenter(cfg)
+    else:
+        launch.check_models(cfg)  # before hours of data
+    banks = open_banks(cfg.noise, cfg.rooms) if cfg.curriculum != "none" else None
     if cfg.train_manifest:
         samples, total = read_manifest(cfg.train_manifest, bad)
         bad.check(total, cfg.train_manifest)
-        pools, shares = [samples], [1]
+        pools, shares = {"manifest": samples}, [1]
     else:
         pools, shares = load_pools(cfg)
     if rank == 0 and world > 1:
         dist.barrier()
-    model = build(cfg, pools[0], device)
+    model = build(cfg, next(iter(pools.values())), device)
     settings = dict(tokenizer=model.tokenizer, config=model.config,
                     max_tokens=cfg.max_tokens, max_windows=cfg.max_windows)
     if cfg.train_manifest:  # small enough to look at every recording beforehand
+        whole = [usable(samples, Dataset(samples, **settings), bad)] if rank == 0 else [None]
         if rank == 0:
-            pools = [usable(pools[0], Dataset(pools[0], **settings), bad)]
             bad.report(total, cfg.train_manifest)
         if world > 1:
-            dist.broadcast_object_list(pools)
-    dataset = Dataset(Chain(pools), keep=KEEP if cfg.train == "scratch" else 0, augment=augment,
-                      batch_size=cfg.batch_size, **settings)
+            dist.broadcast_object_list(whole)
+        pools = {"manifest": whole[0]}
+    # On resume the data must be what it was: rank 0 looks.
+    data = {name: (len(pool), digest(pool) if rank == 0 else "") for name, pool in pools.items()}
+    batch_size, samples = ranks.pick_batch(cfg, model, device, world), Chain(pools.values())
+    dataset = Dataset(samples, keep=KEEP if cfg.train == "scratch" else 0, batch_size=batch_size,
+                      augment=make_augmenter(cfg, banks, len(samples)), **settings)
     if rank == 0:
-        accumulation = math.ceil(cfg.effective_batch / world / cfg.batch_size)
+        launch.check_data(cfg, data)
+        accumulation = math.ceil(cfg.effective_batch / world / batch_size)
         print(json.dumps(asdict(cfg), ensure_ascii=False))
-        print(f"{len(dataset.samples)} samples; {count(model):,} parameters, "
+        print(f"{len(samples)} samples; {count(model):,} parameters, "
               f"{count(model, trained_only=True):,} trained; {world} process(es) on {device.type}, "
-              f"batch {cfg.batch_size} x accumulation {accumulation}", flush=True)
-    return model, dataset, [*map(len, pools)], shares
+              f"batch {batch_size} x accumulation {accumulation}", flush=True)
+    return model, dataset, data, shares
 
 # ---- The loop
 
@@ -182,6 +193,8 @@ def wrap(cfg, model, world):
             layer.compile(dynamic=True)  # all share one graph, and rows have many lengths
     if world == 1:
         return model
+    if cfg.shard:
+        return ranks.shard(model)
     # Gradients are views of DDP's buckets, which saves a copy: zero them, do not set them to None.
     return torch.nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -194,7 +207,7 @@ def backward(net, micro_batches, num_labels, world, device):
     weighs a token of the first a hundred times as much. So the model sums, and divides by all."""
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for i, inputs in enumerate(micro_batches, 1):
-        # Gradients are synchronised once a step: the last backward sends what all have added up.
+        # DDP synchronises gradients once a step: the last backward sends what all have added up.
         net.require_backward_grad_sync = i == len(micro_batches)  # DDP reads this
         inputs = {k: v.to(device, non_blocking=True) for k, v in inputs.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -202,29 +215,30 @@ def backward(net, micro_batches, num_labels, world, device):
             part = net(**inputs, num_items_in_batch=num_labels / world).loss
         part.backward()
         loss += part.detach().double() / world  # undone in the loss that is reported
-    return launch.all_sum(dict(loss=loss.item()), device)["loss"]
+    return ranks.all_sum(dict(loss=loss.item()), device)["loss"]
 
 def train(cfg: TrainConfig) -> int:
     """The run, from data to the last checkpoint -> exit code: 1 diverged, 130 stopped by Ctrl-C."""
-    rank, world, device = launch.start_process(cfg)
+    rank, world, device = ranks.start_process(cfg)
     out, main_process = Path(cfg.out), rank == 0
-    model, dataset, sizes, shares = load_data_and_model(cfg, rank, world, device)
+    model, dataset, data, shares = load_data_and_model(cfg, rank, world, device)
+    sizes = [size for size, _ in data.values()]
+    net = wrap(cfg, model, world)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.dim() >= 2], weight_decay=cfg.weight_decay),
               dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     # What a resume restores: trained weights, AdamW's moments, the step. Data order, augmentation
     # and dropout (that of each rank) follow from seed and step: there is no RNG state to save.
-    start = storage.restore(out, model, optimizer, device) if cfg.resume else 0
-    net = wrap(cfg, model, world)
+    start = storage.restore(out, optimizer) if cfg.resume else 0
     schedule = Schedule(sizes, shares, cfg.seed, range(start, cfg.steps), cfg.effective_batch,
                         rank, world)
-    batches = launch.load(dataset, schedule, cfg.workers, pin_memory=device.type == "cuda")
-    log = Log(cfg, start) if main_process else Silent()
-    if main_process and not cfg.resume:  # old steps are here only if --overwrite was given
-        storage.prune(storage.steps_in(out))
+    batches = ranks.load(dataset, schedule, cfg.workers, pin_memory=device.type == "cuda")
+    if main_process and cfg.overwrite and not cfg.resume:
+        storage.clear(out)
+    log, saver = Log(cfg, start) if main_process else Silent(), storage.Saver(out, cfg.keep, rank)
     bad, too_long = BadRows(cfg.strict), BadRows()  # left out; too many bad ones end the run
-    signals, stage, stopped = launch.catch_signals(), None, False
+    signals, stage, stopped = ranks.catch_signals(), None, False
 
     for step in range(start, cfg.steps):
         began = time.perf_counter()
@@ -240,28 +254,29 @@ def train(cfg: TrainConfig) -> int:
         batch = next(batches)  # this rank's micro-batches, rows left out, counts of tokens and more
         micro_batches, rows = batch.pop("micro"), batch.pop("left_out")
         batch["labels"] = sum((part["labels"] != -100).sum().item() for part in micro_batches)
-        total = launch.all_sum(batch | dict(left_out=len(rows), stop=len(signals)), device)
-        launch.add_left_out(bad, too_long, rows, total, (step + 1 - start) * cfg.effective_batch)
+        total = ranks.all_sum(batch | dict(left_out=len(rows), stop=len(signals)), device)
+        ranks.add_left_out(bad, too_long, rows, total, (step + 1 - start) * cfg.effective_batch)
         loss = backward(net, micro_batches, total["labels"], world, device)
-        norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf).item()
+        norm = ranks.clip_gradients(trained, cfg.grad_clip or math.inf)
         if not math.isfinite(loss + norm):
+            saver.wait()
             last = ["none", *storage.steps_in(out)][-1]
             log.close()
             log.note(f"error: training has diverged: loss {loss:g}, gradient norm {norm:g} at step "
                      f"{step + 1}; last checkpoint: {last}. Try a lower --lr")
             return 1
         optimizer.step()
-        optimizer.zero_grad(set_to_none=world == 1)  # see wrap
+        optimizer.zero_grad(set_to_none=world == 1 or cfg.shard)  # see wrap
         log.write(dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm,
                        **speed(model, total, time.perf_counter() - began, world, device)))
         stopped = total["stop"] > 0
-        save = stopped or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0
-        if main_process and save:
-            storage.save_step(out, model, optimizer, asdict(cfg), step + 1, cfg.keep)
-            plot_loss(log.rows, out / "loss.png")
+        if stopped or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
+            saver.save(model, optimizer, asdict(cfg) | dict(data=data), step + 1,
+                       partial(plot_loss, log.rows[:], out / "loss.png"))
         if stopped:
             break
 
+    saver.wait()
     log.close()
     if world > 1:
         del net  # DDP must not be the last to hold the process group: its destructor can deadlock
@@ -275,8 +290,10 @@ def train(cfg: TrainConfig) -> int:
     return 130 if stopped and signal.SIGINT in signals else 0
 
 def main() -> int:
+    cfg = launch.parse_config(TrainConfig, sys.argv[1:])
     try:
-        return train(launch.parse_config(TrainConfig, sys.argv[1:]))
+        with storage.lock(Path(cfg.out)):
+            return train(cfg)
     except torch.cuda.OutOfMemoryError:
         raise UserError("GPU full: --grad_checkpoint, a lower --batch_size, --max_tokens") from None
 

@@ -14,19 +14,27 @@ from model import AUDIO, ENCODER, LLM, MARKER, BorealisConfig, add_audio_tokens
 from model import BorealisForConditionalGeneration as Borealis
 from support import lora
 from support.cli import UserError, first_line
-from support.storage import check_state_dict, fingerprint, load_stored, newest_step, read_weights
+from support.storage import (
+    check_state_dict,
+    fingerprint,
+    load_stored,
+    newest_step,
+    read_weights,
+    weight_files,
+)
 
 EMBEDDINGS = "llm.model.embed_tokens.weight"
 END = "<|end_of_audio|>"  # ends a recording in the original's checkpoints, where ours have MARKER
 
-def find_checkpoint(where: str | Path) -> Path:
+FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.py")
+
+def find_checkpoint(where: str | Path, files=FILES) -> Path:
     """A run's folder, any other folder, or owner/name on the hub -> the folder with its files."""
     hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(where))
     if Path(where).parent.exists() or not hub_name:
         return newest_step(where)
-    files = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.py"]
     try:
-        return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=files))
+        return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=[*files]))
     except Exception as e:  # it fails in many ways, and none of them is ours
         raise ValueError(f"cannot fetch the checkpoint {where} ({type(e).__name__}): go online, "
                          "set HF_TOKEN, or name a folder") from None
@@ -53,11 +61,35 @@ def read_config(folder: Path) -> BorealisConfig | None:
         raise ValueError(f"{folder} holds a {kind} model, not a Borealis")
     return BorealisConfig.from_pretrained(folder) if "encoder_config" in settings else None
 
-def load_part(cls: type, where: str, **settings):
-    """cls.from_pretrained; any key must fit, but for Whisper's own head. Raises ValueError."""
+def check_part(where: str, cls: type) -> None:
+    """Is there a model of this class, by its config? Raises ValueError or OSError."""
     kind = AutoConfig.from_pretrained(where).model_type
     if kind != cls.config_class.model_type:
         raise ValueError(f"{where} is a {kind} model, not {cls.config_class.model_type}")
+
+def check_parts(encoder: str, llm: str) -> None:
+    check_part(encoder, WhisperModel)
+    check_part(llm, Qwen3ForCausalLM)
+
+def check_checkpoint(where, encoder: str, llm: str) -> None:
+    """Is there all that load_checkpoint needs? Only configs are read. ValueError or OSError."""
+    folder = find_checkpoint(where, ["*.json"])
+    config = read_config(folder)
+    if Path(where).exists():
+        weight_files(folder)
+    base = dict(checkpoint=None, encoder=encoder, llm=llm)
+    if config is not None and config.base is None:
+        return
+    if config is not None:
+        base = find_base(folder, config)
+    if base["checkpoint"]:
+        check_checkpoint(base["checkpoint"], base["encoder"], base["llm"])
+    else:
+        check_parts(base["encoder"], base["llm"])
+
+def load_part(cls: type, where: str, **settings):
+    """cls.from_pretrained; any key must fit, but for Whisper's own head. Raises ValueError."""
+    check_part(where, cls)
     try:
         model, info = cls.from_pretrained(where, output_loading_info=True, **settings)
     except SafetensorError as e:
@@ -135,14 +167,19 @@ def load_checkpoint(where, encoder: str = ENCODER, llm: str = LLM, dtype=None) -
     model.tokenizer = tokenizer
     return model.eval()
 
-def load_base(folder: Path, config: BorealisConfig, dtype: torch.dtype | None = None) -> Borealis:
-    """What the checkpoint in `folder` was trained on top of, if it is still there and the same."""
+def find_base(folder: Path, config: BorealisConfig) -> dict:
+    """config.base with the places of today. Raises ValueError."""
     base = dict(config.base)
     for key, value in base.items():  # folders are named as seen from this one: a run may move
         if value and (folder / value).exists():
             base[key] = str((folder / value).resolve())
         elif value and value.startswith(".."):
             raise ValueError(f"{folder / value}, the base of {folder}, is gone: bring it back")
+    return base
+
+def load_base(folder: Path, config: BorealisConfig, dtype: torch.dtype | None = None) -> Borealis:
+    """What the checkpoint in `folder` was trained on top of, if it is still there and the same."""
+    base = find_base(folder, config)
     if not base["checkpoint"]:
         return from_parts(base["encoder"], base["llm"], dtype, adapter=config.adapter)
     place = find_checkpoint(base["checkpoint"])

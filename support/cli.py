@@ -5,12 +5,15 @@ import contextlib
 import difflib
 import math
 import os
+import signal
 import sys
+import time
 import typing
 from dataclasses import field, fields
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 class UserError(Exception):
@@ -24,7 +27,10 @@ def run(main) -> None:
         sys.stdout.flush()
         sys.exit(code)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) > 0:  # rank 0 mostly says the same, and its end ends us
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        tqdm.write(f"error: {e}", file=sys.stderr)  # below a progress bar, not behind it
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,22 +1,20 @@
-"""support/launch.py -- around the loop of train.py: flags, a model to start from, processes."""
-import atexit
+"""support/launch.py -- before the loop of train.py: flags, and the model that a run starts from."""
+import contextlib
+import itertools
+import math
 import os
-import signal
+import sys
 import typing
 from dataclasses import fields
-from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
+from transformers import AutoTokenizer
 
-from data import RETRIES
-from model import BorealisForConditionalGeneration
+from model import BorealisForConditionalGeneration, add_audio_tokens
 from support import checkpoint
 from support.banks import check_source
-from support.cli import ArgumentParser, UserError, check_out, first_line, pick_device
+from support.cli import ArgumentParser, UserError, check_out, first_line
 from support.recipes import PRESETS, TWIN
-from support.rows import BadRows
 from support.storage import fingerprint, newest_step, steps_in
 
 # ---- Flags
@@ -47,7 +45,7 @@ def check(cfg) -> None:
     """What the flags' own ranges cannot tell. Raises UserError."""
     if cfg.data_dir and not Path(cfg.data_dir).is_dir():
         raise UserError(f"no folder at --data_dir {cfg.data_dir}")
-    if cfg.curriculum != "none":
+    if stage_starts(cfg):
         check_source(cfg.noise)
         check_source(cfg.rooms)
     check_out(cfg.out)
@@ -67,12 +65,64 @@ def check(cfg) -> None:
     if cfg.init_from == TWIN["init_from"] and not start.exists():
         raise UserError(f"no {cfg.init_from} yet: python train.py --preset tiny_pretrain makes it")
 
+def stage_starts(cfg) -> list[float]:
+    """--curriculum -> where in the run its four stages start, from 0 to 1. Raises UserError."""
+    if cfg.curriculum == "none":
+        return []
+    try:
+        starts = [float(s) for s in cfg.curriculum.split(",")]
+    except ValueError:
+        starts = []
+    if len(starts) != 4 or starts != sorted(starts) or starts[0] != 0 or not 0 <= starts[3] <= 1:
+        raise UserError("--curriculum: none, or where in the run its 4 stages start, as ascending "
+                        "fractions from 0: 0,0.2,0.5,0.8")
+    return starts
+
+def check_models(cfg) -> None:
+    """See that what load_start() will load is there, from configs alone. Raises UserError."""
+    with starting(cfg):
+        if cfg.resume or cfg.init_from:
+            place = newest_step(cfg.out) if cfg.resume else cfg.init_from
+            checkpoint.check_checkpoint(place, cfg.encoder, cfg.llm)
+        elif cfg.train != "scratch":
+            checkpoint.check_parts(cfg.encoder, cfg.llm)
+
+@contextlib.contextmanager
+def starting(cfg):
+    """What goes wrong while a model to start from is looked for, as a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as e:
+        parts = f"--init_from {cfg.init_from} --encoder {cfg.encoder} --llm {cfg.llm}"
+        ways = ("; or do without: --init_from none (a new adapter), or --preset pretrain first and "
+                "--init_from its --out") if cfg.init_from and not cfg.resume else ""
+        raise UserError(f"cannot start from {parts}: {first_line(e)}{ways}") from None
+
+def check_data(cfg, data: dict) -> None:
+    """{pool: (samples, digest)}: a resumed run must find what it was started on, and a stage of the
+    curriculum should have its turn. Raises UserError."""
+    before = checkpoint.training_config(cfg.out).get("data", {}) if cfg.resume else {}
+    for name, (samples, texts) in data.items():
+        if name in before and before[name] != [samples, texts]:
+            raise UserError(f"the data has changed since the run was started, in {name}: "
+                            f"{before[name][0]} samples then, {samples} now, or other texts; bring "
+                            "it back, or start another run")
+    starts = [math.ceil(at * cfg.steps) for at in (*stage_starts(cfg), 1)]
+    for stage, (start, end) in enumerate(itertools.pairwise(starts), 1):
+        if start == end:
+            print(f"warning: --curriculum: stage {stage} of 4 never starts", file=sys.stderr)
+
 def load_start(cfg) -> BorealisForConditionalGeneration:
     """What to train on, loaded; model.config.base names it for later. Raises UserError."""
     base = dict(checkpoint=None, encoder=cfg.encoder, llm=cfg.llm)
-    try:
+    with starting(cfg):
         if cfg.resume:  # on what the run was started on, wherever its flags would point by now
             config = checkpoint.read_config(newest_step(cfg.out))
+            if config.base is None:  # all of it is in the checkpoint
+                model = BorealisForConditionalGeneration(config)
+                tokenizer = AutoTokenizer.from_pretrained(newest_step(cfg.out))
+                model.tokenizer = add_audio_tokens(tokenizer)
+                return model
             model = checkpoint.load_base(newest_step(cfg.out), config)
             model.config.base = config.base
             return model
@@ -83,84 +133,9 @@ def load_start(cfg) -> BorealisForConditionalGeneration:
             base["fingerprint"] = fingerprint(place)
         else:
             model = checkpoint.from_parts(cfg.encoder, cfg.llm, adapter=cfg.adapter)
-    except (OSError, ValueError, RuntimeError) as e:
-        parts = f"--init_from {cfg.init_from} --encoder {cfg.encoder} --llm {cfg.llm}"
-        raise UserError(f"cannot start from {parts}: {first_line(e)}") from None
     here = Path(cfg.out, "step").resolve()  # as seen from the checkpoints: so all can move
     for key, where in base.items():
         if where and Path(where).exists():
             base[key] = os.path.relpath(Path(where).resolve(), here)
     model.config.base = base
     return model
-
-# ---- Processes
-
-def start_process(cfg) -> tuple[int, int, torch.device]:
-    """(rank, number of ranks, device) of this process, as torchrun says. Raises UserError."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, gpus = torch.device(pick_device(cfg.device)), torch.cuda.device_count()
-    if cfg.effective_batch % world:
-        raise UserError(f"--effective_batch {cfg.effective_batch} is no multiple of {world} ranks")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= gpus:
-            raise UserError(f"{world} processes, but {gpus} GPUs: torchrun --nproc_per_node={gpus}")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1:  # the others may wait for long while rank 0 reads the data
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=3))
-    # A step from the loader is hundreds of pieces of shared memory: by name, not by file handle.
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    return rank, world, device
-
-def all_sum(numbers: dict, device: torch.device) -> dict:
-    """{name: number of this rank} -> {name: sum over all ranks}."""
-    sums = torch.tensor([*numbers.values()], dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    return dict(zip(numbers, sums.tolist(), strict=True))
-
-def add_left_out(bad: BadRows, long: BadRows, rows: list[tuple], total: dict, seen: int) -> None:
-    """Count rows left out, unusable or too long. rows: this rank's, as (reason, name, too long?).
-    total: on all ranks, how many (left_out) and how often no row would do (hopeless). seen: rows
-    read. Raises UserError if too many are unusable; long ones do no harm."""
-    if not total["left_out"]:
-        return
-    everyone = [rows]
-    if dist.is_initialized():
-        everyone *= dist.get_world_size()
-        dist.all_gather_object(everyone, rows)
-    for reason, name, too_long in sum(everyone, []):
-        (long if too_long else bad).add(reason, name)
-    if total["hopeless"]:
-        raise UserError(f"{RETRIES} rows in a row cannot be used: {bad} {long}")
-    if seen >= 1000:
-        bad.check(seen, "training data")
-
-def catch_signals() -> list[int]:
-    """-> a list that fills with Ctrl-C and SIGTERM as they come; a second Ctrl-C does not wait."""
-    caught = []
-
-    def remember(number, frame):
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, remember)
-    signal.signal(signal.SIGTERM, remember)
-    return caught
-
-def load(dataset, schedule, workers: int, pin_memory: bool):
-    """-> what dataset.collate makes of each entry of the schedule, in turn."""
-    batches = iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=schedule, collate_fn=dataset.collate, num_workers=workers,
-        pin_memory=pin_memory, worker_init_fn=quiet_worker))
-    if workers:  # they ignore SIGTERM: end them before Python's own exit would wait for them
-        atexit.register(batches._shutdown_workers)
-    return batches
-
-def quiet_worker(_: int) -> None:
-    """Terminals send Ctrl-C, and queues SIGTERM, to all processes; only the loop may answer."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

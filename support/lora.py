@@ -38,7 +38,9 @@ def add_rows(model: nn.Module) -> None:
             embeds = torch.where(here, row.to(embeds.dtype), embeds)
         return embeds
     def way_out(module, args, logits):  # (..., D) -> (..., V)
-        logits[..., tokens] = F.linear(args[0], model.new_rows).to(logits.dtype)
+        own = F.linear(args[0], model.new_rows).to(logits.dtype)
+        for i, token in enumerate(tokens):  # all at once, their ids would be copied to the GPU
+            logits[..., token] = own[..., i]
         return logits
     model.row_hooks = [table.register_forward_hook(way_in)]
     if model.config.tie_word_embeddings:

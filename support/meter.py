@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from model import count
 from support.cli import UserError, first_line, picture, write_text
 
 def read_metrics(path: Path, until: float) -> list[dict]:
@@ -16,6 +17,7 @@ def read_metrics(path: Path, until: float) -> list[dict]:
     return [row for row in rows if row["step"] <= until]
 
 class Silent:
+    rows = ()
     def write(self, row=None):
         """The Log of the other ranks: nothing happens."""
     note = close = write
@@ -75,6 +77,25 @@ def plot_loss(rows: list[dict], path: Path):
         axis.set(xlabel="step", ylabel="training loss (nats per label token)", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
+
+# ---- What full size needs
+
+KEPT = 66  # x D bytes that autograd keeps of a token in a layer, with LoRA; measured by a test
+
+def memory(model, tokens: int, labels: int, checkpoint: bool, ranks: int = 1) -> dict[str, float]:
+    """Bytes that a training step takes on a GPU, on paper: bf16 with fp32 masters of what trains.
+    tokens, labels: of a micro-batch. checkpoint: --grad_checkpoint. ranks: that --shard the LLM."""
+    D, trained = model.config.llm_config, count(model, trained_only=True)
+    encoder = count(model.encoder)
+    frozen = count(model) - trained - encoder
+    kept, bf16 = KEPT * tokens * D.hidden_size, 2 * trained
+    if ranks > 1:  # one layer at a time, and the embeddings, which stay
+        bf16 = 2 * D.hidden_size * D.vocab_size + bf16 / D.num_hidden_layers
+    # Checkpointed, a layer keeps its bf16 input, and one layer at a time the rest.
+    kept *= 1 + D.num_hidden_layers * 2 / KEPT if checkpoint else D.num_hidden_layers
+    return {"weights": 2 * encoder + (4 * trained + 2 * frozen) / ranks,
+            "gradients": 4 * trained / ranks, "AdamW": 8 * trained / ranks, "bf16 copies": bf16,
+            "activations": kept, "logits": labels * D.vocab_size * (2 + 4 + 4 + 2)}
 
 # ---- MFU: FLOPs that a step needs, over those that the GPU could do (dense bf16, data sheets)
 

@@ -1,21 +1,31 @@
 """support/storage.py -- a run's folder: out/step-0000500, ..., each a checkpoint: model.safetensors
 has what trained (all, if it stands on no base), state.pt the optimizer, train_config.json the
 flags. Reading is strict, and unpickles nothing that could execute."""
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from support import lora
 from support.cli import UserError, first_line
 
 def steps_in(out: str | Path) -> list[Path]:
-    """The step-* folders of a run, oldest first."""
-    steps = [p for p in Path(out).glob("step-*") if p.name[5:].isdigit()]
+    """A run's checkpoints, oldest first: real folders, named step- and digits. What else lies in
+    --out (step-best, step-0000400.tar, a link) is the user's, and never deleted."""
+    steps = [p for p in Path(out).glob("step-*") if re.fullmatch("step-[0-9]+", p.name)
+             and p.is_dir() and not p.is_symlink()]
     return sorted(steps, key=lambda p: int(p.name[5:]))
 
 def newest_step(folder: str | Path) -> Path:
@@ -23,21 +33,98 @@ def newest_step(folder: str | Path) -> Path:
     steps = [] if (Path(folder) / "config.json").exists() else steps_in(folder)
     return steps[-1] if steps else Path(folder)
 
-def save_step(out: Path, model: torch.nn.Module, optimizer, config: dict, step: int, keep: int):
-    """out/step-0000500, whole or not there at all; then all but the newest `keep` go (0: none)."""
-    for leftover in out.glob(".*-step"):  # of a kill
-        shutil.rmtree(leftover)
-    fresh = out / ".new-step"
-    model.config.save_pretrained(fresh)
-    tensors = {name: p.detach().contiguous() for name, p in lora.stored(model).items()}
-    save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
-    model.tokenizer.save_pretrained(fresh)
-    text = json.dumps(config | {"step": step}, indent=1, ensure_ascii=False)
-    (fresh / "train_config.json").write_text(text)
-    torch.save(dict(step=step, optimizer=optimizer.state_dict()), fresh / "state.pt")
-    os.replace(fresh, out / f"step-{step:07d}")
-    if keep:
-        prune(steps_in(out)[:-keep])
+# What a run and its evaluation write into --out, besides checkpoints.
+RESULTS = ("loss.png", "results.json", "report.md", "hypotheses.jsonl", "wer.png", "qa.png",
+           "bigbench.png")
+
+@contextlib.contextmanager
+def lock(out: Path):
+    """Keep other processes out of a run's folder meanwhile. Raises UserError if one is there."""
+    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 does it for all
+        return (yield)
+    new, path = not out.exists(), out / ".lock"
+    out.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(f"process {file.read()} is writing into {out}: wait until it ends, or "
+                            "choose another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if new and not any(out.iterdir()):
+                out.rmdir()
+
+# ---- Writing
+
+class Saver:
+    """Writes checkpoints in a thread, from a copy in CPU memory, while training goes on."""
+
+    def __init__(self, out: Path, keep: int, rank: int):
+        self.out, self.keep, self.rank = out, keep, rank
+        self.thread, self.pending, self.buffers = ThreadPoolExecutor(1), None, {}
+
+    def copy(self, key, x: torch.Tensor) -> torch.Tensor | None:
+        """All ranks gather what is sharded; rank 0 copies it, each time to the same memory (pinned,
+        which is slow to get, but makes copies from a GPU fast)."""
+        x = x.full_tensor() if isinstance(x, DTensor) else x.detach().contiguous()
+        if self.rank > 0:
+            return None
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+        return self.buffers[key].copy_(x, non_blocking=True)
+
+    def save(self, model: torch.nn.Module, optimizer, config: dict, step: int, also) -> None:
+        """Called on all ranks. also(): more for the thread to do. Raises UserError if the last one
+        could not be written."""
+        self.wait()
+        tensors = {name: self.copy(name, p) for name, p in lora.stored(model).items()}
+        keys = count()
+        moments = tree_map_only(torch.Tensor, lambda x: self.copy(next(keys), x),
+                                optimizer.state_dict())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies are there
+        if self.rank == 0:
+            state = dict(step=step, optimizer=moments)
+            self.pending = self.thread.submit(self.write, model, tensors, state, config, also)
+
+    def wait(self) -> None:
+        try:
+            if self.pending:
+                self.pending.result()
+        except (OSError, RuntimeError, SafetensorError) as e:  # the disk is full, ...
+            raise UserError(f"cannot write to {self.out}: {first_line(e)}; --resume goes on from "
+                            f"{newest_step(self.out).name}") from None
+
+    def write(self, model, tensors: dict, state: dict, config: dict, also) -> None:
+        """out/step-0000500, whole or not there at all; of the old ones the newest `keep` stay."""
+        fresh = self.out / ".new-step"
+        shutil.rmtree(fresh, ignore_errors=True)  # of a kill
+        model.config.save_pretrained(fresh)
+        save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
+        model.tokenizer.save_pretrained(fresh)
+        text = json.dumps(config | {"step": state["step"]}, indent=1, ensure_ascii=False)
+        (fresh / "train_config.json").write_text(text)
+        torch.save(state, fresh / "state.pt")
+        for path in (*fresh.iterdir(), fresh):  # else a power cut may leave empty files behind
+            sync(path)
+        os.replace(fresh, self.out / f"step-{state['step']:07d}")
+        sync(self.out)
+        if self.keep:
+            prune(steps_in(self.out)[:-self.keep])
+        also()
+
+def sync(path: Path) -> None:  # to disk: a file, or a folder's list of files
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
 
 def prune(folders: list[Path]) -> None:
     """Delete checkpoints; half deleted, none looks like one."""
@@ -47,16 +134,32 @@ def prune(folders: list[Path]) -> None:
         os.replace(old, doomed)
         shutil.rmtree(doomed)
 
-def restore(out: str | Path, model: torch.nn.Module, optimizer, device: torch.device | str) -> int:
-    """A run's newest checkpoint, into model and optimizer -> the step to go on with."""
+def clear(out: Path) -> None:
+    """Delete what an earlier run and its evaluation have left, and nothing else."""
+    prune(steps_in(out))
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
+
+# ---- Reading
+
+def restore_weights(out: str | Path, model: torch.nn.Module) -> None:
+    """The newest checkpoint's tensors, into a model prepared as it was. Raises UserError."""
     folder = newest_step(out)
-    state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
     try:
         load_stored(model, read_weights(folder), folder)
     except ValueError as e:
         raise UserError(first_line(e)) from None
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+
+def restore(out: str | Path, optimizer) -> int:
+    """The newest checkpoint's state, whole, into an optimizer that may be sharded -> its step."""
+    saved = torch.load(newest_step(out) / "state.pt", map_location="cpu", weights_only=True)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, moments in saved["optimizer"]["state"].items():
+        for name, x in moments.items():
+            if isinstance(params[i], DTensor) and x.dim():
+                moments[name] = distribute_tensor(x, params[i].device_mesh, params[i].placements)
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
 
 def fingerprint(folder: Path) -> str:
     """Short hash of a folder's weight files, from their names, sizes and some of their bytes."""
@@ -70,13 +173,17 @@ def fingerprint(folder: Path) -> str:
                 digest.update(f.read(4096))
     return digest.hexdigest()[:16]
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, safetensors or .bin, one file or shards. Raises ValueError."""
+def weight_files(folder: Path) -> list[Path]:
+    """safetensors or else .bin, one or several. Raises ValueError."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise ValueError(f"no checkpoint in {folder}: train one with train.py --preset tiny")
+    return files
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder. Raises ValueError."""
     tensors = {}
-    for file in files:
+    for file in weight_files(folder):
         try:
             tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(
                 file, weights_only=True, mmap=True)
