@@ -11,7 +11,6 @@ Letters for shapes [full size]: B batch, L sequence length, W windows in the bat
 tokens in a window [375], E encoder width [1280], D LLM width [2560], V vocabulary [151671].
 No import from the project: this file travels inside exported checkpoints as remote code.
 """
-import sys
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -201,7 +200,6 @@ class BorealisForConditionalGeneration(PreTrainedModel):
     """encoder.* (Whisper), adapter.* (ours), llm.* (Qwen3); support/checkpoint.py loads weights."""
     config_class = BorealisConfig
     _supports_sdpa = True
-    _no_split_modules = ["WhisperEncoderLayer", "Qwen3DecoderLayer"]
 
     def __init__(self, config: BorealisConfig, encoder=None, llm=None):
         super().__init__(config)
@@ -257,8 +255,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         if input_features is None:
             return embeds
         audio = self.encode_audio(input_features).flatten(0, 1)  # (W*N, D)
-        if not slots.is_cuda:  # where to look would be to wait
-            assert slots.sum() == len(audio), f"{slots.sum()} slots for {len(audio)} audio tokens"
+        assert slots.is_cuda or slots.sum() == len(audio), f"{slots.sum()} slots for {len(audio)}"
         return embeds.masked_scatter(slots.unsqueeze(-1), audio.to(embeds.dtype))
 
     def forward(self, input_ids, input_features=None, attention_mask=None, labels=None,
@@ -266,20 +263,18 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         """(B, L) ids -> logits (B, L, V); with labels, the loss, and logits (number of labels, V).
         Padding on the right needs no mask: under causal attention no token sees it."""
         embeds = self.embed(input_ids, input_features)  # (B, L, D)
-        if attention_mask is None and self.llm.config._attn_implementation == "sdpa":
-            attention_mask = {"full_attention": None}  # else transformers waits for the GPU
         hidden = self.llm.model(inputs_embeds=embeds, attention_mask=attention_mask,
                                 use_cache=False, **kwargs).last_hidden_state  # (B, L, D)
         if labels is None:
             return CausalLMOutputWithPast(logits=self.llm.lm_head(hidden))
-        if label_positions is None:  # n of them; a 30 s clip has 400 positions without a label
-            label_positions = find_labels(labels)
+        # n positions have a label; of a 30 s clip, 400 have none.
+        label_positions = find_labels(labels) if label_positions is None else label_positions
         logits = self.llm.lm_head(hidden.flatten(0, 1)[label_positions])  # (n, V)
         targets = labels.flatten()[label_positions + 1]  # (n,) position t predicts token t+1
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         # Divided by the labels of the whole effective batch: see backward() in train.py.
-        n = len(targets) if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutputWithPast(loss=loss / n, logits=logits)
+        loss /= num_items_in_batch or len(targets)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     def generate(self, audio=None, user_prompt=ASR_PROMPT, system_prompt=ASR_SYSTEM, **settings):
         """Answers -> new ids (B, <= max_new_tokens), padded at the end. Raises ValueError. audio:
@@ -328,9 +323,6 @@ def count(module: nn.Module, trained_only: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        print("error: to export: python -m support.export --ckpt out/ --to hf/", file=sys.stderr)
-        sys.exit(2)
     for adapter in ("simple", "deep"):
         with torch.device("meta"):  # shapes without memory
             model = BorealisForConditionalGeneration(BorealisConfig(adapter=adapter))

@@ -2,6 +2,7 @@
 is claimed, equality to a reference where there is one: make test, pytest -k labels."""
 import base64
 import contextlib
+import copy
 import http.server
 import itertools
 import json
@@ -28,6 +29,8 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import augment
 import data
@@ -39,7 +42,21 @@ from conftest import HERE, SHARED, A, M, clip, exit_of, is_one_line, losses, nee
 # isort: split
 from conftest import pcm, rows_in, tone, torchrun, train_now, wav_bytes, write_manifest
 from model import BorealisForConditionalGeneration as Borealis
-from support import banks, compare, engine, export, launch, lora, pauses, recipes, sound, storage
+from support import (
+    banks,
+    compare,
+    engine,
+    export,
+    launch,
+    lora,
+    meter,
+    pauses,
+    ranks,
+    recipes,
+    sound,
+    storage,
+    tiny,
+)
 from support import checkpoint as ckpt
 from support import corpus as spoken
 from support.cli import UserError
@@ -627,6 +644,28 @@ def test_every_split_of_a_batch_is_the_same_step(manifest, tmp_path, monkeypatch
     runs.append(losses(rows_in(tmp_path / "two")))
     assert np.ptp(runs, axis=0).max() < 1e-5
 
+class Waits(TorchDispatchMode):
+    """Counts ops whose result the CPU must know to go on: on a GPU, each is a wait."""
+    count = 0
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        dtypes = [getattr(a, "dtype", None) for a in tree_leaves(args)]
+        name = op.overloadpacket.__name__
+        self.count += name in ("nonzero", "_local_scalar_dense", "masked_select", "equal")
+        self.count += name in ("index", "index_put", "index_put_") and torch.bool in dtypes
+        return op(*args, **kwargs or {})
+
+def test_no_micro_batch_waits_for_the_gpu(net, corpus, tokenizer):
+    net = lora.prepare(copy.deepcopy(net), "lora", dict(rank=4, alpha=8, dropout=0.0)).train()
+    dataset = data.Dataset(corpus, tokenizer, net.config)
+    batch = dataset.pad([dataset.item(i) for i in range(2)])
+    one = train.backward(net, [batch], 7, 1, torch.device("cpu"))
+    with Waits() as waits:
+        three = train.backward(net, [batch] * 3, 7, 1, torch.device("cpu"))
+    # Three checks of slots, which a GPU is spared; and once a step the loss, for the log.
+    assert waits.count == 3 + 1 and three == pytest.approx(3 * one)
+    del batch["label_positions"]  # as transformers' Trainer would call the model
+    assert net(**batch, num_items_in_batch=7).loss.item() == one  # to the bit, with any mask
+
 @pytest.mark.parametrize("more", [["--adapter", "deep"], NOISY])  # deep has dropout
 def test_resume_is_bit_for_bit(manifest, tmp_path, monkeypatch, more):
     log = "tensorboard" if find_spec("tensorboard") else "none"
@@ -848,6 +887,83 @@ def test_shards_and_one_process_resume_each_other(stand_ins, tmp_path, monkeypat
     again = weights_in(out)
     assert max((whole[k] - again[k]).abs().max().item() for k in whole) < 1e-4
 
+def state_bytes(rank: int, world: int, folder: str) -> None:
+    """Weights, gradients and moments that a rank holds after a step, written to folder/RANK."""
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=Path(folder, "port").read_text())
+    torch.distributed.init_process_group("gloo")
+    net = tiny.scratch_model(data.embedded("ru", "train", 60), 600)
+    net.freeze("encoder")
+    batch = data.Dataset(data.embedded("ru", "train", 60), net.tokenizer, net.config)
+    batch = batch.pad([batch.item(rank)])
+    ranks.shard(net)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    train.backward(net, [batch], 7, world, torch.device("cpu"))
+    optimizer.step()
+    held = [*parameters, *(p.grad for p in parameters)]
+    held += [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    Path(folder, str(rank)).write_text(str(sum(x.to_local().nbytes for x in held)))
+    torch.distributed.destroy_process_group()
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+def test_shards_take_their_share_of_memory(tmp_path):
+    (tmp_path / "port").write_text(str(free_port()))
+    torch.multiprocessing.spawn(state_bytes, (2, str(tmp_path)), nprocs=2)
+    a, b = (int((tmp_path / str(rank)).read_text()) for rank in (0, 1))
+    net = tiny.scratch_model(data.embedded("ru", "train", 60), 600)
+    net.freeze("encoder")
+    paper = meter.memory(net, 0, 0, checkpoint=True, ranks=2)
+    frozen = 2 * nb.count(net.encoder)
+    assert a + b == 2 * (paper["weights"] - frozen + paper["gradients"] + paper["AdamW"])
+    assert abs(a - b) < 0.02 * a
+
+def test_two_machines(manifest, tmp_path, monkeypatch):
+    """As README says, but both are this one: two agents that meet at an address."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = [*FAST, "--train_manifest", manifest, "--steps", 3, "--batch_size", 4]
+    _, alone = train_now(monkeypatch, *flags, "--out", tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1,
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}",
+               "--shutdown_timeout", 600, train.__file__, *flags, "--out", tmp_path / "two"]
+    agents = [subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
+    assert np.abs(losses(alone) - losses(rows_in(tmp_path / "two"))).max() < 1e-5
+
+def test_the_batch_size_follows_from_the_memory(monkeypatch):
+    with torch.device("meta"):
+        net = lora.prepare(nb.BorealisForConditionalGeneration(nb.BorealisConfig()), "lora",
+                           dict(rank=256, alpha=512, dropout=0.0))
+    def pick(gib, **settings):
+        device = SimpleNamespace(total_memory=gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+        return ranks.pick_batch(Config(**settings), net, torch.device("cuda"), 8)
+    assert [pick(gib) for gib in (24, 80, 141)] == [1, 2, 4]
+    assert [pick(gib, grad_checkpoint=True) for gib in (24, 80, 141)] == [1, 8, 16]
+    assert pick(80, effective_batch=8) == 1 and pick(24, batch_size=3) == 3
+    assert ranks.pick_batch(Config(), net, torch.device("cpu"), 1) == 1
+
+def test_the_curriculum_runs_in_fractions_of_the_run(manifest, tmp_path, monkeypatch, capsys):
+    """At full size a run is less than an epoch, so that no stage could start at epoch 1."""
+    cfg = Config(curriculum="0,0.2,0.5,0.8")
+    samples, seen = 500_000, []
+    curriculum = train.make_augmenter(cfg, ([], []), samples)
+    order = data.Schedule([samples], [1], 0, range(cfg.steps), cfg.effective_batch)
+    for step in range(cfg.steps):
+        _, epoch = order.at(step * cfg.effective_batch)
+        seen.append(curriculum.stage(epoch).name)
+    changes = [seen.index(name) / cfg.steps for name in ("clean", "light", "intense", "heavy")]
+    assert changes == pytest.approx([0, 0.2, 0.5, 0.8], abs=1e-3)
+    flags = [*FAST, "--train_manifest", manifest, "--steps", 2, "--effective_batch", 2]
+    train_now(monkeypatch, *flags, "--curriculum", "0,0,0.5,1", "--out", tmp_path)
+    err = capsys.readouterr().err
+    assert [line for line in err.splitlines() if line.startswith("warning")] == [
+        f"warning: --curriculum: stage {k} of 4 never starts" for k in (1, 4)]
+
 def test_twenty_kills(stand_ins, tmp_path, monkeypatch):
     """SIGKILL while a run reads, computes, saves or deletes: in the end, the same bits."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -889,7 +1005,9 @@ def test_twenty_kills(stand_ins, tmp_path, monkeypatch):
     ("--preset tiny --curriculum 0,0,0,0 --rooms nowhere", "no folder nowhere"), ("--lr 0", "--lr"),
     ("--preset tiny --train_manifest nowhere.jsonl", "no manifest at"), ("--lr fast", "--lr"),
     ("--preset tiny --curriculum 0,1,3,nan", "ascending fractions"), ("--lr nan", "--lr"),
-    ("--preset tiny --curriculum 0,1,2", "ascending fractions"), ("--resume", "nothing to resume"),
+    ("--preset tiny --curriculum 0,1,3,4", "ascending fractions"),
+    ("--preset tiny --curriculum 0,0.5,0.2,1", "ascending fractions"),
+    ("--preset tiny --curriculum 0,0.2,0.5", "fractions"), ("--resume", "nothing to resume"),
     ("--preset tiny --init_from x", "leave out --init_from"), ("--lora_dropout 1", "between 0 and"),
     ("--preset tiny_ru_only", "--preset tiny_pretrain"), ("--preset tiny --steps 0", "at least 1"),
     ("--presett tiny", "did you mean --preset"), ("--preset tiny --keep -1", "at least 0"),

@@ -199,6 +199,8 @@ def wrap(cfg, model, world):
     return torch.nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
+CAUSAL = {"full_attention": None}  # no mask: else transformers looks at the GPU's data for one
+
 def backward(net, micro_batches, num_labels, world, device):
     """Add up the gradients of the micro-batches -> the loss of the step on all ranks.
 
@@ -212,7 +214,7 @@ def backward(net, micro_batches, num_labels, world, device):
         inputs = {k: v.to(device, non_blocking=True) for k, v in inputs.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             # DDP takes the mean over the ranks, where we want the sum: so times `world`
-            part = net(**inputs, num_items_in_batch=num_labels / world).loss
+            part = net(**inputs, attention_mask=CAUSAL, num_items_in_batch=num_labels / world).loss
         part.backward()
         loss += part.detach().double() / world  # undone in the loss that is reported
     return ranks.all_sum(dict(loss=loss.item()), device)["loss"]

@@ -67,25 +67,19 @@ def check_part(where: str, cls: type) -> None:
     if kind != cls.config_class.model_type:
         raise ValueError(f"{where} is a {kind} model, not {cls.config_class.model_type}")
 
-def check_parts(encoder: str, llm: str) -> None:
-    check_part(encoder, WhisperModel)
-    check_part(llm, Qwen3ForCausalLM)
-
-def check_checkpoint(where, encoder: str, llm: str) -> None:
-    """Is there all that load_checkpoint needs? Only configs are read. ValueError or OSError."""
-    folder = find_checkpoint(where, ["*.json"])
-    config = read_config(folder)
-    if Path(where).exists():
+def check_start(where, encoder: str, llm: str) -> None:
+    """Is there all that load_checkpoint, or without `where` from_parts, would load? Only configs are
+    read. Raises ValueError or OSError."""
+    folder = where and find_checkpoint(where, ["*.json"])
+    config = folder and read_config(folder)
+    if folder and Path(where).exists():
         weight_files(folder)
-    base = dict(checkpoint=None, encoder=encoder, llm=llm)
-    if config is not None and config.base is None:
-        return
-    if config is not None:
+    if not config:
+        check_part(encoder, WhisperModel)
+        check_part(llm, Qwen3ForCausalLM)
+    elif config.base:
         base = find_base(folder, config)
-    if base["checkpoint"]:
-        check_checkpoint(base["checkpoint"], base["encoder"], base["llm"])
-    else:
-        check_parts(base["encoder"], base["llm"])
+        check_start(base["checkpoint"], base["encoder"], base["llm"])
 
 def load_part(cls: type, where: str, **settings):
     """cls.from_pretrained; any key must fit, but for Whisper's own head. Raises ValueError."""

@@ -80,12 +80,10 @@ def stage_starts(cfg) -> list[float]:
 
 def check_models(cfg) -> None:
     """See that what load_start() will load is there, from configs alone. Raises UserError."""
-    with starting(cfg):
-        if cfg.resume or cfg.init_from:
-            place = newest_step(cfg.out) if cfg.resume else cfg.init_from
-            checkpoint.check_checkpoint(place, cfg.encoder, cfg.llm)
-        elif cfg.train != "scratch":
-            checkpoint.check_parts(cfg.encoder, cfg.llm)
+    if cfg.resume or cfg.train != "scratch":
+        with starting(cfg):
+            where = newest_step(cfg.out) if cfg.resume else cfg.init_from
+            checkpoint.check_start(where, cfg.encoder, cfg.llm)
 
 @contextlib.contextmanager
 def starting(cfg):
