@@ -68,7 +68,7 @@ def check_part(where: str, cls: type) -> None:
         raise ValueError(f"{where} is a {kind} model, not {cls.config_class.model_type}")
 
 def check_start(where, encoder: str, llm: str) -> None:
-    """Is there all that load_checkpoint, or without `where` from_parts, would load? Only configs are
+    """Is there all that load_checkpoint (without `where`, from_parts) would load? Only configs are
     read. Raises ValueError or OSError."""
     folder = where and find_checkpoint(where, ["*.json"])
     config = folder and read_config(folder)
