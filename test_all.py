@@ -970,6 +970,7 @@ def test_failed_utterances_count_as_empty(ev, bad_files, monkeypatch):
     whole = ev("--manifest", path)
     monkeypatch.setattr(Borealis, "chat", fragile)
     e = ev("--manifest", path)
+    assert "tiny: a batch fails, so one by one: RuntimeError: out of memory\n" in e.err
     assert e.code == 0 and "tiny: 2 of 3 utterances failed and count as empty: m.jsonl:2" in e.err
     assert "; m.jsonl:3 (tiny, m): RuntimeError: out of memory\n" in e.err
     assert [e.results["splits"]["m"][k] for k in ("words", "failed", "samples")] == [6, 2, 3]
@@ -977,7 +978,9 @@ def test_failed_utterances_count_as_empty(ev, bad_files, monkeypatch):
     report = (bad_files / "e" / "report.md").read_text()
     assert "m.jsonl:3 (tiny, m): Ru" in report and "m.jsonl:2 (tiny, m): audio holds NaN" in report
     monkeypatch.setattr(Borealis, "chat", lambda *a, **k: 1 / 0)
-    assert ev("--manifest", path).code == 1
+    e = ev("--manifest", write_manifest(bad_files / "m.jsonl", [
+        {"audio": "good.wav", "text": "раз"}] * 6), "--batch_size", 2)
+    assert e.code == 1 and e.err.count("one by one: ZeroDivisionError") == 1  # of three batches
 
 def test_silence_and_odd_texts(ev, bad_files):
     """Text where nobody speaks was made up; no recording is an error; odd line ends are text."""
@@ -1118,7 +1121,6 @@ def test_the_baseline_is_whisper_in_russian(ev, baseline, four, tmp_path):
     path.write_text(json.dumps(settings))
     assert beside(path.parent).texts[5:8] == e.texts[5:8]
     settings["is_multilingual"] = False  # as in whisper-tiny.en
-    del settings["_from_model_config"]  # which tells transformers to make a new one
     path.write_text(json.dumps(settings))
     e = beside(path.parent)
     assert e.code == 2 and "name a multilingual Whisper" in e.err
