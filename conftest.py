@@ -246,13 +246,14 @@ def baseline(tmp_path_factory, corpus):
     write_whisper(folder, corpus, known=4)
     return folder
 
-def write_qwen(folder: Path, tokenizer, vocab_size: int = 1500) -> None:
-    """Qwen3-4B, its vocabulary padded, as it is there. Random."""
+def write_qwen(folder: Path, tokenizer) -> None:
+    """Qwen3-4B, random, its vocabulary padded as there."""
     torch.manual_seed(1)
-    sizes = QWEN | dict(vocab_size=vocab_size)
+    sizes = QWEN | (dict(vocab_size=1500) if len(tokenizer) < 1500 else {})
     config = published(nb.LLM, "config.json", tokenizer, **sizes)
     tokenizer.save_pretrained(folder)
-    write_weights(hf.Qwen3ForCausalLM(hf.Qwen3Config(**config)), folder, config=config,
+    varied = hf.Qwen3Config(**config | dict(initializer_range=0.1))  # else it repeats one token
+    write_weights(hf.Qwen3ForCausalLM(varied), folder, config=config,
                   generation_config=published(nb.LLM, "generation_config.json", tokenizer))
 
 @pytest.fixture(scope="session")
@@ -277,7 +278,7 @@ def write_original(folder: Path, encoder: str, llm: str) -> None:
     weights["adapter.w_in.weight"] = (torch.randn(D, 4 * E) / 16).to(qwen.dtype)
     weights["adapter.w_out.weight"] = (torch.randn(D, D) / 8).to(qwen.dtype)
     weights["llm.lm_head.weight"] = weights["llm.model.embed_tokens.weight"].clone()
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     torch.save(weights, folder / "pytorch_model.bin")
 
 @pytest.fixture(scope="session")
@@ -293,7 +294,7 @@ def clip(sample, kind: str = "FLAC") -> dict:
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory, corpus):
     root, some = tmp_path_factory.mktemp("hub"), corpus[:12]
-    audio = datasets.Audio(sampling_rate=16000, decode=False)
+    audio = datasets.Audio(sampling_rate=16000)
     def write(name, split, where="data", shards=1, **columns):
         n = max(len(v) for v in columns.values() if isinstance(v, list))
         table = datasets.Dataset.from_dict(
@@ -315,8 +316,9 @@ def hub(tmp_path_factory, corpus):
     chats = [[dict(role="system", content="Отвечай кратко."),
               dict(role="user", content=f"Вопрос {i}"),
               dict(role="assistant", content=f"Ответ {i}")] for i in range(15)]
-    write("GrandMaster-PRO-MAX", "train", conversation=chats, prompt_lang=["ru", "en", "en"] * 5,
-          answer_lang=["ru", "en", "ru"] * 5)
+    for split in ("train", "test"):
+        write("GrandMaster-PRO-MAX", split, conversation=chats, answer_lang=["ru", "en", "ru"] * 5,
+              prompt_lang=["ru", "en", "en"] * 5)
     write("Speech-Describe", "500k_part1_nonspeech", audio=clips, question="What is it?",
           answer="a bell")
     write("ToneSlavic", "train", audio=clips, sentence=texts, locale=["ru", "be", "uk"] * 4)

@@ -702,26 +702,6 @@ def test_learns_a_manifest_by_heart(four, tmp_path, monkeypatch, capsys):
     results = evaluate(monkeypatch, capsys, tmp_path / "out", "--manifest", four)["four"]
     assert results["wer"] == 0.0 and results["samples"] == 5
 
-def test_the_default_preset_on_stand_ins(hub, original, parts, tmp_path, monkeypatch, capsys):
-    out, local = tmp_path / "out", shutil.copytree(hub, tmp_path / "hub")
-    for name, folder in ((nb.ENCODER, parts["encoder"]), (nb.LLM, parts["plain"]),
-                         (Config.init_from, original)):
-        (local / name).parent.mkdir()
-        (local / name).symlink_to(folder)
-    flags = ["--data_dir", local, "--steps", 2, "--workers", 1, "--out", out]
-    assert len(train_now(monkeypatch, *flags)[1]) == 2
-    assert "batch 1 x accumulation 128" in capsys.readouterr().out
-    saved = json.loads((newest(out) / "train_config.json").read_text())
-    assert saved == saved | dict(preset="ru_text_10pct", mix="ru_text_10pct", lr=1e-5)
-    weights = weights_in(out)
-    assert weights["new_rows"].shape == (2, 64)
-    assert len([k for k in weights if "lora_A" in k]) == 2 * 7  # 2 layers of 7 linears
-    assert {k for k in weights if "lora_" not in k} == {
-        "adapter.w_in.weight", "adapter.w_out.weight", "new_rows"}
-    assert all(v.dtype == torch.float32 for v in weights.values())
-    results = evaluate(monkeypatch, capsys, out, "--data_dir", local, "--max_new_tokens", 3)
-    assert results.keys() == recipes.BENCHMARK.keys()
-
 def test_two_processes_and_one_resume_each_other(stand_ins, tmp_path, monkeypatch):
     """LoRA on mixed, augmented rows: the same losses to 1e-5, also from two to one and back."""
     flags = [*stand_ins, "--steps", 20, "--save_every", 6, "--keep", 0, *NOISY]
