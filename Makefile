@@ -23,7 +23,7 @@ demo: $(READY)
 	$(PY) eval.py --ckpt out
 
 test: lint vllm
-	$(PY) -m pytest -q --durations=8 test_all.py support/test_support.py
+	$(PY) -m pytest -q --durations=8 test_all.py support
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

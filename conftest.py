@@ -150,46 +150,141 @@ def four(corpus, tmp_path):
     rows = [{"audio": f"{name}.wav", "text": text} for name, (_, text) in spoken.items()]
     return write_manifest(tmp_path / "four.jsonl", rows)
 
-def whisper_config(width: int, size: int, end: int = 0, start: int = 0, **more) -> hf.WhisperConfig:
-    """One layer, a window of 2 s."""
-    for part in ("encoder", "decoder"):
-        more |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 2 * width}
-    return hf.WhisperConfig(d_model=width, max_source_positions=100, vocab_size=size, **more,
-                            pad_token_id=end, bos_token_id=end, eos_token_id=end,
-                            decoder_start_token_id=start)
+# ---- Stand-ins of what the hub has: sizes are smaller, and all else is as published.
+PUBLISHED = json.loads((HERE / "support" / "published.json").read_text())
+FIRST = {"Qwen": 151643, "openai": 50257}  # <|endoftext|>: their other special tokens follow it
+QWEN = dict(hidden_size=64, num_hidden_layers=2, max_window_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=32, intermediate_size=96)
+WHISPER = dict(d_model=64, num_hidden_layers=1, max_source_positions=100, max_target_positions=40,
+               max_length=40)  # a window of 2 s
+for part in ("encoder", "decoder"):
+    WHISPER |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 128}
+
+def published(repo: str, file: str, tokenizer, **sizes) -> dict:
+    """A file's fields, these and no other; special tokens by their ids in another tokenizer."""
+    first, end = FIRST[repo.split("/")[0]], tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    def moved(value):
+        if isinstance(value, dict):
+            return {key: moved(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [moved(v) for v in value]
+        return value - first + end if isinstance(value, int) and value >= first - 1 else value
+    fields = PUBLISHED[repo][file]
+    assert sizes.keys() <= fields.keys()
+    return {key: moved(v) if "_id" in key else v for key, v in fields.items()} | sizes
+
+def write_weights(model, folder: Path, **files) -> None:
+    """Weights in the published dtype, in shards; then the files, by hand: transformers would add
+    fields to config.json and rename some."""
+    dtype = getattr(torch, files["config"]["torch_dtype"])
+    model.to(dtype).save_pretrained(folder, max_shard_size="100KB")
+    for name, fields in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(fields, indent=2))
+
+def whisper_tokenizer(texts: list[str]):
+    """BPE of these texts, and the special tokens of whisper-large-v3 for windows of 2 s."""
+    bpe = json.loads(tiny.train_tokenizer(texts, 400).backend_tokenizer.to_str())["model"]
+    end = dict.fromkeys(("unk_token", "bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    tokenizer = hf.WhisperTokenizer(
+        vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]], **end)
+    languages = PUBLISHED[nb.ENCODER]["generation_config.json"]["lang_to_id"]
+    names = ["<|endoftext|>", "<|startoftranscript|>", *sorted(languages, key=languages.get)]
+    tasks = "translate transcribe startoflm startofprev nospeech notimestamps"
+    for name in tasks.split():
+        names.append(f"<|{name}|>")
+    names += [f"<|{i * 0.02:.2f}|>" for i in range(101)]
+    tokenizer.add_tokens(names, special_tokens=True)
+    return tokenizer
+
+def write_whisper(folder: Path, corpus, known: int = 0) -> None:
+    """whisper-large-v3, random, or knowing so many sentences by heart; in English it says "no" to
+    each, so that a test sees which language was forced."""
+    tokenizer = whisper_tokenizer([s.answer for s in corpus])
+    first = [tokenizer.convert_tokens_to_ids("Ġ"), tokenizer.eos_token_id]  # not: silence, the end
+    special = PUBLISHED[nb.ENCODER]["generation_config.json"]["suppress_tokens"][-6:]
+    special = [i - FIRST["openai"] + tokenizer.eos_token_id for i in special]
+    def file(kind, **sizes):
+        return published(nb.ENCODER, f"{kind}.json", tokenizer, **sizes)
+    config = file("config", **WHISPER, vocab_size=len(tokenizer), begin_suppress_tokens=first)
+    torch.manual_seed(0)
+    std = 0.1 if known else config["init_std"]  # learns sooner
+    model = hf.WhisperForConditionalGeneration(hf.WhisperConfig(**config | dict(init_std=std)))
+    if known:
+        learn_by_heart(model, tokenizer, corpus[:known])
+    tokenizer.save_pretrained(folder)
+    write_weights(
+        model, folder, config=config, generation_config=file(
+            "generation_config", alignment_heads=[[0, 0]], max_length=WHISPER["max_length"],
+            begin_suppress_tokens=first, suppress_tokens=special),
+        preprocessor_config=file("preprocessor_config", chunk_length=2, n_samples=32000,
+                                 nb_max_frames=200))
+
+def learn_by_heart(model, tokenizer, samples) -> None:
+    ids, end = tokenizer.convert_tokens_to_ids, tokenizer.eos_token_id
+    rows = []
+    for s in samples:
+        for language, text in (("<|ru|>", s.answer), ("<|en|>", "no")):
+            head = ids(["<|startoftranscript|>", language, "<|transcribe|>", "<|notimestamps|>"])
+            rows.append([*head, *tokenizer(text, add_special_tokens=False).input_ids, end])
+    waves = [load_audio(s.audio[0]).numpy() for s in samples for _ in range(2)]
+    extractor = nb.feature_extractor(model.config.num_mel_bins, chunk_length=2)
+    mel = extractor(waves, sampling_rate=16000, return_tensors="pt").input_features
+    L = max(map(len, rows))
+    inputs = torch.tensor([r[:-1] + [end] * (L - len(r)) for r in rows])
+    labels = torch.tensor([[-100] * 3 + r[4:] + [-100] * (L - len(r)) for r in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(120):
+        loss = model(input_features=mel, decoder_input_ids=inputs, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.05
 
 @pytest.fixture(scope="session")
-def parts(tmp_path_factory, tokenizer, plain_tokenizer):
-    """A tiny Whisper and Qwen3, vocabulary padded. plain: without our tokens, as on the hub."""
-    folder = tmp_path_factory.mktemp("parts")
+def baseline(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("baseline") / "whisper-tiny"
+    write_whisper(folder, corpus, known=4)
+    return folder
+
+def write_qwen(folder: Path, tokenizer) -> None:
+    """Qwen3-4B, random, its vocabulary padded as there."""
     torch.manual_seed(1)
-    hf.WhisperModel(whisper_config(32, 50, num_mel_bins=128)).save_pretrained(folder / "encoder")
-    ids = tokenizer.convert_tokens_to_ids
-    llm = hf.Qwen3ForCausalLM(hf.Qwen3Config(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32, intermediate_size=96, vocab_size=1500, tie_word_embeddings=True,
-        max_position_embeddings=4096, eos_token_id=ids("<|im_end|>"),
-        pad_token_id=ids("<|endoftext|>")))
-    llm.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95, top_k=20)  # as 4B
+    sizes = QWEN | (dict(vocab_size=1500) if len(tokenizer) < 1500 else {})
+    config = published(nb.LLM, "config.json", tokenizer, **sizes)
+    tokenizer.save_pretrained(folder)
+    varied = hf.Qwen3Config(**config | dict(initializer_range=0.1))  # else it repeats one token
+    write_weights(hf.Qwen3ForCausalLM(varied), folder, config=config,
+                  generation_config=published(nb.LLM, "generation_config.json", tokenizer))
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory, corpus, tokenizer, plain_tokenizer):
+    """A Whisper, a Qwen3 that knows our tokens, and, as on the hub, a plain one that does not."""
+    folder = tmp_path_factory.mktemp("parts")
+    write_whisper(folder / "encoder", corpus)
     for name, own in (("llm", tokenizer), ("plain", plain_tokenizer)):
-        llm.save_pretrained(folder / name)
-        own.save_pretrained(folder / name)
+        write_qwen(folder / name, own)
     return {path.name: str(path) for path in folder.iterdir()}
 
-@pytest.fixture(scope="session")
-def original(tmp_path_factory, parts, plain_tokenizer):
+def write_original(folder: Path, encoder: str, llm: str) -> None:
     """As the original's Trainer leaves it: one pickle, its own tokens, the head stored twice."""
-    folder = tmp_path_factory.mktemp("original")
     torch.manual_seed(3)
-    llm = hf.Qwen3ForCausalLM.from_pretrained(parts["plain"])
-    llm.resize_token_embeddings(len(plain_tokenizer) + 2)  # start and end: <|AUDIO|> has no row
-    encoder = hf.WhisperModel.from_pretrained(parts["encoder"]).encoder
-    weights = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
-    weights |= {f"llm.{k}": v for k, v in llm.state_dict().items()}
-    weights["adapter.w_in.weight"] = torch.randn(64, 4 * 32) / 16
-    weights["adapter.w_out.weight"] = torch.randn(64, 64) / 8
+    qwen = hf.Qwen3ForCausalLM.from_pretrained(llm)
+    # Start and end of a recording: <|AUDIO|> has no row.
+    qwen.resize_token_embeddings(len(hf.AutoTokenizer.from_pretrained(llm)) + 2)
+    whisper = hf.WhisperModel.from_pretrained(encoder).encoder.to(qwen.dtype)
+    weights = {f"encoder.{k}": v for k, v in whisper.state_dict().items()}
+    weights |= {f"llm.{k}": v for k, v in qwen.state_dict().items()}
+    D, E = QWEN["hidden_size"], WHISPER["d_model"]
+    weights["adapter.w_in.weight"] = (torch.randn(D, 4 * E) / 16).to(qwen.dtype)
+    weights["adapter.w_out.weight"] = (torch.randn(D, D) / 8).to(qwen.dtype)
     weights["llm.lm_head.weight"] = weights["llm.model.embed_tokens.weight"].clone()
+    folder.mkdir(parents=True, exist_ok=True)
     torch.save(weights, folder / "pytorch_model.bin")
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory, parts):
+    folder = tmp_path_factory.mktemp("original")
+    write_original(folder, parts["encoder"], parts["plain"])
     return folder
 
 def clip(sample, kind: str = "FLAC") -> dict:
@@ -199,7 +294,7 @@ def clip(sample, kind: str = "FLAC") -> dict:
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory, corpus):
     root, some = tmp_path_factory.mktemp("hub"), corpus[:12]
-    audio = datasets.Audio(sampling_rate=16000, decode=False)
+    audio = datasets.Audio(sampling_rate=16000)
     def write(name, split, where="data", shards=1, **columns):
         n = max(len(v) for v in columns.values() if isinstance(v, list))
         table = datasets.Dataset.from_dict(
@@ -221,8 +316,9 @@ def hub(tmp_path_factory, corpus):
     chats = [[dict(role="system", content="Отвечай кратко."),
               dict(role="user", content=f"Вопрос {i}"),
               dict(role="assistant", content=f"Ответ {i}")] for i in range(15)]
-    write("GrandMaster-PRO-MAX", "train", conversation=chats, prompt_lang=["ru", "en", "en"] * 5,
-          answer_lang=["ru", "en", "ru"] * 5)
+    for split in ("train", "test"):
+        write("GrandMaster-PRO-MAX", split, conversation=chats, answer_lang=["ru", "en", "ru"] * 5,
+              prompt_lang=["ru", "en", "en"] * 5)
     write("Speech-Describe", "500k_part1_nonspeech", audio=clips, question="What is it?",
           answer="a bell")
     write("ToneSlavic", "train", audio=clips, sentence=texts, locale=["ru", "be", "uk"] * 4)
@@ -232,41 +328,3 @@ def hub(tmp_path_factory, corpus):
         write("RuASRBenchmark", split, audio=clips[:3], text=texts[:3])
     return root
 
-@pytest.fixture(scope="session")
-def baseline(tmp_path_factory, corpus):
-    bpe = tiny.train_tokenizer([s.answer for s in corpus], 400).backend_tokenizer.to_str()
-    bpe = json.loads(bpe)["model"]
-    tokenizer = hf.WhisperTokenizer(vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]])
-    special = "endoftext startoftranscript en ru translate transcribe startofprev notimestamps"
-    tokenizer.add_tokens([f"<|{t}|>" for t in special.split()], special_tokens=True)
-    ids = tokenizer.convert_tokens_to_ids
-    extractor = nb.feature_extractor(80, chunk_length=2)
-    end, start = ids("<|endoftext|>"), ids("<|startoftranscript|>")
-    torch.manual_seed(0)
-    model = hf.WhisperForConditionalGeneration(whisper_config(
-        64, len(tokenizer), end, start, num_mel_bins=80, max_target_positions=40, init_std=0.1))
-    settings = model.generation_config
-    settings.is_multilingual, settings.no_timestamps_token_id = True, ids("<|notimestamps|>")
-    settings.lang_to_id = {t: ids(t) for t in ("<|en|>", "<|ru|>")}
-    settings.task_to_id = {t: ids(f"<|{t}|>") for t in ("transcribe", "translate")}
-    rows = []
-    for s in corpus[:4]:  # in English it says "no", so that a test sees which language was forced
-        for language, text in (("<|ru|>", s.answer), ("<|en|>", "no")):
-            head = [start, ids(language), ids("<|transcribe|>"), ids("<|notimestamps|>")]
-            rows.append([*head, *tokenizer(text, add_special_tokens=False).input_ids, end])
-    waves = [load_audio(s.audio[0]).numpy() for s in corpus[:4] for _ in range(2)]
-    mel = extractor(waves, sampling_rate=16000, return_tensors="pt").input_features
-    L = max(map(len, rows))
-    inputs = torch.tensor([r[:-1] + [end] * (L - len(r)) for r in rows])
-    labels = torch.tensor([[-100] * 3 + r[4:] + [-100] * (L - len(r)) for r in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(120):
-        loss = model(input_features=mel, decoder_input_ids=inputs, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.05
-    folder = tmp_path_factory.mktemp("baseline") / "whisper-tiny"
-    model.save_pretrained(folder)
-    hf.WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
-    return folder

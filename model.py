@@ -43,7 +43,7 @@ WHISPER_LARGE_V3 = dict(d_model=1280, encoder_layers=32, encoder_attention_heads
 QWEN3_4B = dict(hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, head_dim=128,
                 num_key_value_heads=8, intermediate_size=9728, tie_word_embeddings=True,
                 max_position_embeddings=40960, rope_theta=1_000_000, bos_token_id=151643,
-                eos_token_id=151645, pad_token_id=151643, vocab_size=151671)  # with our two tokens
+                eos_token_id=151645, vocab_size=151671)  # with our two tokens
 
 class BorealisConfig(PretrainedConfig):  # which makes a dataclass of it
     """Two sub-configs and what joins them; without arguments, the full-size Borealis-5B."""

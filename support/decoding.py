@@ -78,6 +78,7 @@ class System:
     answer: Callable
     facts: tuple        # what its answers depend on, besides the samples
     settings: str = ""  # digest of both
+    warned: bool = False  # that a batch fell apart
 
     def parts(self, folder: Path) -> list[Path]:
         return sorted(folder.glob(f"hypotheses.{self.settings}.*.part.jsonl"))
@@ -113,10 +114,13 @@ class System:
         try:
             answers = self.answer(samples, waves)
         except Exception as e:
-            if len(batch) > 1:
-                return [row for item in batch for row in self.ask([item])]
-            kind = "" if isinstance(e, BadRow) else f"{type(e).__name__}: "
-            return [rows[0] | dict(failed=kind + first_line(e))]
+            reason = ("" if isinstance(e, BadRow) else f"{type(e).__name__}: ") + first_line(e)
+            if len(batch) == 1:
+                return [rows[0] | dict(failed=reason)]
+            if not self.warned:
+                tqdm.write(f"{self.name}: a batch fails, so one by one: {reason}", sys.stderr)
+            self.warned = True
+            return [row for item in batch for row in self.ask([item])]
         took = round((time.perf_counter() - began) / len(rows), 5)
         for row, (text, tokens, cut) in zip(rows, answers, strict=True):
             row |= dict(hypothesis=without_thoughts(text), tokens=tokens, cut=cut, took=took)

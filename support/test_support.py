@@ -29,7 +29,10 @@ import eval as evaluation
 import model as nb
 import train
 from augment import noise_at
-from conftest import HERE, A, M, exit_of, is_one_line, newest, pcm, tone, train_now, write_manifest
+from conftest import HERE, PUBLISHED, A, M, exit_of, is_one_line, losses, newest, pcm, tone
+
+# isort: split
+from conftest import train_now, write_manifest
 from support import checkpoint as ckpt
 from support import compare, export, lora, meter, pauses, recipes, report, tasks, tiny
 from support import corpus as spoken
@@ -46,31 +49,60 @@ def batch_of(net, *samples):
     rows = data.Dataset(list(samples), net.tokenizer, net.config)
     return rows.pad([rows.item(i) for i in range(len(samples))])
 
-def test_from_parts_keeps_pretrained_weights(parts, tmp_path):
-    """openai/whisper-* is a whole Whisper in fp16; Qwen3's config names no padding."""
-    whisper = hf.WhisperConfig.from_pretrained(parts["encoder"])
-    hub = hf.WhisperForConditionalGeneration(whisper).half()
-    hub.save_pretrained(tmp_path / "whisper")
-    folder = shutil.copytree(parts["llm"], tmp_path / "llm")
-    config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace('"pad_token_id"', '"no_pad"'))
-    net = ckpt.from_parts(str(tmp_path / "whisper"), str(folder), torch.float32)
-    mine = net.encoder.state_dict()
-    assert all(torch.equal(p.float(), mine[k]) for k, p in hub.model.encoder.state_dict().items())
+def test_from_parts_keeps_pretrained_weights(parts):
+    """Of a whole Whisper in fp16, of a Qwen3 in bf16 and in shards."""
+    net = ckpt.from_parts(parts["encoder"], parts["llm"], torch.float32)
+    whisper = hf.WhisperForConditionalGeneration.from_pretrained(parts["encoder"])
+    qwen = hf.Qwen3ForCausalLM.from_pretrained(parts["llm"])
+    assert (whisper.dtype, qwen.dtype) == (torch.float16, torch.bfloat16)
+    theirs, mine = whisper.float().model.encoder.state_dict(), net.encoder.state_dict()
+    assert all(torch.equal(theirs[k], mine[k]) for k in theirs)
     with pytest.raises(ValueError, match="is a qwen3 model, not whisper"):
         ckpt.from_parts(parts["plain"], parts["plain"])
     known = len(net.tokenizer) - 2  # the padded vocabulary shrinks, the two new rows are means
-    assert net.config.llm_config.pad_token_id == net.ends[1]
     assert net.config.llm_config.vocab_size == known + 2 < 1500
     configs = [m.config for m in net.modules() if hasattr(m, "config")]
     assert {config._attn_implementation for config in configs} == {"sdpa"}
-    theirs = hf.Qwen3ForCausalLM.from_pretrained(parts["llm"]).state_dict()
+    theirs = qwen.float().state_dict()
     for k, mine in net.llm.state_dict().items():
         if theirs[k].shape[0] == 1500:
             mean = theirs[k][:known].mean(0)
             assert torch.allclose(mine[known:], mean.expand(2, -1))
             mine, theirs[k] = mine[:known], theirs[k][:known]
         assert torch.equal(mine, theirs[k]), k
+
+def test_stand_ins_are_as_published(parts, baseline):
+    """Every field of what the hub has, and no other; what model.py says of it agrees."""
+    for name, ours in ((nb.LLM, nb.QWEN3_4B), (nb.ENCODER, nb.WHISPER_LARGE_V3)):
+        theirs = PUBLISHED[name]["config.json"]
+        assert ours.items() <= (theirs | dict(vocab_size=ours.get("vocab_size"))).items()
+    small = PUBLISHED["Qwen/Qwen3-0.6B"]["config.json"]
+    assert small.keys() == PUBLISHED[nb.LLM]["config.json"].keys() and "pad_token_id" not in small
+    for folder, name in ((baseline, nb.ENCODER), *((parts[k], nb.LLM) for k in ("llm", "plain"))):
+        for file, fields in PUBLISHED[name].items():
+            assert json.loads(Path(folder, file).read_text()).keys() == fields.keys()
+        assert len([*Path(folder).glob("model-*.safetensors")]) > 1
+
+@pytest.mark.parametrize("start", ["none", "original"])
+def test_padding_is_the_tokenizers(start, original, parts, manifest, tmp_path, monkeypatch, capsys):
+    """Qwen3's config names none. Without: no batch trains or answers, and the export lacks it."""
+    flags = [*RUN, "--train_manifest", manifest, "--encoder", parts["encoder"], "--llm",
+             parts["plain"], "--init_from", original if start == "original" else start]
+    runs = [train_now(monkeypatch, *flags, "--batch_size", n, "--out", tmp_path / f"{n}")[1]
+            for n in (1, 2)]
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-5)
+    net, waves = ckpt.load_model(tmp_path / "2", "cpu"), [tone(0.5), tone(5.0, 2)]
+    for row, wave in zip(net.generate(waves, max_new_tokens=8), waves, strict=True):
+        alone = net.generate(wave, max_new_tokens=8)[0].tolist()
+        assert row.tolist() == alone + [net.ends[1]] * (len(row) - len(alone))
+    evaluate = "--ckpt", tmp_path / "2", "--manifest", manifest, "--max_new_tokens", 3
+    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *evaluate)
+    assert code == 0 and "one by one" not in err
+    export.export(tmp_path / "2", tmp_path / "hf")
+    config, generation = (json.loads((tmp_path / f"hf/{name}.json").read_text())
+                          for name in ("config", "generation_config"))
+    pads = config["llm_config"]["pad_token_id"], generation["pad_token_id"]
+    assert pads == (net.tokenizer.convert_tokens_to_ids("<|endoftext|>"),) * 2
 
 def test_the_original_layout(original, parts, tmp_path):
     """Its own token pair, no AUDIO row; pickle or safetensors, one file or shards: one model."""
@@ -155,7 +187,7 @@ def test_lora_starts_as_the_base_and_merges_into_it(parts, tmp_path, tied):
     config = hf.Qwen3Config.from_pretrained(parts["plain"], tie_word_embeddings=tied)
     llm = shutil.copytree(parts["plain"], tmp_path / "llm")
     hf.Qwen3ForCausalLM(config).save_pretrained(llm)
-    net = ckpt.from_parts(parts["encoder"], str(llm)).eval()
+    net = ckpt.from_parts(parts["encoder"], str(llm), torch.float32).eval()
     batch = batch_of(net, data.Sample("анна", [pcm(3)])) | {"labels": None}
     twin, before = copy.deepcopy(net), net(**batch).logits
     lora.prepare(twin, "lora", LORA).eval()
@@ -260,7 +292,7 @@ def test_the_posts_snippet_runs_anywhere(manifest, original, parts, tmp_path, mo
     done = subprocess.run([sys.executable, "-c", SNIPPET, *ASKED], cwd=hf.parent, env=env,
                           text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    net = ckpt.load_model(out, "cpu")
+    net = ckpt.load_checkpoint(out)  # in bf16, as it is stored and as transformers loads it
     ids = net.generate(tone(3.0), *ASKED, max_new_tokens=12)
     assert done.stdout.splitlines() == [str(ids.tolist()), net.decode(ids[0])]
 
