@@ -8,7 +8,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from model import ENCODER, SAMPLE_RATE
 from support.checkpoint import load_model, load_part
-from support.cli import UserError, first_line
+from support.cli import UserError, as_user_error
 from support.decoding import RANK, System, digest, digest_model, digest_samples
 from support.pauses import in_pieces
 
@@ -22,12 +22,10 @@ def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int]) -> list[t
 
 def whisper(where: str, language: str, device, max_new_tokens: int, batch_size: int) -> Callable:
     """The baseline: transformers' Whisper, greedy, its language forced. Raises UserError."""
-    try:
+    with as_user_error(f"cannot load --baseline {where}: ", Exception):  # it fails in many ways
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_part(WhisperForConditionalGeneration, where, dtype=dtype).to(device).eval()
         processor = WhisperProcessor.from_pretrained(where)
-    except Exception as e:  # it fails in many ways, and none of them is ours
-        raise UserError(f"cannot load --baseline {where}: {first_line(e)}") from None
     settings, vocabulary = model.generation_config, processor.tokenizer.get_vocab()
     language = f"<|{language}|>"
     if language not in vocabulary or getattr(settings, "is_multilingual", None) is False:
