@@ -27,7 +27,7 @@ TRAIN_VOICES, EVAL_VOICES = DATA["voices"]["train"], DATA["voices"]["eval"]
 EVAL_SPLITS = ["clean", "voices", "books", "speak"]  # augment.py makes two more out of clean
 EVAL_UTTERANCES = 250            # in each held-out split
 SENTENCE_SHARE = 0.7             # of the training set; the rest is dictation
-TRAIN_MANNERS = dict(clean=0.7, books=0.15, speak=0.15)  # shares of the training set spoken so
+TRAIN_MANNERS = ["clean", "books", "speak"], [0.7, 0.15, 0.15]  # of the training set, and shares
 CHUNK = 250  # utterances spoken by one process; fixed, so that bytes do not depend on the machine
 
 def sentence(lang: str, rng: random.Random) -> str:
@@ -63,9 +63,7 @@ def fresh(lang: str, split: str, rng: random.Random, said: set) -> str:
 
 def script(lang: str, split: str, rng: random.Random, said: set) -> list[str]:
     """What is said next in a split: parts with pauses between them."""
-    manner = split
-    if split == "train":
-        manner = rng.choices(list(TRAIN_MANNERS), TRAIN_MANNERS.values())[0]
+    manner = rng.choices(*TRAIN_MANNERS)[0] if split == "train" else split
     text = fresh(lang, split, rng, said)
     words = text.split()
     if manner == "books":  # reads on: longer than a window
@@ -77,7 +75,6 @@ def script(lang: str, split: str, rng: random.Random, said: set) -> list[str]:
 
 class Espeak:
     """espeak-ng through ctypes, from the PyPI package espeakng-loader."""
-
     def __init__(self, seed: int):
         import espeakng_loader
         self.lib, self.pcm = CDLL(espeakng_loader.get_library_path()), []
@@ -131,7 +128,7 @@ def synthesise(job: tuple) -> None:
 
 def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
     """The first n rows of "train" or of one of EVAL_SPLITS, spoken now or read from the cache."""
-    shares = [SENTENCE_SHARE, list(TRAIN_MANNERS.values())]
+    shares = [SENTENCE_SHARE, TRAIN_MANNERS[1]]
     recipe = [GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, *shares, CHUNK, 2]  # 2: of synthesise
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     folder = cache_dir() / f"{lang}-{seed}-{digest}"
