@@ -1,6 +1,6 @@
 """support/tiny.py -- pools, tokenizer, configuration, initial weights: small enough for a CPU."""
 import random
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -30,10 +30,8 @@ def text_row(rng: random.Random, name: str) -> dict:
 
 def long_rows(rows: list[dict], rng: random.Random) -> list[dict]:
     """Up to twelve utterances in a row as one recording."""
-    long, start = [], 0
-    while start < len(rows):
-        group = rows[start:start + rng.randint(2, 12)]
-        start += len(group)
+    long, rest = [], iter(rows)
+    while group := list(islice(rest, rng.randint(2, 12))):
         long.append({"audio": np.concatenate([row["audio"] for row in group]),
                      "text": " ".join(row["text"] for row in group), "name": f"long/{len(long)}"})
     return long
