@@ -23,7 +23,6 @@ class Silent:
 class Log:
     """The log of rank 0, one row a step: metrics.jsonl, a progress bar, wandb or tensorboard.
     cfg: a TrainConfig. start: steps done; rows beyond it are dropped. Raises UserError."""
-
     def __init__(self, cfg, start: int):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         self.path, self.wandb, self.board = Path(cfg.out, "metrics.jsonl"), None, None

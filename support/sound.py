@@ -1,6 +1,5 @@
 """support/sound.py -- the signal processing under augment.py: filters, one FFT for all that is
-linear, time stretching, codecs. Waves are float32 arrays at 16 kHz, of any length from one sample
-up."""
+linear, stretching, codecs. Waves: float32 arrays at 16 kHz, of any length from one sample up."""
 import io
 import math
 from functools import lru_cache
@@ -89,14 +88,13 @@ def fit(wave: np.ndarray, length: int) -> np.ndarray:
 # ---- Not linear
 
 def stretch(wave: np.ndarray, factor: float) -> np.ndarray:
-    """WSOLA (Verhelst and Roelands 1993): (n,) -> (round(n * factor),) at equal pitch. Frames of
-    80 ms, half overlapping, move apart. Each is taken up to 8 ms beside its place, where it best
-    continues the one before: searched at 4 kHz, then at 16."""
+    """WSOLA (Verhelst and Roelands 1993): (n,) -> (round(n * factor),) at equal pitch. Overlapping
+    frames of 80 ms move apart, each from where, within 8 ms, it best continues the one before."""
     H, D, q = 640, 128, 4                                  # half a frame, reach, decimation
     length = round(len(wave) * factor)
     places = np.round(np.arange(0, length + H, H) / factor).astype(int) + D + q
     x = np.pad(wave, (H + D + q, math.ceil(H / factor) + 3 * H))  # frame 0: around sample 0
-    coarse = x[:len(x) // q * q].reshape(-1, q).mean(1)
+    coarse = x[:len(x) // q * q].reshape(-1, q).mean(1)    # at 4 kHz: searched first
     starts = [places[0]]
     for place in places[1:].tolist():
         follow = starts[-1] + H                            # here the last frame would go on
