@@ -26,9 +26,8 @@ import transformers
 from augment import HARD, augment
 from data import embedded, read_manifest
 from model import ENCODER, LLM
-from support import banks, checkpoint, compare, corpus, decoding, report, systems, tasks
+from support import banks, checkpoint, compare, corpus, decoding, recipes, report, systems, tasks
 from support.cli import ArgumentParser, UserError, check_out, flag, run
-from support.recipes import BENCHMARK
 from support.rows import BadRows, load_audio
 
 # ---- Configuration: every field is a flag
@@ -175,9 +174,9 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
     if cfg.task == "bigbench":
         available = {name: partial(tasks.load_bigbench, name, cfg.data_dir, cfg.strict)
                      for name in tasks.CATEGORIES}
-    elif cfg.data_dir or not own_data or (wanted and set(wanted) <= set(BENCHMARK)):
+    elif cfg.data_dir or not own_data or (wanted and set(wanted) <= set(recipes.BENCHMARK)):
         available = {name: partial(tasks.load_split, source, cfg.data_dir, cfg.strict, cfg.limit)
-                     for name, source in BENCHMARK.items()}
+                     for name, source in recipes.BENCHMARK.items()}
     elif trained_on.get("train_manifest"):
         raise UserError(f"{cfg.ckpt} was trained on a manifest: name yours with --manifest FILE")
     else:

@@ -42,12 +42,12 @@ def first_line(e: Exception) -> str:
     return (message.strip() or type(e).__name__).splitlines()[0]
 
 @contextlib.contextmanager
-def as_user_error(prefix: str, *kinds: type[Exception]):
-    """Within it, an exception of these kinds becomes a UserError: prefix, and its first line."""
+def as_user_error(prefix: str, *kinds: type[Exception], suffix: str = ""):
+    """Within it, exceptions of these kinds become UserErrors: prefix, their first line, suffix."""
     try:
         yield
     except kinds as e:
-        raise UserError(prefix + first_line(e)) from None
+        raise UserError(prefix + first_line(e) + suffix) from None
 
 # ---- Flags. A dataclass declares them, with ranges and choices; argparse enforces those.
 

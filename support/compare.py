@@ -1,6 +1,5 @@
 """support/compare.py -- runs in the post's table and heat map; which differences are real."""
 import json
-from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
@@ -79,7 +78,7 @@ def differences(columns: list[str], scores: dict[str, tuple]) -> list[str]:
         rows.append([f"{a} - {b}", *cells])
     return [P_VALUES.format(len(draws.T)), markdown(["Difference", *columns, "Avg"], rows)]
 
-def compare(folders: list[str], grade: Callable, score: Callable, normalizer: str, out: Path):
+def compare(folders: list[str], grade, score, normalizer: str, out: Path):
     """Writes table.md, best runs first, and heatmap.png. grade and score are those of eval.py."""
     runs = read_runs(folders)
     first = next(iter(runs.values()))

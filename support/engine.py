@@ -9,10 +9,8 @@ import torch
 import model
 from data import Sample
 from model import ENCODER, LLM, SAMPLE_RATE
-from support.checkpoint import find_checkpoint, read_config
+from support import checkpoint, decoding, export
 from support.cli import UserError, as_user_error, cache_dir
-from support.decoding import digest, digest_model
-from support.export import export
 
 INSTALLED = util.find_spec("vllm") is not None
 TRANSCRIBE = Sample("", [b""])  # the transcription prompt of training; the sound comes beside it
@@ -35,19 +33,20 @@ def loading(ckpt: str | Path):
 
 def servable(ckpt: str | Path, encoder: str = ENCODER, llm: str = LLM) -> Path:
     """Any checkpoint -> itself if exported, or an up-to-date export. ValueError or OSError."""
-    folder = find_checkpoint(ckpt)
+    folder = checkpoint.find_checkpoint(ckpt)
     if not folder.is_dir():
         raise ValueError(f"no checkpoint in {folder}: train one, or name one on the hub")
-    config = read_config(folder)
+    config = checkpoint.read_config(folder)
     exported = hasattr(config, "auto_map") and (folder / "generation_config.json").is_file()
     if exported and not config.base:
         return folder
     code = [Path(model.__file__), Path(__file__).with_name("chat_template.jinja")]
     texts = [path.read_bytes() for path in (*code, *sorted(folder.iterdir()))
              if path.suffix in (".py", ".txt", ".jinja")]
-    place = cache_dir() / f"served-{digest(digest_model(folder), encoder, llm, texts)}"
+    digest = decoding.digest(decoding.digest_model(folder), encoder, llm, texts)
+    place = cache_dir() / f"served-{digest}"
     try:
-        export(folder, place, encoder, llm)
+        export.export(folder, place, encoder, llm)
     except (ValueError, OSError):
         if not place.exists():  # else it was there, or another process was first
             raise

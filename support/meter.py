@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support.cli import UserError, first_line, picture, write_text
+from support.cli import as_user_error, picture, write_text
 
 def read_metrics(path: Path, until: float) -> list[dict]:
     """The rows of metrics.jsonl up to a step, without a last line that a kill has cut short."""
@@ -28,7 +28,7 @@ class Log:
         self.path, self.wandb, self.board = Path(cfg.out, "metrics.jsonl"), None, None
         self.rows = read_metrics(self.path, start)
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        try:
+        with as_user_error(f"--log {cfg.log}: ", Exception, suffix=f" (pip install {cfg.log}?)"):
             if cfg.log == "wandb":
                 import wandb
                 self.wandb = wandb.init(project="nanoborealis", dir=cfg.out, config=vars(cfg),
@@ -36,8 +36,6 @@ class Log:
             elif cfg.log == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(cfg.out, purge_step=start)
-        except Exception as e:  # not installed, not logged in, no network, ...
-            raise UserError(f"--log {cfg.log}: {first_line(e)} (pip install {cfg.log}?)") from None
         self.bar = tqdm(total=cfg.steps, initial=start, desc="training", unit="step",
                         mininterval=0.1 if sys.stderr.isatty() else 10)  # seconds; 10 in a file
 

@@ -45,15 +45,14 @@ def diagnose(rows: list[dict]) -> dict[str, int]:
 
 def describe(rows: list[dict], task: str) -> dict:
     """Rows of a split -> what its figure is made of, how many rows there are, what they took."""
-    seconds, took, tokens = (sum(r[k] for r in rows) for k in ("seconds", "took", "tokens"))
+    sound, took, tokens = (sum(r[k] for r in rows) for k in ("seconds", "took", "tokens"))
     facts = {}
     if task == "asr":
         counts = np.array([r["wer"] for r in rows]).sum(0).tolist()
         facts = dict(zip(("sub", "del", "ins", "words"), counts, strict=True)) | diagnose(rows)
-    return facts | dict(
-        samples=len(rows), failed=sum(bool(r["failed"]) for r in rows), seconds=round(seconds, 1),
-        rtf=round(took / seconds, 5) if seconds else None,
-        tokens_per_s=round(tokens / max(took, 1e-9), 1))
+    return facts | dict(samples=len(rows), failed=sum(bool(r["failed"]) for r in rows),
+                        seconds=round(sound, 1), rtf=round(took / sound, 5) if sound else None,
+                        tokens_per_s=round(tokens / max(took, 1e-9), 1))
 
 def worst(rows: list[dict], task: str, n: int = 10) -> str:
     """The rows with the most errors, reference above hypothesis, transcripts word by word."""

@@ -1,6 +1,5 @@
 """support/systems.py -- who answers in an evaluation: our checkpoint, a Whisper, or both."""
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int]) -> list[t
         answers.append((text.strip(), n or len(row), n is None))
     return answers
 
-def whisper(where: str, language: str, device, max_new_tokens: int, batch_size: int) -> Callable:
+def whisper(where: str, language: str, device, max_new_tokens: int, batch_size: int):
     """The baseline: transformers' Whisper, greedy, its language forced. Raises UserError."""
     with as_user_error(f"cannot load --baseline {where}: ", Exception):  # it fails in many ways
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -48,7 +47,7 @@ def whisper(where: str, language: str, device, max_new_tokens: int, batch_size: 
         return [(text, n, endless and n >= most) for text, n, endless in answers]
     return in_pieces(answer, processor.feature_extractor.n_samples, batch_size)
 
-def open_ours(cfg, native: Callable, name: str, device: torch.device) -> System:
+def open_ours(cfg, native, name: str, device: torch.device) -> System:
     """The checkpoint. native: (model, max_new_tokens) -> answer(), our own. Raises UserError."""
     if cfg.engine == "vllm":
         from support.engine import Offline

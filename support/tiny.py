@@ -28,14 +28,6 @@ def text_row(rng: random.Random, name: str) -> dict:
              {"role": "assistant", "content": asked["answer"]}]
     return {"conversation": turns, "name": name}
 
-def long_rows(rows: list[dict], rng: random.Random) -> list[dict]:
-    """Up to twelve utterances in a row as one recording."""
-    long, rest = [], iter(rows)
-    while group := list(islice(rest, rng.randint(2, 12))):
-        long.append({"audio": np.concatenate([row["audio"] for row in group]),
-                     "text": " ".join(row["text"] for row in group), "name": f"long/{len(long)}"})
-    return long
-
 def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict]:
     """The tiny counterpart of a pool, from n utterances or texts. languages: of "pretrain"."""
     rng = random.Random(f"{seed} {name}")
@@ -48,8 +40,13 @@ def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict
     rows = embedded_rows(lang, "train", n, seed)
     if name == "it_fresh":
         return rows
-    if name == "long_audio":
-        return long_rows(rows, rng)
+    if name == "long_audio":  # up to twelve utterances in a row as one recording
+        long, rest = [], iter(rows)
+        while group := list(islice(rest, rng.randint(2, 12))):
+            text = " ".join(row["text"] for row in group)
+            audio = np.concatenate([row["audio"] for row in group])
+            long.append({"audio": audio, "text": text, "name": f"long/{len(long)}"})
+        return long
     return [{"audio": row["audio"], "name": row["name"], **task(lang, row["text"], rng)}
             if rng.random() < 0.25 else row for row in rows]
 
@@ -92,9 +89,8 @@ def tiny_config(tokenizer, **changes) -> BorealisConfig:
 
 @torch.no_grad()
 def scratch_model(samples, vocab_size: int, **changes) -> BorealisForConditionalGeneration:
-    """A tiny model that can learn to hear from nothing, its tokenizer trained on the samples. Plain
-    random weights leave sound faint, and attention blind to nearness; equal query and key weights
-    let frames look at their like (arXiv:2305.09828; figures: docs/NEGATIVE.md)."""
+    """A tiny model, its tokenizer trained on the samples. Plain random weights leave sound faint;
+    equal query and key weights let frames look at their like (arXiv:2305.09828; NEGATIVE.md)."""
     tokenizer = train_tokenizer(texts_of(samples), vocab_size)
     model = BorealisForConditionalGeneration(tiny_config(tokenizer, **changes))
     model.tokenizer = tokenizer
