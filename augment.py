@@ -19,10 +19,8 @@ import torch
 from numpy.random import SFC64, Generator
 
 from model import HOP, SAMPLE_RATE, BorealisConfig, cut_windows, log_mel
-from support.banks import crop, open_banks
-from support.cli import ArgumentParser, UserError, check_out, replace_file, run
-from support.rows import BadRow, load_audio
-from support.sound import FILTERS, codec, limit, plot_mels, spectral, stretch
+from support import banks, rows, sound
+from support.cli import ArgumentParser, UserError, as_user_error, check_out, replace_file, run
 
 # ---- What may happen
 
@@ -124,7 +122,7 @@ def draw_noise(speech: np.ndarray, n: int, config: AugmentConfig, rng: Generator
     total, power = 0, np.mean(np.square(speech))
     for _ in range(1 + extra(config.more_noise, rng)):
         tape = noises[rng.integers(len(noises))]
-        total = total + noise_at(crop(tape, rng, n), power, *snr)
+        total = total + noise_at(banks.crop(tape, rng, n), power, *snr)
         snr = draw((1, *config.noise[1:]), rng)            # of the next source
     return total
 
@@ -143,7 +141,7 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
         ratio /= speed[0]
     if pitch := draw(config.pitch, rng):                   # longer at equal pitch, then faster
         shift, length = 2 ** (pitch[0] / 12), round(len(x) * ratio)
-        x, ratio = stretch(x, shift), ratio / shift
+        x, ratio = sound.stretch(x, shift), ratio / shift
     n = math.ceil(len(x) * ratio * 1.001)                  # a rate change is exact to 1/1000
     noise = draw_noise(x, n, config, rng, noises)
     if noise is not None and ratio == 1:                   # else it waits: its own rate stays
@@ -152,23 +150,23 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
     if draw(config.room, rng) is not None:
         count = 1 + extra(config.more_room, rng)
         irs = [rooms[i] for i in rng.integers(len(rooms), size=count)]
-    filters = {name: draw(getattr(config, name), rng) for name in FILTERS}  # EQ to telephony
-    responses = [(FILTERS[name], drawn) for name, drawn in filters.items() if drawn]
+    filters = {name: draw(getattr(config, name), rng) for name in sound.FILTERS}  # EQ to telephony
+    responses = [(sound.FILTERS[name], drawn) for name, drawn in filters.items() if drawn]
     # Filters and rooms multiply the spectrum, in any order; a spectrum cut or padded is the clip at
     # another rate. So everything linear needs one FFT and one inverse FFT.
     if responses or irs or ratio != 1:                     # -> (n * ratio,), or (length,) if given
-        x = spectral(x, ratio, length, responses, irs, noise)
+        x = sound.spectral(x, ratio, length, responses, irs, noise)
     if gain := draw(config.gain, rng):
         x = x * np.float32(10 ** (gain[0] / 20))
     if std := draw(config.gaussian, rng):
-        x = x + np.float32(std[0]) * crop(TAPE, rng, len(x))
+        x = x + np.float32(std[0]) * banks.crop(TAPE, rng, len(x))
     if share := draw(config.clipping, rng):
         top = share[0] * np.abs(x).max()
         x = np.clip(x, -top, top) / np.float32(share[0])
     if kbps := draw(config.codec, rng):
         kind = "opus" if rng.random() < config.opus else "mp3"
-        x = codec(x, *kbps, kind, line_rate(config, filters))
-    return limit(x)
+        x = sound.codec(x, *kbps, kind, line_rate(config, filters))
+    return sound.limit(x)
 
 def mask(mel: torch.Tensor, frames: int, config: AugmentConfig, rng: Generator) -> torch.Tensor:
     """SpecAugment (Park et al. 2019) on one window (M, F): bands of mel bins, and stretches of its
@@ -238,24 +236,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     check_out(args.out)
-    try:
-        wave = load_audio(args.wav)
-    except BadRow as e:
-        raise UserError(f"{args.wav}: {e}; give a wav, flac, ogg or mp3 with sound in it") from None
+    hint = "; give a wav, flac, ogg or mp3 with sound in it"
+    with as_user_error(f"{args.wav}: ", rows.BadRow, suffix=hint):
+        wave = rows.load_audio(args.wav)
     if Path(args.wav).resolve() in [Path(args.out, f"{name}.wav").resolve() for name in examples()]:
         raise UserError(f"{args.wav} would be overwritten by a result: give another folder")
-    banks = open_banks(args.noise, args.rooms)
+    noises, rooms = banks.open_banks(args.noise, args.rooms)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     shown, whisper = {}, BorealisConfig()
     for i, (name, config) in enumerate(examples().items()):
         rng = np.random.default_rng([args.seed % 2 ** 32, i])
-        x = augment(wave.numpy(), config, rng, *banks)
+        x = augment(wave.numpy(), config, rng, noises, rooms)
         save = partial(soundfile.write, data=x, samplerate=SAMPLE_RATE, format="WAV")
         replace_file(f"{args.out}/{name}.wav", save)
         frames = min(math.ceil(len(x) / HOP), 1000)        # the picture shows the first ten seconds
         mel = log_mel(cut_windows(torch.from_numpy(x), whisper)[:1], whisper)[0]
         shown[name] = mask(mel, frames, config, rng)[:, :frames]
-    plot_mels(shown, f"{args.out}/spectrograms.png")
+    sound.plot_mels(shown, f"{args.out}/spectrograms.png")
     print(f"wrote {len(shown)} recordings and spectrograms.png to {args.out}")
 
 if __name__ == "__main__":
