@@ -21,6 +21,7 @@ from numpy.random import SFC64, Generator
 from model import HOP, SAMPLE_RATE, BorealisConfig, cut_windows, log_mel
 from support import banks, rows, sound
 from support.cli import ArgumentParser, UserError, as_user_error, check_out, replace_file, run
+from support.recipes import TABLES
 
 # ---- What may happen
 
@@ -53,46 +54,20 @@ class AugmentationStage:
     config: AugmentConfig
     name: str = ""
 
-# The original's stages. At these bitrates MP3 leaves 16 kHz speech as it was (correlation 0.999):
-# so codecs get lower sample rates here (codec_rate), as on a line, and one in twenty is Opus.
-STAGES = {
-    #               light                  intense                heavy
-    "touched":     (.40,                   .65,                   .72),
-    "pitch":       ((.2, -2, 2),           (.3, -3, 3),           (.4, -4, 4)),
-    "speed":       ((.2, .9, 1.1),         (.3, .85, 1.15),       (.4, .8, 1.2)),
-    "noise":       ((.55, 20, 32),         (.7, 10, 25),          (.75, 10, 25)),
-    "more_noise":  ((.3, 1, 1),            (.5, 1, 2),            (.6, 1, 2)),
-    "room":        ((.2,),                 (.3,),                 (.4,)),
-    "more_room":   ((.1, 1, 1),            (.2, 1, 2),            (.3, 1, 2)),
-    "eq":          ((.3,) + 7 * (-5, 5),   (.45,) + 7 * (-8, 8),  (.5,) + 7 * (-10, 10)),
-    "gain":        ((.4, -2.5, 2.5),       (.5, -4, 4),           (.55, -5, 5)),
-    "gaussian":    ((.25, .001, .006),     (.35, .002, .015),     (.45, .003, .015)),
-    "clipping":    ((.1, .82, .95),        (.2, .82, .95),        (.3, .82, .95)),
-    "resample":    ((.15, 13600, 16000),   (.28, 10400, 15200),   (.35, 8800, 14400)),
-    "codec":       ((.05, 112, 160),       (.2, 72, 144),         (.35, 56, 128)),
-    "codec_rate":  (SAMPLE_RATE,           12000,                 8000),
-    "mask":        ((.2, 0, 1, 0, 1),      (.4, 0, 2, 0, 2),      (.5, 1, 2, 1, 2)),
-    "mask_width":  ((15, 50),              (27, 100),             (27, 100)),
-    "band_pass":   ((.2, 180, 320, 3200, 5200),
-                    (.35, 150, 380, 2800, 4600),
-                    (.4, 120, 360, 2400, 4200)),
-    "telephony":   ((.1, 9000, 12000, 160, 260, 3300, 4300),
-                    (.35, 7000, 11000, 200, 320, 2900, 3800),
-                    (.5, 6000, 9600, 220, 360, 2500, 3600))}
+def from_table(effects: dict) -> AugmentConfig:
+    """Effects of recipes.toml, where tuples are lists."""
+    return AugmentConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in effects.items()})
+
+STAGES = TABLES["stages"]  # the original's: {effect: [light, intense, heavy]}
 COLUMNS = [dict(zip(STAGES, column, strict=True)) for column in zip(*STAGES.values(), strict=True)]
-LIGHT, INTENSE, HEAVY = (AugmentConfig(opus=.05, **column) for column in COLUMNS)
+LIGHT, INTENSE, HEAVY = map(from_table, COLUMNS)
 # The curriculum changes at these epochs, or at those of train.py --curriculum.
 CURRICULUM = [AugmentationStage(0, AugmentConfig(touched=0), "clean"),
               AugmentationStage(1, LIGHT, "light"),
               AugmentationStage(3, INTENSE, "intense"),
               AugmentationStage(4, HEAVY, "heavy")]
 # What makes two of the six evaluation splits out of clean speech, with noises of their own.
-HARD = {
-    "webinars": AugmentConfig(noise=(1, 8, 16), more_noise=(.5, 1, 1), room=(1,), gain=(1, -6, 0),
-                              band_pass=(1, 150, 350, 3200, 4200), gaussian=(1, .001, .004)),
-    "devices": AugmentConfig(noise=(.5, 18, 28), eq=(1,) + 7 * (-6, 6), clipping=(.5, .7, .9),
-                             band_pass=(1, 200, 350, 2800, 4200), gaussian=(1, .002, .008),
-                             codec=(1, 16, 48), opus=.5)}
+HARD = {name: from_table(effects) for name, effects in TABLES["hard"].items()}
 
 def draw(effect: tuple, rng: Generator) -> list[float] | None:
     """(p, from, to, ...) -> the drawn parameters with probability p, else None."""
