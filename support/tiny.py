@@ -4,7 +4,7 @@ from itertools import groupby, islice
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, models, trainers
+from tokenizers import AddedToken, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -57,9 +57,8 @@ def texts_of(samples) -> list[str]:
 
 def train_tokenizer(texts, vocab_size: int = 1024):
     """BPE over `texts`, split as Qwen3 splits -> a tokenizer with our two tokens and template."""
-    bpe, qwen = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
-    bpe.normalizer, bpe.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
-    bpe.decoder = qwen.decoder
+    bpe = Qwen2Tokenizer().backend_tokenizer
+    bpe.model = models.BPE()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=ByteLevel.alphabet(), show_progress=False))
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
@@ -77,8 +76,7 @@ def print_tokens(tokenizer, ids: list[int], labels: list[int]) -> None:
     print("the labels say:", repr(tokenizer.decode([t for t in labels if t != -100])))
 
 def tiny_config(tokenizer, **changes) -> BorealisConfig:
-    """The same classes at about 1 M parameters: windows of 2 s (T=100, N=25), width 128, 1 + 2
-    layers, none frozen, as it trains from scratch. changes: fields of BorealisConfig."""
+    """About 1 M parameters, none frozen: windows of 2 s (T=100, N=25), width 128, 1 + 2 layers."""
     ids = tokenizer.convert_tokens_to_ids
     tokens = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=ids("<|im_end|>"),
                   pad_token_id=ids("<|endoftext|>"))
