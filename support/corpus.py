@@ -26,7 +26,7 @@ LANGUAGES = tuple(GRAMMAR)
 TRAIN_VOICES, EVAL_VOICES = DATA["voices"]["train"], DATA["voices"]["eval"]
 EVAL_SPLITS = ["clean", "voices", "books", "speak"]  # augment.py makes two more out of clean
 EVAL_UTTERANCES = 250            # in each held-out split
-SENTENCE_SHARE = 0.7             # of the training set; the rest is dictation
+SENTENCE_SHARE = 0.7             # of the training set; the rest is words that cannot be guessed
 TRAIN_MANNERS = ["clean", "books", "speak"], [0.7, 0.15, 0.15]  # of the training set, and shares
 CHUNK = 250  # utterances spoken by one process; fixed, so that bytes do not depend on the machine
 
@@ -43,10 +43,6 @@ def vocabulary(lang: str) -> list[str]:
     lines = " ".join(" ".join(alternatives) for alternatives in GRAMMAR[lang].values())
     return sorted(set(re.sub(r"\{\w+\}", "", lines).split()))
 
-def dictation(lang: str, rng: random.Random) -> str:
-    """One to four words in any order: half of a sentence can be guessed, of these nothing can."""
-    return " ".join(rng.choices(vocabulary(lang), k=rng.randint(1, 4)))
-
 def held_out(text: str) -> bool:
     """Is it for evaluation only? One text in six is, whoever draws it."""
     return zlib.crc32(text.encode()) % 6 == 0
@@ -54,9 +50,10 @@ def held_out(text: str) -> bool:
 def fresh(lang: str, split: str, rng: random.Random, said: set) -> str:
     """A text of a split. Evaluation says held-out sentences only, and none twice."""
     training = split == "train"
-    draw = sentence if not training or rng.random() < SENTENCE_SHARE else dictation
+    guessable = not training or rng.random() < SENTENCE_SHARE
     while True:
-        text = draw(lang, rng)
+        words = [] if guessable else rng.choices(vocabulary(lang), k=rng.randint(1, 4))
+        text = " ".join(words) or sentence(lang, rng)
         if held_out(text) != training and (training or text not in said):
             said.add(text)
             return text
