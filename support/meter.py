@@ -21,8 +21,7 @@ class Silent:
     note = close = write
 
 class Log:
-    """The log of rank 0, one row a step: metrics.jsonl, a progress bar, wandb or tensorboard.
-    cfg: a TrainConfig. start: steps done; rows beyond it are dropped. Raises UserError."""
+    """Of rank 0: metrics.jsonl, a bar, wandb or tensorboard. Rows beyond start go. UserError."""
     def __init__(self, cfg, start: int):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         self.path, self.wandb, self.board = Path(cfg.out, "metrics.jsonl"), None, None
