@@ -42,10 +42,9 @@ def read_runs(folders: list[str]) -> dict[str, dict]:
             if name in runs and texts(runs[name], "hypothesis") != texts(run, "hypothesis"):
                 name = f"{folder}/{name}"  # but a baseline that several folders hold is shown once
             runs[name] = run
-    first, *others = runs
-    for name in others:
-        if texts(runs[name], "reference") != texts(runs[first], "reference"):
-            raise UserError(f"{name} has other utterances or another --task than {first}")
+            first = next(iter(runs))
+            if texts(run, "reference") != texts(runs[first], "reference"):
+                raise UserError(f"{name} has other utterances or another --task than {first}")
     return runs
 
 def p_value(differences: np.ndarray) -> float:
