@@ -41,9 +41,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from vllm import ModelRegistry
 from vllm.config.speech_to_text import SpeechToTextConfig
 from vllm.model_executor.models import interfaces, utils
-from vllm.multimodal import MULTIMODAL_REGISTRY, processing
+from vllm.multimodal import MULTIMODAL_REGISTRY, parse, processing
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import MultiModalDataParser
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from support.uploads import LIMIT, decode, find_recordings, listen, max_audio_seconds
@@ -54,7 +53,7 @@ from support.uploads import LIMIT, decode, find_recordings, listen, max_audio_se
 class BorealisProcessingInfo(processing.BaseProcessingInfo):
     """Any number of recordings (--limit-mm-per-prompt caps them), mono at 16 kHz."""
     def get_data_parser(self):
-        return MultiModalDataParser(target_sr=SAMPLE_RATE, target_channels=1)
+        return parse.MultiModalDataParser(target_sr=SAMPLE_RATE, target_channels=1)
 
     def get_supported_mm_limits(self):
         return {"audio": None}
