@@ -75,8 +75,7 @@ def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str,
     data = digest_samples(splits)  # those beyond --limit, too: so that --reuse may limit
     for system in systems:
         system.settings = digest(system.facts, data)
-    jobs = [((split, i), s) for split, samples in splits.items()
-            for i, s in enumerate(samples[:cfg.limit])]
+    jobs = [((split, i), s) for split, own in splits.items() for i, s in enumerate(own[:cfg.limit])]
     ours, how = systems[0].name, (out, cfg.batch_size, cfg.reuse)
     answers = {ours: systems[0].decode(jobs, *how)}
     for other in systems[1:]:
