@@ -252,7 +252,7 @@ def main():
         return 0
     rows, results, more = {}, {}, {}
     for name, own in answers.items():
-        rows[name] = [grade(r, cfg.task, cfg.normalizer) for r in own]
+        rows[name] = [dict(run=name) | grade(r, cfg.task, cfg.normalizer) for r in own]
         results[name] = assess(rows[name], cfg.task)
         if cfg.task == "asr" and cfg.normalizer != "default":
             own = [grade(r, "asr", "default") for r in own]
