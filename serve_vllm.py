@@ -209,10 +209,8 @@ def serve(args, vllm_flags: list[str]) -> None:
     folder = engine.servable(args.ckpt, args.encoder, args.llm)
     defaults = dict(model=folder, host=args.host, port=args.port, served_model_name="borealis",
                     limit_mm_per_prompt='{"audio": 1}') | engine.careful_settings()
-    sys.argv = ["serve_vllm.py"]
-    for name, value in defaults.items():
-        sys.argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    sys.argv += vllm_flags
+    ours = [f"--{k}" if v is True else f"--{k}={v}" for k, v in defaults.items()]
+    sys.argv = ["serve_vllm.py", *ours, *vllm_flags]
     print(f"loading {folder}; then http://{args.host}:{args.port}/v1", file=sys.stderr)
     entry.main()
 
@@ -221,16 +219,15 @@ def transcribe(answer, files: list[Path]) -> int:
     or "audio", "error". Returns the exit code: 1 if no file was usable."""
     results = [dict(audio=str(file)) for file in files]
     for start in tqdm(range(0, len(results), BATCH), unit=f" x {BATCH} recordings"):
-        batch, usable, waves = results[start:start + BATCH], [], []
-        for row in batch:
+        batch, waves = results[start:start + BATCH], {}  # of the usable: place in the batch -> wave
+        for i, row in enumerate(batch):
             try:
-                waves.append([decode(Path(row["audio"]).read_bytes())])
-                usable.append(row)
+                waves[i] = [decode(Path(row["audio"]).read_bytes())]
             except (ValueError, OSError) as e:
                 row["error"] = first_line(e)
-        answers = answer([engine.TRANSCRIBE] * len(usable), waves)
-        for row, (text, _, cut) in zip(usable, answers, strict=True):
-            row |= dict(text=text, cut=True) if cut else dict(text=text)
+        answers = answer([engine.TRANSCRIBE] * len(waves), list(waves.values()))
+        for i, (text, _, cut) in zip(waves, answers, strict=True):
+            batch[i] |= dict(text=text, cut=True) if cut else dict(text=text)
         for row in batch:
             print(json.dumps(row, ensure_ascii=False), flush=True)
     return int(all("error" in row for row in results))
