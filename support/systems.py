@@ -29,12 +29,11 @@ def whisper(where: str, language: str, device, max_new_tokens: int, batch_size: 
     language = f"<|{language}|>"
     if language not in vocabulary or getattr(settings, "is_multilingual", None) is False:
         raise UserError(f"--baseline {where} lacks {language}: name a multilingual Whisper")
-    for name, value in dict(  # which old generation_config.json lack
-            is_multilingual=True, lang_to_id={language: vocabulary[language]},
-            task_to_id={"transcribe": vocabulary.get("<|transcribe|>")},
-            no_timestamps_token_id=vocabulary.get("<|notimestamps|>")).items():
-        if getattr(settings, name, None) is None:
-            setattr(settings, name, value)
+    lacking = dict(  # in an old generation_config.json
+        is_multilingual=True, lang_to_id={language: vocabulary[language]},
+        task_to_id={"transcribe": vocabulary.get("<|transcribe|>")},
+        no_timestamps_token_id=vocabulary.get("<|notimestamps|>"))
+    vars(settings).update({k: v for k, v in lacking.items() if getattr(settings, k, None) is None})
     ends = [model.config.eos_token_id, settings.eos_token_id, settings.pad_token_id]
     most = min(max_new_tokens, model.config.max_target_positions - 4)  # 4: what Whisper is prompted
     def answer(samples, waves):
