@@ -12,8 +12,7 @@ from support.cli import picture, replace_file
 
 GUARD = 2048  # zeros after a clip: what a filter rings on lands here, not at the clip's start
 
-# glibc gives big buffers back at every free, and page faults cost more than the FFT; having freed
-# one block of 31 MiB, it keeps what it has.
+# Having freed a block of 31 MiB, glibc keeps what it has: page faults cost more than the FFT.
 np.empty(31 << 20, np.uint8)
 
 # ---- Filters: frequencies f in Hz, parameters -> gain at each f
