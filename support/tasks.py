@@ -6,8 +6,6 @@ import sys
 from collections import Counter
 from dataclasses import replace
 
-import torch
-
 from data import HubSamples
 from model import ASR_PROMPT, SAMPLE_RATE
 from support.cli import UserError, as_user_error
@@ -30,8 +28,6 @@ def load_split(source: Source, data_dir: str | None, strict: bool, limit: int | 
             bad.add(str(e), e.where)
     bad.report(len(rows), source.split)
     return samples
-
-# ---- Questions
 
 def token_f1(reference: str, hypothesis: str) -> float:
     """Harmonic mean of precision and recall over words, as SQuAD scores answers (1606.05250)."""
@@ -87,7 +83,7 @@ def answer_one(model, path: str, prompt: str | None, max_new_tokens: int) -> Non
         ids = model.generate(wave, prompt or ASR_PROMPT, max_new_tokens=max_new_tokens)
     print(without_thoughts(model.decode(ids[0])))
 
-def estimate_snr(wave: torch.Tensor) -> float:
+def estimate_snr(wave) -> float:
     """(samples,) at 16 kHz -> speech power over noise power in dB, within -10 to 60. Noise: the 5th
     percentile of 20 ms frames, digital silence aside. Without a pause, speech passes for noise."""
     frame = SAMPLE_RATE // 50
