@@ -84,8 +84,6 @@ def spectral(wave: np.ndarray, ratio=1.0, length=None, responses=(), irs=(), noi
 def fit(wave: np.ndarray, length: int) -> np.ndarray:
     return np.pad(wave[:length], (0, max(0, length - len(wave))))
 
-# ---- Not linear
-
 def stretch(wave: np.ndarray, factor: float) -> np.ndarray:
     """WSOLA (Verhelst and Roelands 1993): (n,) -> (round(n * factor),) at equal pitch. Overlapping
     frames of 80 ms move apart, each from where, within 8 ms, it best continues the one before."""
