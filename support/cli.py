@@ -114,11 +114,11 @@ def check_out(folder: str | Path) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{place} is a file or not writable: choose another folder for results")
 
-def replace_file(path: str | Path, write) -> None:
-    """write(temporary path), then rename: there is the old file or the new one, never half."""
+def replace_file(path: str | Path, write, *args) -> None:
+    """write(temporary path, *args), then rename: there is the old file or the new, never half."""
     tmp = Path(path).with_name(f"tmp.{os.getpid()}.{Path(path).name}")  # one for each process
     try:
-        write(tmp)
+        write(tmp, *args)
         tmp.replace(path)
     finally:
         tmp.unlink(missing_ok=True)
