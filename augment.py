@@ -10,7 +10,6 @@ noise besides. Their order is nearly the world's: the speaker, noise, the room, 
 """
 import math
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -222,8 +221,7 @@ def main() -> None:
     for i, (name, config) in enumerate(examples().items()):
         rng = np.random.default_rng([args.seed % 2 ** 32, i])
         x = augment(wave.numpy(), config, rng, noises, rooms)
-        save = partial(soundfile.write, data=x, samplerate=SAMPLE_RATE, format="WAV")
-        replace_file(f"{args.out}/{name}.wav", save)
+        replace_file(f"{args.out}/{name}.wav", soundfile.write, x, SAMPLE_RATE)
         frames = min(math.ceil(len(x) / HOP), 1000)        # the picture shows the first ten seconds
         mel = log_mel(cut_windows(torch.from_numpy(x), whisper)[:1], whisper)[0]
         shown[name] = mask(mel, frames, config, rng)[:, :frames]
