@@ -31,7 +31,6 @@ TRAIN_MANNERS = ["clean", "books", "speak"], [0.7, 0.15, 0.15]  # of the trainin
 CHUNK = 250  # utterances spoken by one process; fixed, so that bytes do not depend on the machine
 
 def sentence(lang: str, rng: random.Random) -> str:
-    """One sentence of the grammar."""
     text = "{sentence}"
     while "{" in text:  # expand the leftmost name until none is left
         text = re.sub(r"\{(\w+)\}", lambda m: rng.choice(GRAMMAR[lang][m[1]]), text, count=1)
