@@ -123,16 +123,14 @@ def interval(draws: np.ndarray) -> list:
 def rounded(x: float) -> float | None:
     return None if np.isnan(x) else round(float(x), 2)
 
-def average(figures: np.ndarray) -> np.ndarray:
-    """(S, ...) -> (...): the plain mean, as in the post, over the splits where somebody speaks."""
-    return np.ma.filled(np.ma.masked_invalid(figures).mean(0), np.nan)
-
 def score(rows: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Graded rows -> figures by split (S + 1,), draws (S + 1, R); the last is the average."""
+    """Graded rows -> figures by split (S + 1,), draws (S + 1, R). The last is the average: the
+    plain mean, as in the post, over the splits where somebody speaks."""
     counts = [np.array([r[metric] for r in own]) for own in report.by_split(rows).values()]
-    figures = np.array([percent(x) for x in counts])
-    draws = np.array([bootstrap(x, seed) for seed, x in enumerate(counts)])
-    return np.append(figures, average(figures)), np.vstack([draws, average(draws)])
+    table = np.array([[percent(x), *bootstrap(x, seed)] for seed, x in enumerate(counts)])
+    average = np.ma.masked_invalid(table).mean(0).filled(np.nan)  # (1 + R,)
+    table = np.vstack([table, average])                           # (S + 1, 1 + R)
+    return table[:, 0], table[:, 1:]
 
 def assess(rows: list[dict], task: str) -> dict:
     """Graded rows of a system -> what results.json says about it."""
