@@ -50,7 +50,6 @@ def as_user_error(prefix: str, *kinds: type[Exception], suffix: str = ""):
         raise UserError(prefix + first_line(e) + suffix) from None
 
 # ---- Flags. A dataclass declares them, with ranges and choices; argparse enforces those.
-
 def flag(default, help: str, low: float = -math.inf, high: float = math.inf, **settings):
     """A field that is a flag, from low to high inclusive; settings: add_argument's, and aliases."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, **settings))
@@ -109,8 +108,7 @@ def cache_dir() -> Path:
 
 def check_out(folder: str | Path) -> None:
     """A folder for results may be new, but must be writable. Raises UserError."""
-    path = Path(folder).absolute()
-    place = next(p for p in (path, *path.parents) if p.exists())
+    place = next(p for p in Path(folder, "any").absolute().parents if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{place} is a file or not writable: choose another folder for results")
 
