@@ -8,10 +8,9 @@ from dataclasses import replace
 
 from data import HubSamples
 from model import ASR_PROMPT, SAMPLE_RATE
+from support import pauses, rows
 from support.cli import UserError, as_user_error
-from support.pauses import without_thoughts
 from support.recipes import BIG_BENCH_AUDIO, TABLES, Source
-from support.rows import BadRow, BadRows, load_audio
 
 TASKS = {"asr": ("wer", "cer"), "qa": ("em", "f1"), "bigbench": ("accuracy",)}  # main one first
 TITLES = dict(wer="WER", cer="CER", em="exact match", f1="F1", accuracy="accuracy")
@@ -19,14 +18,14 @@ TITLES = dict(wer="WER", cer="CER", em="exact match", f1="F1", accuracy="accurac
 @functools.cache  # BigBenchAudio's categories are asked for one by one
 def load_split(source: Source, data_dir: str | None, strict: bool, limit: int | None = None):
     """A hub dataset's usable samples, maybe from its copy in data_dir. limit: rows streamed."""
-    rows = HubSamples(source, data_dir, None if data_dir else limit or source.rows)
-    bad, samples = BadRows(strict), []
-    for i in range(len(rows)):
+    pool = HubSamples(source, data_dir, None if data_dir else limit or source.rows)
+    bad, samples = rows.BadRows(strict), []
+    for i in range(len(pool)):
         try:
-            samples.append(rows[i])
-        except BadRow as e:
+            samples.append(pool[i])
+        except rows.BadRow as e:
             bad.add(str(e), e.where)
-    bad.report(len(rows), source.split)
+    bad.report(len(pool), source.split)
     return samples
 
 def token_f1(reference: str, hypothesis: str) -> float:
@@ -76,12 +75,12 @@ def answer_one(model, path: str, prompt: str | None, max_new_tokens: int) -> Non
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt is empty: ask something, or leave it out to transcribe")
     with as_user_error(f"{path}: ", ValueError):
-        wave = load_audio(path)
+        wave = rows.load_audio(path)
         windows = -(-len(wave) // model.config.window_samples)
         print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s), "
               f"{windows * model.config.tokens_per_window} audio tokens", file=sys.stderr)
         ids = model.generate(wave, prompt or ASR_PROMPT, max_new_tokens=max_new_tokens)
-    print(without_thoughts(model.decode(ids[0])))
+    print(pauses.without_thoughts(model.decode(ids[0])))
 
 def estimate_snr(wave) -> float:
     """(samples,) at 16 kHz -> speech power over noise power in dB, within -10 to 60. Noise: the 5th
