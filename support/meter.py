@@ -73,7 +73,6 @@ def plot_loss(rows: list[dict], path: Path):
         axis.legend(frameon=False)
 
 # ---- MFU: FLOPs that a step needs, over those that the GPU could do (dense bf16, data sheets)
-
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
         "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
         "RTX 4090": 165e12, "RTX 3090": 71e12, "B200": 2250e12}

@@ -16,7 +16,6 @@ GUARD = 2048  # zeros after a clip: what a filter rings on lands here, not at th
 np.empty(31 << 20, np.uint8)
 
 # ---- Filters: frequencies f in Hz, parameters -> gain at each f
-
 EQ_HZ = np.array([60, 130, 280, 600, 1300, 2800, 6000])  # the original ends at 15 kHz, beyond ours
 
 def eq_response(f: np.ndarray, *gains_db: float) -> np.ndarray:
@@ -39,7 +38,6 @@ FILTERS = {"eq": eq_response, "band_pass": band_response, "resample": resample_r
            "telephony": telephone_response}
 
 # ---- All that is linear, as one product of spectra
-
 @lru_cache
 def fast_sizes(limit: int) -> np.ndarray:
     """All even products of 2, 3, 5, 7 and 11 up to limit, ascending: lengths an FFT is fast at."""
