@@ -21,7 +21,7 @@ class Silent:
     note = close = write
 
 class Log:
-    """Of rank 0: metrics.jsonl, a bar, wandb or tensorboard. Rows beyond start go. UserError."""
+    """Rank 0's log: metrics.jsonl, a bar, wandb, tensorboard; rows after `start` go. UserError."""
     def __init__(self, cfg, start: int):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         self.path, self.wandb, self.board = Path(cfg.out, "metrics.jsonl"), None, None

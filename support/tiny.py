@@ -88,7 +88,7 @@ def tiny_config(tokenizer, **changes) -> BorealisConfig:
 @torch.no_grad()
 def scratch_model(samples, vocab_size: int, **changes) -> BorealisForConditionalGeneration:
     """A tiny model, its tokenizer trained on the samples. Plain random weights leave sound faint;
-    equal query and key weights let frames look at their like (arXiv:2305.09828; NEGATIVE.md)."""
+    equal query and key weights let frames find their like (arXiv:2305.09828; docs/NEGATIVE.md)."""
     tokenizer = train_tokenizer(texts_of(samples), vocab_size)
     model = BorealisForConditionalGeneration(tiny_config(tokenizer, **changes))
     model.tokenizer = tokenizer
