@@ -10,7 +10,6 @@ noise besides. Their order is nearly the world's: the speaker, noise, the room, 
 """
 import math
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,9 @@ import torch
 from numpy.random import SFC64, Generator
 
 from model import HOP, SAMPLE_RATE, BorealisConfig, cut_windows, log_mel
-from support.banks import crop, open_banks
-from support.cli import ArgumentParser, UserError, check_out, replace_file, run
-from support.rows import BadRow, load_audio
-from support.sound import FILTERS, codec, limit, plot_mels, spectral, stretch
+from support import banks, rows, sound
+from support.cli import ArgumentParser, UserError, as_user_error, check_out, replace_file, run
+from support.recipes import TABLES
 
 # ---- What may happen
 
@@ -55,46 +53,20 @@ class AugmentationStage:
     config: AugmentConfig
     name: str = ""
 
-# The original's stages. At these bitrates MP3 leaves 16 kHz speech as it was (correlation 0.999):
-# so codecs get lower sample rates here (codec_rate), as on a line, and one in twenty is Opus.
-STAGES = {
-    #               light                  intense                heavy
-    "touched":     (.40,                   .65,                   .72),
-    "pitch":       ((.2, -2, 2),           (.3, -3, 3),           (.4, -4, 4)),
-    "speed":       ((.2, .9, 1.1),         (.3, .85, 1.15),       (.4, .8, 1.2)),
-    "noise":       ((.55, 20, 32),         (.7, 10, 25),          (.75, 10, 25)),
-    "more_noise":  ((.3, 1, 1),            (.5, 1, 2),            (.6, 1, 2)),
-    "room":        ((.2,),                 (.3,),                 (.4,)),
-    "more_room":   ((.1, 1, 1),            (.2, 1, 2),            (.3, 1, 2)),
-    "eq":          ((.3,) + 7 * (-5, 5),   (.45,) + 7 * (-8, 8),  (.5,) + 7 * (-10, 10)),
-    "gain":        ((.4, -2.5, 2.5),       (.5, -4, 4),           (.55, -5, 5)),
-    "gaussian":    ((.25, .001, .006),     (.35, .002, .015),     (.45, .003, .015)),
-    "clipping":    ((.1, .82, .95),        (.2, .82, .95),        (.3, .82, .95)),
-    "resample":    ((.15, 13600, 16000),   (.28, 10400, 15200),   (.35, 8800, 14400)),
-    "codec":       ((.05, 112, 160),       (.2, 72, 144),         (.35, 56, 128)),
-    "codec_rate":  (SAMPLE_RATE,           12000,                 8000),
-    "mask":        ((.2, 0, 1, 0, 1),      (.4, 0, 2, 0, 2),      (.5, 1, 2, 1, 2)),
-    "mask_width":  ((15, 50),              (27, 100),             (27, 100)),
-    "band_pass":   ((.2, 180, 320, 3200, 5200),
-                    (.35, 150, 380, 2800, 4600),
-                    (.4, 120, 360, 2400, 4200)),
-    "telephony":   ((.1, 9000, 12000, 160, 260, 3300, 4300),
-                    (.35, 7000, 11000, 200, 320, 2900, 3800),
-                    (.5, 6000, 9600, 220, 360, 2500, 3600))}
+def from_table(effects: dict) -> AugmentConfig:
+    """Effects of recipes.toml, where tuples are lists."""
+    return AugmentConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in effects.items()})
+
+STAGES = TABLES["stages"]  # the original's: {effect: [light, intense, heavy]}
 COLUMNS = [dict(zip(STAGES, column, strict=True)) for column in zip(*STAGES.values(), strict=True)]
-LIGHT, INTENSE, HEAVY = (AugmentConfig(opus=.05, **column) for column in COLUMNS)
+LIGHT, INTENSE, HEAVY = map(from_table, COLUMNS)
 # The curriculum changes at these epochs, or at those of train.py --curriculum.
 CURRICULUM = [AugmentationStage(0, AugmentConfig(touched=0), "clean"),
               AugmentationStage(1, LIGHT, "light"),
               AugmentationStage(3, INTENSE, "intense"),
               AugmentationStage(4, HEAVY, "heavy")]
 # What makes two of the six evaluation splits out of clean speech, with noises of their own.
-HARD = {
-    "webinars": AugmentConfig(noise=(1, 8, 16), more_noise=(.5, 1, 1), room=(1,), gain=(1, -6, 0),
-                              band_pass=(1, 150, 350, 3200, 4200), gaussian=(1, .001, .004)),
-    "devices": AugmentConfig(noise=(.5, 18, 28), eq=(1,) + 7 * (-6, 6), clipping=(.5, .7, .9),
-                             band_pass=(1, 200, 350, 2800, 4200), gaussian=(1, .002, .008),
-                             codec=(1, 16, 48), opus=.5)}
+HARD = {name: from_table(effects) for name, effects in TABLES["hard"].items()}
 
 def draw(effect: tuple, rng: Generator) -> list[float] | None:
     """(p, from, to, ...) -> the drawn parameters with probability p, else None."""
@@ -124,7 +96,7 @@ def draw_noise(speech: np.ndarray, n: int, config: AugmentConfig, rng: Generator
     total, power = 0, np.mean(np.square(speech))
     for _ in range(1 + extra(config.more_noise, rng)):
         tape = noises[rng.integers(len(noises))]
-        total = total + noise_at(crop(tape, rng, n), power, *snr)
+        total = total + noise_at(banks.crop(tape, rng, n), power, *snr)
         snr = draw((1, *config.noise[1:]), rng)            # of the next source
     return total
 
@@ -143,7 +115,7 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
         ratio /= speed[0]
     if pitch := draw(config.pitch, rng):                   # longer at equal pitch, then faster
         shift, length = 2 ** (pitch[0] / 12), round(len(x) * ratio)
-        x, ratio = stretch(x, shift), ratio / shift
+        x, ratio = sound.stretch(x, shift), ratio / shift
     n = math.ceil(len(x) * ratio * 1.001)                  # a rate change is exact to 1/1000
     noise = draw_noise(x, n, config, rng, noises)
     if noise is not None and ratio == 1:                   # else it waits: its own rate stays
@@ -152,23 +124,23 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
     if draw(config.room, rng) is not None:
         count = 1 + extra(config.more_room, rng)
         irs = [rooms[i] for i in rng.integers(len(rooms), size=count)]
-    filters = {name: draw(getattr(config, name), rng) for name in FILTERS}  # EQ to telephony
-    responses = [(FILTERS[name], drawn) for name, drawn in filters.items() if drawn]
+    filters = {name: draw(getattr(config, name), rng) for name in sound.FILTERS}  # EQ to telephony
+    responses = [(sound.FILTERS[name], drawn) for name, drawn in filters.items() if drawn]
     # Filters and rooms multiply the spectrum, in any order; a spectrum cut or padded is the clip at
     # another rate. So everything linear needs one FFT and one inverse FFT.
     if responses or irs or ratio != 1:                     # -> (n * ratio,), or (length,) if given
-        x = spectral(x, ratio, length, responses, irs, noise)
+        x = sound.spectral(x, ratio, length, responses, irs, noise)
     if gain := draw(config.gain, rng):
         x = x * np.float32(10 ** (gain[0] / 20))
     if std := draw(config.gaussian, rng):
-        x = x + np.float32(std[0]) * crop(TAPE, rng, len(x))
+        x = x + np.float32(std[0]) * banks.crop(TAPE, rng, len(x))
     if share := draw(config.clipping, rng):
         top = share[0] * np.abs(x).max()
         x = np.clip(x, -top, top) / np.float32(share[0])
     if kbps := draw(config.codec, rng):
         kind = "opus" if rng.random() < config.opus else "mp3"
-        x = codec(x, *kbps, kind, line_rate(config, filters))
-    return limit(x)
+        x = sound.codec(x, *kbps, kind, line_rate(config, filters))
+    return sound.limit(x)
 
 def mask(mel: torch.Tensor, frames: int, config: AugmentConfig, rng: Generator) -> torch.Tensor:
     """SpecAugment (Park et al. 2019) on one window (M, F): bands of mel bins, and stretches of its
@@ -238,24 +210,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     check_out(args.out)
-    try:
-        wave = load_audio(args.wav)
-    except BadRow as e:
-        raise UserError(f"{args.wav}: {e}; give a wav, flac, ogg or mp3 with sound in it") from None
+    hint = "; give a wav, flac, ogg or mp3 with sound in it"
+    with as_user_error(f"{args.wav}: ", rows.BadRow, suffix=hint):
+        wave = rows.load_audio(args.wav)
     if Path(args.wav).resolve() in [Path(args.out, f"{name}.wav").resolve() for name in examples()]:
         raise UserError(f"{args.wav} would be overwritten by a result: give another folder")
-    banks = open_banks(args.noise, args.rooms)
+    noises, rooms = banks.open_banks(args.noise, args.rooms)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     shown, whisper = {}, BorealisConfig()
     for i, (name, config) in enumerate(examples().items()):
         rng = np.random.default_rng([args.seed % 2 ** 32, i])
-        x = augment(wave.numpy(), config, rng, *banks)
-        save = partial(soundfile.write, data=x, samplerate=SAMPLE_RATE, format="WAV")
-        replace_file(f"{args.out}/{name}.wav", save)
+        x = augment(wave.numpy(), config, rng, noises, rooms)
+        replace_file(f"{args.out}/{name}.wav", soundfile.write, x, SAMPLE_RATE)
         frames = min(math.ceil(len(x) / HOP), 1000)        # the picture shows the first ten seconds
         mel = log_mel(cut_windows(torch.from_numpy(x), whisper)[:1], whisper)[0]
         shown[name] = mask(mel, frames, config, rng)[:, :frames]
-    plot_mels(shown, f"{args.out}/spectrograms.png")
+    sound.plot_mels(shown, f"{args.out}/spectrograms.png")
     print(f"wrote {len(shown)} recordings and spectrograms.png to {args.out}")
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Shapes: n utterances of a split, S splits, R draws of the bootstrap.
 """
 import string
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,15 +26,9 @@ import transformers
 from augment import HARD, augment
 from data import embedded, read_manifest
 from model import ENCODER, LLM
-from support import compare, report, tasks
-from support.banks import open_banks
-from support.checkpoint import load_model, training_config
+from support import banks, checkpoint, compare, corpus, decoding, recipes, report, systems, tasks
 from support.cli import ArgumentParser, UserError, check_out, flag, run
-from support.corpus import EVAL_SPLITS, EVAL_UTTERANCES
-from support.decoding import RANK, WORLD, first_rank_first, join_ranks
-from support.recipes import BENCHMARK
 from support.rows import BadRows, load_audio
-from support.systems import answer_all, open_baseline, open_ours, with_lengths
 
 # ---- Configuration: every field is a flag
 
@@ -88,7 +81,7 @@ NORMALIZERS = {"default": normalise, "post": normalise_as_the_post}
 
 # ---- Errors of each utterance
 
-def edits(reference: str, hypothesis: str, align: Callable = jiwer.process_words) -> list[int]:
+def edits(reference: str, hypothesis: str, align=jiwer.process_words) -> list[int]:
     """Two normalised texts -> substitutions, deletions, insertions, words of the reference."""
     pair = align(reference, hypothesis)  # the cheapest way to make one of the other
     return [pair.substitutions, pair.deletions, pair.insertions, len(pair.references[0])]
@@ -130,16 +123,14 @@ def interval(draws: np.ndarray) -> list:
 def rounded(x: float) -> float | None:
     return None if np.isnan(x) else round(float(x), 2)
 
-def average(figures: np.ndarray) -> np.ndarray:
-    """(S, ...) -> (...): the plain mean, as in the post, over the splits where somebody speaks."""
-    return np.ma.filled(np.ma.masked_invalid(figures).mean(0), np.nan)
-
 def score(rows: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Graded rows -> figures by split (S + 1,), draws (S + 1, R); the last is the average."""
+    """Graded rows -> figures by split (S + 1,), draws (S + 1, R). The last is the average: the
+    plain mean, as in the post, over the splits where somebody speaks."""
     counts = [np.array([r[metric] for r in own]) for own in report.by_split(rows).values()]
-    figures = np.array([percent(x) for x in counts])
-    draws = np.array([bootstrap(x, seed) for seed, x in enumerate(counts)])
-    return np.append(figures, average(figures)), np.vstack([draws, average(draws)])
+    table = np.array([[percent(x), *bootstrap(x, seed)] for seed, x in enumerate(counts)])
+    average = np.ma.masked_invalid(table).mean(0).filled(np.nan)  # (1 + R,)
+    table = np.vstack([table, average])                           # (S + 1, 1 + R)
+    return table[:, 0], table[:, 1:]
 
 def assess(rows: list[dict], task: str) -> dict:
     """Graded rows of a system -> what results.json says about it."""
@@ -160,10 +151,10 @@ def embedded_split(lang: str, name: str, n: int, seed: int) -> list:
     clean split with noise (some of it babble of these voices) and rooms never trained on."""
     if name not in HARD:
         return embedded(lang, name, n, seed)
-    samples, banks, kind = [], open_banks(voices="clean"), list(HARD).index(name)
+    samples, made, kind = [], banks.open_banks(voices="clean"), list(HARD).index(name)
     for i, s in enumerate(embedded(lang, "clean", n, seed)):
         rng = np.random.default_rng([seed % 2 ** 32, kind, i])
-        x = augment(load_audio(s.audio[0]).numpy(), HARD[name], rng, *banks)
+        x = augment(load_audio(s.audio[0]).numpy(), HARD[name], rng, *made)
         pcm = (x * 32767).round().astype(np.int16)
         samples.append(replace(s, audio=[pcm], name=f"{s.name}/{name}"))
     return samples
@@ -181,18 +172,18 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
     if cfg.task == "bigbench":
         available = {name: partial(tasks.load_bigbench, name, cfg.data_dir, cfg.strict)
                      for name in tasks.CATEGORIES}
-    elif cfg.data_dir or not own_data or (wanted and set(wanted) <= set(BENCHMARK)):
+    elif cfg.data_dir or not own_data or (wanted and set(wanted) <= set(recipes.BENCHMARK)):
         available = {name: partial(tasks.load_split, source, cfg.data_dir, cfg.strict, cfg.limit)
-                     for name, source in BENCHMARK.items()}
+                     for name, source in recipes.BENCHMARK.items()}
     elif trained_on.get("train_manifest"):
         raise UserError(f"{cfg.ckpt} was trained on a manifest: name yours with --manifest FILE")
     else:
-        available, n = {}, min(cfg.limit or EVAL_UTTERANCES, EVAL_UTTERANCES)
+        available, n = {}, min(cfg.limit or corpus.EVAL_UTTERANCES, corpus.EVAL_UTTERANCES)
         languages = (cfg.lang or trained_on["lang"]).split(",")
         if len(languages) > 1 and (cfg.baseline or cfg.fallback):
             raise UserError("--baseline listens in one language: give --lang ru or --lang en")
         for k, lang in enumerate(languages):
-            for name in (*EVAL_SPLITS, *HARD):
+            for name in (*corpus.EVAL_SPLITS, *HARD):
                 title = f"{name}_{lang}" if k else name
                 available[title] = partial(embedded_split, lang, name, n, trained_on["seed"])
     if unknown := [name for name in wanted if name not in available]:
@@ -204,12 +195,12 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
 
 # ---- Who answers: our model, greedily
 
-def native(model, max_new_tokens: int) -> Callable:
+def native(model, max_new_tokens: int):
     """-> (samples, their waves) -> [(text, tokens generated, cut by the limit?)]"""
     def answer(samples, waves):
         messages = [s.messages(with_answer=False) for s in samples]
         ids = model.chat(messages, waves, max_new_tokens=max_new_tokens).cpu()  # (B, <= max)
-        return with_lengths(model.decode(ids), ids, model.ends)
+        return systems.with_lengths(model.decode(ids), ids, model.ends)
     return answer
 
 def parse_config() -> EvalConfig:
@@ -229,7 +220,8 @@ def parse_config() -> EvalConfig:
             (cfg.task == "bigbench" and cfg.manifest, "--task bigbench: leave out --manifest"),
             (cfg.task != "asr" and for_asr, "--baseline, --fallback, --chunk vad: for --task asr"),
             (cfg.split and cfg.manifest, "--split chooses among benchmarks: leave out --manifest"),
-            (cfg.engine == "vllm" and WORLD > 1, "--engine vllm shares the work: no torchrun")):
+            (decoding.WORLD > 1 and cfg.engine == "vllm",
+             "--engine vllm shares the work: no torchrun")):
         if wrong:
             raise UserError(message)
     return cfg
@@ -241,31 +233,30 @@ def main():
         check_out(out)
     if cfg.compare:
         return compare.compare(cfg.compare, grade, score, cfg.normalizer, out)
-    device = join_ranks(cfg.device)
+    device = decoding.join_ranks(cfg.device)
     transformers.utils.logging.set_verbosity_error()  # remarks about flags, once a batch
     if cfg.audio:
-        model = load_model(cfg.ckpt, device, cfg.encoder, cfg.llm)
+        model = checkpoint.load_model(cfg.ckpt, device, cfg.encoder, cfg.llm)
         return tasks.answer_one(model, cfg.audio, cfg.prompt, cfg.max_new_tokens)
-
-    trained_on = training_config(cfg.ckpt)
+    trained_on = checkpoint.training_config(cfg.ckpt)
     name = trained_on.get("preset", Path(cfg.ckpt).resolve().name)
-    load = partial(first_rank_first, load_splits, cfg, trained_on)
+    load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)
     early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
-    ours = open_ours(cfg, native, name, device)
+    ours = systems.open_ours(cfg, native, name, device)
     splits = early or load()
-    systems = [ours, *open_baseline(cfg, name, trained_on.get("lang"), device)]
-    answers = answer_all(cfg, systems, splits, out)  # {system: rows}
-    if RANK > 0:
+    asked = [ours, *systems.open_baseline(cfg, name, trained_on.get("lang"), device)]
+    answers = systems.answer_all(cfg, asked, splits, out)  # {system: rows}
+    if decoding.RANK > 0:
         return 0
     rows, results, more = {}, {}, {}
     for name, own in answers.items():
-        rows[name] = [grade(r, cfg.task, cfg.normalizer) for r in own]
+        rows[name] = [dict(run=name) | grade(r, cfg.task, cfg.normalizer) for r in own]
         results[name] = assess(rows[name], cfg.task)
         if cfg.task == "asr" and cfg.normalizer != "default":
             own = [grade(r, "asr", "default") for r in own]
             more[f"{name}, default normaliser"] = assess(own, "asr")
     code = report.write_results(out, rows, results, more, cfg, trained_on.get("step"))
-    for system in systems:
+    for system in asked:
         for part in system.parts(out):
             part.unlink()  # hypotheses.jsonl has it all
     return code

@@ -27,10 +27,8 @@ from pathlib import Path
 
 import model
 from model import AUDIO, ENCODER, LLM, SAMPLE_RATE
-from support import engine  # before vllm: sets the environment that vLLM reads on import
-from support.cli import ArgumentParser, UserError, first_line, flag, run
-from support.pauses import Live, in_pieces
-from support.rows import MIN_SECONDS
+from support import engine, pauses, rows  # engine before vllm, which reads what it sets
+from support.cli import ArgumentParser, UserError, as_user_error, first_line, flag, run
 
 if __name__ == "__main__" and not engine.INSTALLED:  # one line of error, not vLLM's ImportError
     run(engine.check_installed)
@@ -43,9 +41,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from vllm import ModelRegistry
 from vllm.config.speech_to_text import SpeechToTextConfig
 from vllm.model_executor.models import interfaces, utils
-from vllm.multimodal import MULTIMODAL_REGISTRY, processing
+from vllm.multimodal import MULTIMODAL_REGISTRY, parse, processing
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import MultiModalDataParser
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from support.uploads import LIMIT, decode, find_recordings, listen, max_audio_seconds
@@ -55,9 +52,8 @@ from support.uploads import LIMIT, decode, find_recordings, listen, max_audio_se
 
 class BorealisProcessingInfo(processing.BaseProcessingInfo):
     """Any number of recordings (--limit-mm-per-prompt caps them), mono at 16 kHz."""
-
     def get_data_parser(self):
-        return MultiModalDataParser(target_sr=SAMPLE_RATE, target_channels=1)
+        return parse.MultiModalDataParser(target_sr=SAMPLE_RATE, target_channels=1)
 
     def get_supported_mm_limits(self):
         return {"audio": None}
@@ -71,7 +67,6 @@ class BorealisProcessingInfo(processing.BaseProcessingInfo):
 
 class BorealisDummyInputsBuilder(processing.BaseDummyInputsBuilder):
     """The largest prompt: recordings of silence, each as long as it may be."""
-
     def get_dummy_text(self, mm_counts):
         return AUDIO * mm_counts.get("audio", 0)
 
@@ -84,7 +79,6 @@ class BorealisDummyInputsBuilder(processing.BaseDummyInputsBuilder):
 
 class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
     """Recordings -> mels; <|AUDIO|> -> marker, slots, marker, like build_ids() in training."""
-
     def _call_hf_processor(self, hf_data, hf_kwargs):
         """Waves -> mels, and windows of each. ValueError: a 400; NaN would spoil other requests."""
         config = self.info.get_hf_config()
@@ -196,7 +190,7 @@ class ServeConfig:
     ckpt: str = flag("out", "a run, an exported folder, an original checkpoint, or a hub name")
     encoder: str = flag(ENCODER, "what a checkpoint in the original's layout was made of")
     llm: str = flag(LLM, "the same")
-    max_audio_seconds: float = flag(600.0, "longest recording accepted", MIN_SECONDS, 1e6)
+    max_audio_seconds: float = flag(600.0, "longest recording accepted", rows.MIN_SECONDS, 1e6)
     host: str = flag("127.0.0.1", "address of the server")
     port: int = flag(8000, "port of the server")
     transcribe: list[str] | None = flag(
@@ -215,31 +209,28 @@ def serve(args, vllm_flags: list[str]) -> None:
     folder = engine.servable(args.ckpt, args.encoder, args.llm)
     defaults = dict(model=folder, host=args.host, port=args.port, served_model_name="borealis",
                     limit_mm_per_prompt='{"audio": 1}') | engine.careful_settings()
-    sys.argv = ["serve_vllm.py"]
-    for name, value in defaults.items():
-        sys.argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    sys.argv += vllm_flags
+    ours = [f"--{k}" if v is True else f"--{k}={v}" for k, v in defaults.items()]
+    sys.argv = ["serve_vllm.py", *ours, *vllm_flags]
     print(f"loading {folder}; then http://{args.host}:{args.port}/v1", file=sys.stderr)
     entry.main()
 
 def transcribe(answer, files: list[Path]) -> int:
     """Print a line of JSON a file: "audio", "text" and, if --max_new_tokens was too small, "cut";
     or "audio", "error". Returns the exit code: 1 if no file was usable."""
-    rows = [dict(audio=str(file)) for file in files]
-    for start in tqdm(range(0, len(rows), BATCH), unit=f" x {BATCH} recordings"):
-        batch, usable, waves = rows[start:start + BATCH], [], []
-        for row in batch:
+    results = [dict(audio=str(file)) for file in files]
+    for start in tqdm(range(0, len(results), BATCH), unit=f" x {BATCH} recordings"):
+        batch, waves = results[start:start + BATCH], {}  # of the usable: place in the batch -> wave
+        for i, row in enumerate(batch):
             try:
-                waves.append([decode(Path(row["audio"]).read_bytes())])
-                usable.append(row)
+                waves[i] = [decode(Path(row["audio"]).read_bytes())]
             except (ValueError, OSError) as e:
                 row["error"] = first_line(e)
-        answers = answer([engine.TRANSCRIBE] * len(usable), waves)
-        for row, (text, _, cut) in zip(usable, answers, strict=True):
-            row |= dict(text=text, cut=True) if cut else dict(text=text)
+        answers = answer([engine.TRANSCRIBE] * len(waves), list(waves.values()))
+        for i, (text, _, cut) in zip(waves, answers, strict=True):
+            batch[i] |= dict(text=text, cut=True) if cut else dict(text=text)
         for row in batch:
             print(json.dumps(row, ensure_ascii=False), flush=True)
-    return int(all("error" in row for row in rows))
+    return int(all("error" in row for row in results))
 
 def main() -> int | None:
     parser = ArgumentParser(description="Our model in vLLM. Any other flag is for vLLM's server.")
@@ -256,13 +247,11 @@ def main() -> int | None:
     sound = find_recordings(args.transcribe) if args.transcribe else listen(args.live)
     vllm = engine.Offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm)
     window = vllm.config.window_samples
-    answer = in_pieces(vllm, window, BATCH)
+    answer = pauses.in_pieces(vllm, window, BATCH)
     if args.transcribe:
         return transcribe(answer, sound)
-    try:
-        Live(answer, engine.TRANSCRIBE, longest=max(window, 10 * SAMPLE_RATE)).run(sound)
-    except (ValueError, OSError) as e:
-        raise UserError(f"--live {args.live}: {first_line(e)}") from None
+    with as_user_error(f"--live {args.live}: ", ValueError, OSError):
+        pauses.Live(answer, engine.TRANSCRIBE, max(window, 10 * SAMPLE_RATE)).run(sound)
 
 if __name__ == "__main__":
     run(main)

@@ -13,7 +13,7 @@ from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from model import AUDIO, ENCODER, LLM, MARKER, BorealisConfig, add_audio_tokens
 from model import BorealisForConditionalGeneration as Borealis
 from support import lora
-from support.cli import UserError, first_line
+from support.cli import as_user_error
 from support.storage import (
     check_state_dict,
     fingerprint,
@@ -48,10 +48,8 @@ def read_json(path: Path) -> dict:
 
 def training_config(where: str | Path) -> dict:
     """A checkpoint's train_config.json, {} if there is none. Raises UserError."""
-    try:
+    with as_user_error("", ValueError):
         return read_json(find_checkpoint(where) / "train_config.json")
-    except ValueError as e:
-        raise UserError(first_line(e)) from None
 
 def read_config(folder: Path) -> BorealisConfig | None:
     """A checkpoint's config.json, None if there is none or it is not ours. Raises ValueError."""
@@ -184,7 +182,6 @@ def load_base(folder: Path, config: BorealisConfig, dtype: torch.dtype | None = 
 def load_model(where: str | Path, device, encoder: str = ENCODER, llm: str = LLM) -> Borealis:
     """Any checkpoint on its device, ready to answer, bf16 on a GPU. Raises UserError."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    try:
+    with as_user_error(f"cannot load {where}: ", OSError, ValueError, AttributeError, TypeError,
+                       RuntimeError, SafetensorError):
         return load_checkpoint(where, encoder, llm, dtype).to(device)
-    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError) as e:
-        raise UserError(f"cannot load {where}: {first_line(e)}") from None

@@ -44,18 +44,24 @@ def run(main) -> None:
 
 def first_line(e: Exception) -> str:
     """The first line of an exception's message, or its type where it has none."""
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
+    message = e.errors()[0]["msg"] if callable(getattr(e, "errors", None)) else str(e)  # pydantic's
+    return (message.strip() or type(e).__name__).splitlines()[0]
+
+@contextlib.contextmanager
+def as_user_error(prefix: str, *kinds: type[Exception], suffix: str = ""):
+    """Within it, exceptions of these kinds become UserErrors: prefix, their first line, suffix."""
+    try:
+        yield
+    except kinds as e:
+        raise UserError(prefix + first_line(e) + suffix) from None
 
 # ---- Flags. A dataclass declares them, with ranges and choices; argparse enforces those.
-
 def flag(default, help: str, low: float = -math.inf, high: float = math.inf, **settings):
-    """A dataclass field that is a command-line flag. low, high: a number's allowed range, ends
-    included. settings: more of argparse's add_argument (choices, nargs, ...), and aliases."""
+    """A field that is a flag, from low to high inclusive; settings: add_argument's, and aliases."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, **settings))
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line, not a page of usage, and a near miss gets a hint."""
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
@@ -108,16 +114,15 @@ def cache_dir() -> Path:
 
 def check_out(folder: str | Path) -> None:
     """A folder for results may be new, but must be writable. Raises UserError."""
-    path = Path(folder).absolute()
-    place = next(p for p in (path, *path.parents) if p.exists())
+    place = next(p for p in Path(folder, "any").absolute().parents if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{place} is a file or not writable: choose another folder for results")
 
-def replace_file(path: str | Path, write) -> None:
-    """write(temporary path), then rename: there is the old file or the new one, never half."""
+def replace_file(path: str | Path, write, *args) -> None:
+    """write(temporary path, *args), then rename: there is the old file or the new, never half."""
     tmp = Path(path).with_name(f"tmp.{os.getpid()}.{Path(path).name}")  # one for each process
     try:
-        write(tmp)
+        write(tmp, *args)
         tmp.replace(path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -127,9 +132,9 @@ def write_text(path: str | Path, text: str) -> None:
     replace_file(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
 @contextlib.contextmanager
-def picture(path: str | Path, *shape: int, figsize: tuple, dpi: int = 120, **settings):
+def picture(path: str | Path, *shape: int, figsize: tuple, dpi: int = 120):
     """with picture("a.png", rows, columns, figsize=(7, 4)) as (figure, axes): ... writes it."""
     from matplotlib.figure import Figure
     figure = Figure(figsize, layout="constrained")
-    yield figure, figure.subplots(*shape, **settings)
+    yield figure, figure.subplots(*shape)
     replace_file(path, lambda tmp: figure.savefig(tmp, dpi=dpi))

@@ -1,21 +1,16 @@
 """support/compare.py -- runs in the post's table and heat map; which differences are real."""
 import json
-from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from support.cli import UserError, picture, write_text
-from support.recipes import BENCHMARK, PUBLISHED
+from support.recipes import BENCHMARK, PUBLISHED, TABLES
 from support.report import by_split, markdown, plain
 from support.tasks import TASKS, TITLES
 
-HOW = "published by the post, decoded by sampling and normalised its way, see --normalizer post."
-P_VALUES = (
-    "Differences and, in brackets, their p-value by a paired bootstrap, {} draws. Below 0.05 a "
-    "difference is unlikely to be chance; of twenty pairs that do not differ, one will look so. "
-    "What another seed of training would change, no such test sees.")
+NOTES = TABLES["notes"]
 
 def read_run(folder: Path) -> dict[str, dict]:
     """{name: {"step", "task", "rows"}} of the systems that were evaluated into a folder."""
@@ -43,10 +38,9 @@ def read_runs(folders: list[str]) -> dict[str, dict]:
             if name in runs and texts(runs[name], "hypothesis") != texts(run, "hypothesis"):
                 name = f"{folder}/{name}"  # but a baseline that several folders hold is shown once
             runs[name] = run
-    first, *others = runs
-    for name in others:
-        if texts(runs[name], "reference") != texts(runs[first], "reference"):
-            raise UserError(f"{name} has other utterances or another --task than {first}")
+            first = next(iter(runs))
+            if texts(run, "reference") != texts(runs[first], "reference"):
+                raise UserError(f"{name} has other utterances or another --task than {first}")
     return runs
 
 def p_value(differences: np.ndarray) -> float:
@@ -77,9 +71,9 @@ def differences(columns: list[str], scores: dict[str, tuple]) -> list[str]:
         cells = [f"{x:+.2f} ({p_value(some):.3f})" if np.isfinite(x) else "-"
                  for x, some in zip(gaps, draws, strict=True)]
         rows.append([f"{a} - {b}", *cells])
-    return [P_VALUES.format(len(draws.T)), markdown(["Difference", *columns, "Avg"], rows)]
+    return [NOTES["p_values"].format(len(draws.T)), markdown(["Difference", *columns, "Avg"], rows)]
 
-def compare(folders: list[str], grade: Callable, score: Callable, normalizer: str, out: Path):
+def compare(folders: list[str], grade, score, normalizer: str, out: Path):
     """Writes table.md, best runs first, and heatmap.png. grade and score are those of eval.py."""
     runs = read_runs(folders)
     first = next(iter(runs.values()))
@@ -92,12 +86,12 @@ def compare(folders: list[str], grade: Callable, score: Callable, normalizer: st
     sign = 1 if metric == "wer" else -1
     shown.sort(key=lambda run: (np.isnan(run[2][-1]), sign * run[2][-1]))
     text = [f"{TITLES[metric]}, %, normaliser: {normalizer}."
-            + (f" Published rows: {HOW}" if same else ""), table(columns, shown)]
+            + (f" Published rows: {NOTES['published']}" if same else ""), table(columns, shown)]
     if len(scores) > 1:
         text += differences(columns, {name: scores[name] for name, *_ in shown if name in scores})
     if metric == "wer" and not same:
-        text += [f"On RuASRBenchmark, which is other speech than the above: WER, %, {HOW}",
-                 table(BENCHMARK, published(BENCHMARK))]
+        text += ["On RuASRBenchmark, which is other speech than the above: WER, %, "
+                 + NOTES["published"], table(BENCHMARK, published(BENCHMARK))]
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "table.md", "\n\n".join(text) + "\n")
     plot_heatmap(shown, [*columns, "Avg"], metric, out / "heatmap.png")

@@ -26,12 +26,11 @@ LANGUAGES = tuple(GRAMMAR)
 TRAIN_VOICES, EVAL_VOICES = DATA["voices"]["train"], DATA["voices"]["eval"]
 EVAL_SPLITS = ["clean", "voices", "books", "speak"]  # augment.py makes two more out of clean
 EVAL_UTTERANCES = 250            # in each held-out split
-SENTENCE_SHARE = 0.7             # of the training set; the rest is dictation
-TRAIN_MANNERS = dict(clean=0.7, books=0.15, speak=0.15)  # shares of the training set spoken so
+SENTENCE_SHARE = 0.7             # of the training set; the rest is words that cannot be guessed
+TRAIN_MANNERS = ["clean", "books", "speak"], [0.7, 0.15, 0.15]  # of the training set, and shares
 CHUNK = 250  # utterances spoken by one process; fixed, so that bytes do not depend on the machine
 
 def sentence(lang: str, rng: random.Random) -> str:
-    """One sentence of the grammar."""
     text = "{sentence}"
     while "{" in text:  # expand the leftmost name until none is left
         text = re.sub(r"\{(\w+)\}", lambda m: rng.choice(GRAMMAR[lang][m[1]]), text, count=1)
@@ -43,10 +42,6 @@ def vocabulary(lang: str) -> list[str]:
     lines = " ".join(" ".join(alternatives) for alternatives in GRAMMAR[lang].values())
     return sorted(set(re.sub(r"\{\w+\}", "", lines).split()))
 
-def dictation(lang: str, rng: random.Random) -> str:
-    """One to four words in any order: half of a sentence can be guessed, of these nothing can."""
-    return " ".join(rng.choices(vocabulary(lang), k=rng.randint(1, 4)))
-
 def held_out(text: str) -> bool:
     """Is it for evaluation only? One text in six is, whoever draws it."""
     return zlib.crc32(text.encode()) % 6 == 0
@@ -54,18 +49,17 @@ def held_out(text: str) -> bool:
 def fresh(lang: str, split: str, rng: random.Random, said: set) -> str:
     """A text of a split. Evaluation says held-out sentences only, and none twice."""
     training = split == "train"
-    draw = sentence if not training or rng.random() < SENTENCE_SHARE else dictation
+    guessable = not training or rng.random() < SENTENCE_SHARE
     while True:
-        text = draw(lang, rng)
+        words = [] if guessable else rng.choices(vocabulary(lang), k=rng.randint(1, 4))
+        text = " ".join(words) or sentence(lang, rng)
         if held_out(text) != training and (training or text not in said):
             said.add(text)
             return text
 
 def script(lang: str, split: str, rng: random.Random, said: set) -> list[str]:
     """What is said next in a split: parts with pauses between them."""
-    manner = split
-    if split == "train":
-        manner = rng.choices(list(TRAIN_MANNERS), TRAIN_MANNERS.values())[0]
+    manner = rng.choices(*TRAIN_MANNERS)[0] if split == "train" else split
     text = fresh(lang, split, rng, said)
     words = text.split()
     if manner == "books":  # reads on: longer than a window
@@ -77,7 +71,6 @@ def script(lang: str, split: str, rng: random.Random, said: set) -> list[str]:
 
 class Espeak:
     """espeak-ng through ctypes, from the PyPI package espeakng-loader."""
-
     def __init__(self, seed: int):
         import espeakng_loader
         self.lib, self.pcm = CDLL(espeakng_loader.get_library_path()), []
@@ -131,7 +124,7 @@ def synthesise(job: tuple) -> None:
 
 def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
     """The first n rows of "train" or of one of EVAL_SPLITS, spoken now or read from the cache."""
-    shares = [SENTENCE_SHARE, list(TRAIN_MANNERS.values())]
+    shares = [SENTENCE_SHARE, TRAIN_MANNERS[1]]
     recipe = [GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, *shares, CHUNK, 2]  # 2: of synthesise
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     folder = cache_dir() / f"{lang}-{seed}-{digest}"

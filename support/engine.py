@@ -1,6 +1,4 @@
 """support/engine.py -- vLLM in this process. Import it before vllm, for it sets its environment."""
-import contextlib
-import hashlib
 import os
 from importlib import metadata, util
 from pathlib import Path
@@ -8,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import model
 from data import Sample
 from model import ENCODER, LLM, SAMPLE_RATE
-from support.checkpoint import find_checkpoint, fingerprint, read_config
-from support.cli import UserError, cache_dir, first_line
-from support.export import export
+from support import checkpoint, decoding, export
+from support.cli import UserError, as_user_error, cache_dir
 
 INSTALLED = util.find_spec("vllm") is not None
 TRANSCRIBE = Sample("", [b""])  # the transcription prompt of training; the sound comes beside it
@@ -29,32 +27,26 @@ def check_installed() -> None:
     if not INSTALLED:
         raise UserError("no vLLM: make vllm (into .venv), or, for a GPU, pip install vllm==0.32.0")
 
-@contextlib.contextmanager
 def loading(ckpt: str | Path):
-    """What goes wrong while a checkpoint is loaded into vLLM, as a UserError of one line."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as e:
-        reason = e.errors()[0]["msg"] if hasattr(e, "errors") else first_line(e)  # pydantic's
-        raise UserError(f"cannot load {ckpt} into vLLM: {reason}") from None
+    """with loading(ckpt): what goes wrong while it is loaded into vLLM is a UserError."""
+    return as_user_error(f"cannot load {ckpt} into vLLM: ", ValueError, OSError, RuntimeError)
 
 def servable(ckpt: str | Path, encoder: str = ENCODER, llm: str = LLM) -> Path:
     """Any checkpoint -> itself if exported, or an up-to-date export. ValueError or OSError."""
-    folder = find_checkpoint(ckpt)
+    folder = checkpoint.find_checkpoint(ckpt)
     if not folder.is_dir():
         raise ValueError(f"no checkpoint in {folder}: train one, or name one on the hub")
-    config = read_config(folder)
+    config = checkpoint.read_config(folder)
     exported = hasattr(config, "auto_map") and (folder / "generation_config.json").is_file()
     if exported and not config.base:
         return folder
-    digest = hashlib.sha256(f"{fingerprint(folder)} {encoder} {llm}".encode())
-    code = [Path(__file__).parents[1] / "model.py", Path(__file__).with_name("chat_template.jinja")]
-    for path in [*code, *sorted(folder.iterdir())]:
-        if path.suffix in (".py", ".json", ".txt", ".jinja") and path.name != "results.json":
-            digest.update(path.read_bytes())
-    place = cache_dir() / f"served-{digest.hexdigest()[:16]}"
+    code = [Path(model.__file__), Path(__file__).with_name("chat_template.jinja")]
+    texts = [path.read_bytes() for path in (*code, *sorted(folder.iterdir()))
+             if path.suffix in (".py", ".txt", ".jinja")]
+    digest = decoding.digest(decoding.digest_model(folder), encoder, llm, texts)
+    place = cache_dir() / f"served-{digest}"
     try:
-        export(folder, place, encoder, llm)
+        export.export(folder, place, encoder, llm)
     except (ValueError, OSError):
         if not place.exists():  # else it was there, or another process was first
             raise
@@ -74,7 +66,6 @@ def prompt(tokenizer, sample: Sample, waves: list) -> dict:
 
 class Offline:
     """A system as eval.py's, which batches by itself. settings: more of vllm.LLM's. UserError."""
-
     def __init__(self, ckpt, max_new_tokens=256, encoder=ENCODER, llm=LLM, **settings):
         check_installed()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a second process imports it all again

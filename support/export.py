@@ -1,6 +1,5 @@
-"""
-support/export.py -- a checkpoint as a complete model folder: LoRA merged, model.py as remote code,
-so that AutoModel.from_pretrained and vLLM load it without this project.
+"""support/export.py -- a checkpoint as a complete model folder: LoRA merged, model.py as remote
+code, so that AutoModel.from_pretrained and vLLM load it without this project.
 
     python -m support.export --ckpt out/ --to hf/ [--push user/name]
 """
@@ -17,7 +16,7 @@ import model as code
 from model import ENCODER, LLM, SAMPLE_RATE
 from support import lora
 from support.checkpoint import find_checkpoint, load_checkpoint, read_json
-from support.cli import ArgumentParser, UserError, first_line, run
+from support.cli import ArgumentParser, UserError, as_user_error, run
 
 PRIVATE = {"out", "data_dir", "train_manifest", "device", "workers", "save_every", "keep", "log"}
 
@@ -84,10 +83,8 @@ def main() -> None:
     parser.add_argument("--encoder", default=ENCODER, help="for a checkpoint of the original")
     parser.add_argument("--llm", default=LLM, help="likewise")
     args = parser.parse_args()
-    try:
+    with as_user_error("", ValueError, OSError):
         model = export(args.ckpt, args.to, args.encoder, args.llm, args.push)
-    except (ValueError, OSError) as e:
-        raise UserError(first_line(e)) from None
     print(f"{args.to} holds {code.count(model):,} parameters in {model.dtype}, LoRA merged")
     if args.push:
         try:

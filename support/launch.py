@@ -1,5 +1,4 @@
 """support/launch.py -- before the loop of train.py: flags, and the model that a run starts from."""
-import contextlib
 import itertools
 import math
 import os
@@ -13,7 +12,7 @@ from transformers import AutoTokenizer
 from model import BorealisForConditionalGeneration, add_audio_tokens
 from support import checkpoint
 from support.banks import check_source
-from support.cli import ArgumentParser, UserError, check_out, first_line
+from support.cli import ArgumentParser, UserError, as_user_error, check_out
 from support.recipes import PRESETS, TWIN
 from support.storage import fingerprint, newest_step, steps_in
 
@@ -85,16 +84,13 @@ def check_models(cfg) -> None:
             where = newest_step(cfg.out) if cfg.resume else cfg.init_from
             checkpoint.check_start(where, cfg.encoder, cfg.llm)
 
-@contextlib.contextmanager
 def starting(cfg):
     """What goes wrong while a model to start from is looked for, as a UserError."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as e:
-        parts = f"--init_from {cfg.init_from} --encoder {cfg.encoder} --llm {cfg.llm}"
-        ways = ("; or do without: --init_from none (a new adapter), or --preset pretrain first and "
-                "--init_from its --out") if cfg.init_from and not cfg.resume else ""
-        raise UserError(f"cannot start from {parts}: {first_line(e)}{ways}") from None
+    ways = ("; or do without: --init_from none (a new adapter), or --preset pretrain first and "
+            "--init_from its --out") if cfg.init_from and not cfg.resume else ""
+    parts = f"--init_from {cfg.init_from} --encoder {cfg.encoder} --llm {cfg.llm}"
+    return as_user_error(f"cannot start from {parts}: ", OSError, ValueError, RuntimeError,
+                         suffix=ways)
 
 def check_data(cfg, data: dict) -> None:
     """{pool: (samples, digest)}: a resumed run must find what it was started on, and a stage of the

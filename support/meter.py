@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from model import count
-from support.cli import UserError, first_line, picture, write_text
+from support.cli import as_user_error, picture, write_text
 
 def read_metrics(path: Path, until: float) -> list[dict]:
     """The rows of metrics.jsonl up to a step, without a last line that a kill has cut short."""
@@ -23,15 +23,13 @@ class Silent:
     note = close = write
 
 class Log:
-    """The log of rank 0, one row a step: metrics.jsonl, a progress bar, wandb or tensorboard.
-    cfg: a TrainConfig. start: steps done; rows beyond it are dropped. Raises UserError."""
-
+    """Rank 0's log: metrics.jsonl, a bar, wandb, tensorboard; rows after `start` go. UserError."""
     def __init__(self, cfg, start: int):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         self.path, self.wandb, self.board = Path(cfg.out, "metrics.jsonl"), None, None
         self.rows = read_metrics(self.path, start)
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        try:
+        with as_user_error(f"--log {cfg.log}: ", Exception, suffix=f" (pip install {cfg.log}?)"):
             if cfg.log == "wandb":
                 import wandb
                 self.wandb = wandb.init(project="nanoborealis", dir=cfg.out, config=vars(cfg),
@@ -39,8 +37,6 @@ class Log:
             elif cfg.log == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(cfg.out, purge_step=start)
-        except Exception as e:  # not installed, not logged in, no network, ...
-            raise UserError(f"--log {cfg.log}: {first_line(e)} (pip install {cfg.log}?)") from None
         self.bar = tqdm(total=cfg.steps, initial=start, desc="training", unit="step",
                         mininterval=0.1 if sys.stderr.isatty() else 10)  # seconds; 10 in a file
 
@@ -98,7 +94,6 @@ def memory(model, tokens: int, labels: int, checkpoint: bool, ranks: int = 1) ->
             "activations": kept, "logits": labels * D.vocab_size * (2 + 4 + 4 + 2)}
 
 # ---- MFU: FLOPs that a step needs, over those that the GPU could do (dense bf16, data sheets)
-
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
         "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
         "RTX 4090": 165e12, "RTX 3090": 71e12, "B200": 2250e12}

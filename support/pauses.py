@@ -1,5 +1,4 @@
-"""support/pauses.py -- cut where nobody speaks: recordings into windows, live speech into
-phrases."""
+"""support/pauses.py -- cut where nobody speaks: recordings into windows, speech into phrases."""
 import os
 import queue
 import re
@@ -13,7 +12,6 @@ from itertools import chain, islice
 import numpy as np
 import torch
 
-from data import Sample
 from model import HOP, SAMPLE_RATE
 from support.rows import MIN_SECONDS, BadRow
 
@@ -82,7 +80,6 @@ def arriving(pieces: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, bool]]:
     def stop(*_):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         waiting.put(None)
-
     before = signal.signal(signal.SIGINT, stop)
     threading.Thread(target=read, daemon=True).start()
     while isinstance(piece := waiting.get(), np.ndarray):
@@ -98,9 +95,8 @@ def loudness(wave: np.ndarray) -> np.ndarray:
 
 class Live:
     """Prints words when they are certain, a line for each phrase; nothing printed is taken back.
-    answer: a system as eval.py's, asked `sample` of each phrase. longest: samples of a phrase."""
-
-    def __init__(self, answer: Callable, sample: Sample, longest: int):
+    answer: a system as eval.py's, asked the Sample of each phrase. longest: samples of a phrase."""
+    def __init__(self, answer: Callable, sample, longest: int):
         self.answer, self.sample, self.longest = answer, sample, longest
         self.levels = deque(maxlen=MEMORY)  # dB
         self.start(np.zeros(0, np.float32))

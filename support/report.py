@@ -12,10 +12,8 @@ from support.cli import picture, write_text
 from support.tasks import TASKS, TITLES
 
 def by_split(rows: list[dict]) -> dict[str, list[dict]]:
-    splits = {}
-    for r in rows:
-        splits.setdefault(r["split"], []).append(r)
-    return splits
+    splits = dict.fromkeys(r["split"] for r in rows)
+    return {split: [r for r in rows if r["split"] == split] for split in splits}
 
 def longest_loop(words: list[str] | str) -> int:
     """Words, or letters, in the longest stretch, of 4 or more, that says a phrase (of up to 30)
@@ -45,15 +43,14 @@ def diagnose(rows: list[dict]) -> dict[str, int]:
 
 def describe(rows: list[dict], task: str) -> dict:
     """Rows of a split -> what its figure is made of, how many rows there are, what they took."""
-    seconds, took, tokens = (sum(r[k] for r in rows) for k in ("seconds", "took", "tokens"))
+    sound, took, tokens = (sum(r[k] for r in rows) for k in ("seconds", "took", "tokens"))
     facts = {}
     if task == "asr":
         counts = np.array([r["wer"] for r in rows]).sum(0).tolist()
         facts = dict(zip(("sub", "del", "ins", "words"), counts, strict=True)) | diagnose(rows)
-    return facts | dict(
-        samples=len(rows), failed=sum(bool(r["failed"]) for r in rows), seconds=round(seconds, 1),
-        rtf=round(took / seconds, 5) if seconds else None,
-        tokens_per_s=round(tokens / max(took, 1e-9), 1))
+    return facts | dict(samples=len(rows), failed=sum(bool(r["failed"]) for r in rows),
+                        seconds=round(sound, 1), rtf=round(took / sound, 5) if sound else None,
+                        tokens_per_s=round(tokens / max(took, 1e-9), 1))
 
 def worst(rows: list[dict], task: str, n: int = 10) -> str:
     """The rows with the most errors, reference above hypothesis, transcripts word by word."""
@@ -143,8 +140,7 @@ def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, step: i
     """{system: graded rows}, ours first; {system: assessed}; more of them, for the overview only.
     Writes all files, prints the short version -> exit code, 1 if all failed."""
     name, task = next(iter(rows)), cfg.task
-    lines = [json.dumps(dict(run=system) | r, ensure_ascii=False) + "\n"
-             for system, own in rows.items() for r in own]
+    lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in sum(rows.values(), [])]
     write_text(out / "hypotheses.jsonl", "".join(lines))
     result = dict(run=name, step=step, task=task, normalizer=cfg.normalizer,
                   settings={k: str(v) for k, v in vars(cfg).items() if v}, **systems[name],

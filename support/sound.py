@@ -1,6 +1,5 @@
 """support/sound.py -- the signal processing under augment.py: filters, one FFT for all that is
-linear, time stretching, codecs. Waves are float32 arrays at 16 kHz, of any length from one sample
-up."""
+linear, stretching, codecs. Waves: float32 arrays at 16 kHz, of any length from one sample up."""
 import io
 import math
 from functools import lru_cache
@@ -13,12 +12,10 @@ from support.cli import picture, replace_file
 
 GUARD = 2048  # zeros after a clip: what a filter rings on lands here, not at the clip's start
 
-# glibc gives big buffers back at every free, and page faults cost more than the FFT; having freed
-# one block of 31 MiB, it keeps what it has.
+# Having freed a block of 31 MiB, glibc keeps what it has: page faults cost more than the FFT.
 np.empty(31 << 20, np.uint8)
 
 # ---- Filters: frequencies f in Hz, parameters -> gain at each f
-
 EQ_HZ = np.array([60, 130, 280, 600, 1300, 2800, 6000])  # the original ends at 15 kHz, beyond ours
 
 def eq_response(f: np.ndarray, *gains_db: float) -> np.ndarray:
@@ -41,7 +38,6 @@ FILTERS = {"eq": eq_response, "band_pass": band_response, "resample": resample_r
            "telephony": telephone_response}
 
 # ---- All that is linear, as one product of spectra
-
 @lru_cache
 def fast_sizes(limit: int) -> np.ndarray:
     """All even products of 2, 3, 5, 7 and 11 up to limit, ascending: lengths an FFT is fast at."""
@@ -86,17 +82,14 @@ def spectral(wave: np.ndarray, ratio=1.0, length=None, responses=(), irs=(), noi
 def fit(wave: np.ndarray, length: int) -> np.ndarray:
     return np.pad(wave[:length], (0, max(0, length - len(wave))))
 
-# ---- Not linear
-
 def stretch(wave: np.ndarray, factor: float) -> np.ndarray:
-    """WSOLA (Verhelst and Roelands 1993): (n,) -> (round(n * factor),) at equal pitch. Frames of
-    80 ms, half overlapping, move apart. Each is taken up to 8 ms beside its place, where it best
-    continues the one before: searched at 4 kHz, then at 16."""
+    """WSOLA (Verhelst and Roelands 1993): (n,) -> (round(n * factor),) at equal pitch. Overlapping
+    frames of 80 ms move apart, each from where, within 8 ms, it best continues the one before."""
     H, D, q = 640, 128, 4                                  # half a frame, reach, decimation
     length = round(len(wave) * factor)
     places = np.round(np.arange(0, length + H, H) / factor).astype(int) + D + q
     x = np.pad(wave, (H + D + q, math.ceil(H / factor) + 3 * H))  # frame 0: around sample 0
-    coarse = x[:len(x) // q * q].reshape(-1, q).mean(1)
+    coarse = x[:len(x) // q * q].reshape(-1, q).mean(1)    # at 4 kHz: searched first
     starts = [places[0]]
     for place in places[1:].tolist():
         follow = starts[-1] + H                            # here the last frame would go on

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from support import lora
-from support.cli import UserError, first_line
+from support.cli import UserError, as_user_error
 
 def steps_in(out: str | Path) -> list[Path]:
     """A run's checkpoints, oldest first: real folders, named step- and digits. What else lies in
@@ -96,12 +96,10 @@ class Saver:
             self.pending = self.thread.submit(self.write, model, tensors, state, config, also)
 
     def wait(self) -> None:
-        try:
+        with as_user_error(f"cannot write to {self.out}: ", OSError, RuntimeError, SafetensorError,
+                           suffix=f"; --resume goes on from {newest_step(self.out).name}"):
             if self.pending:
                 self.pending.result()
-        except (OSError, RuntimeError, SafetensorError) as e:  # the disk is full, ...
-            raise UserError(f"cannot write to {self.out}: {first_line(e)}; --resume goes on from "
-                            f"{newest_step(self.out).name}") from None
 
     def write(self, model, tensors: dict, state: dict, config: dict, also) -> None:
         """out/step-0000500, whole or not there at all; of the old ones the newest `keep` stay."""
@@ -145,10 +143,8 @@ def clear(out: Path) -> None:
 def restore_weights(out: str | Path, model: torch.nn.Module) -> None:
     """The newest checkpoint's tensors, into a model prepared as it was. Raises UserError."""
     folder = newest_step(out)
-    try:
+    with as_user_error("", ValueError):
         load_stored(model, read_weights(folder), folder)
-    except ValueError as e:
-        raise UserError(first_line(e)) from None
 
 def restore(out: str | Path, optimizer) -> int:
     """The newest checkpoint's state, whole, into an optimizer that may be sharded -> its step."""

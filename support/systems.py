@@ -1,6 +1,5 @@
 """support/systems.py -- who answers in an evaluation: our checkpoint, a Whisper, or both."""
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from model import ENCODER, SAMPLE_RATE
 from support.checkpoint import load_model, load_part
-from support.cli import UserError, first_line
+from support.cli import UserError, as_user_error
 from support.decoding import RANK, System, digest, digest_model, digest_samples
 from support.pauses import in_pieces
 
@@ -20,24 +19,21 @@ def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int]) -> list[t
         answers.append((text.strip(), n or len(row), n is None))
     return answers
 
-def whisper(where: str, language: str, device, max_new_tokens: int, batch_size: int) -> Callable:
+def whisper(where: str, language: str, device, max_new_tokens: int, batch_size: int):
     """The baseline: transformers' Whisper, greedy, its language forced. Raises UserError."""
-    try:
+    with as_user_error(f"cannot load --baseline {where}: ", Exception):  # it fails in many ways
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_part(WhisperForConditionalGeneration, where, dtype=dtype).to(device).eval()
         processor = WhisperProcessor.from_pretrained(where)
-    except Exception as e:  # it fails in many ways, and none of them is ours
-        raise UserError(f"cannot load --baseline {where}: {first_line(e)}") from None
     settings, vocabulary = model.generation_config, processor.tokenizer.get_vocab()
     language = f"<|{language}|>"
     if language not in vocabulary or getattr(settings, "is_multilingual", None) is False:
         raise UserError(f"--baseline {where} lacks {language}: name a multilingual Whisper")
-    for name, value in dict(  # which old generation_config.json lack
-            is_multilingual=True, lang_to_id={language: vocabulary[language]},
-            task_to_id={"transcribe": vocabulary.get("<|transcribe|>")},
-            no_timestamps_token_id=vocabulary.get("<|notimestamps|>")).items():
-        if getattr(settings, name, None) is None:
-            setattr(settings, name, value)
+    lacking = dict(  # in an old generation_config.json
+        is_multilingual=True, lang_to_id={language: vocabulary[language]},
+        task_to_id={"transcribe": vocabulary.get("<|transcribe|>")},
+        no_timestamps_token_id=vocabulary.get("<|notimestamps|>"))
+    vars(settings).update({k: v for k, v in lacking.items() if getattr(settings, k, None) is None})
     ends = [model.config.eos_token_id, settings.eos_token_id, settings.pad_token_id]
     most = min(max_new_tokens, model.config.max_target_positions - 4)  # 4: what Whisper is prompted
     def answer(samples, waves):
@@ -50,7 +46,7 @@ def whisper(where: str, language: str, device, max_new_tokens: int, batch_size: 
         return [(text, n, endless and n >= most) for text, n, endless in answers]
     return in_pieces(answer, processor.feature_extractor.n_samples, batch_size)
 
-def open_ours(cfg, native: Callable, name: str, device: torch.device) -> System:
+def open_ours(cfg, native, name: str, device: torch.device) -> System:
     """The checkpoint. native: (model, max_new_tokens) -> answer(), our own. Raises UserError."""
     if cfg.engine == "vllm":
         from support.engine import Offline
@@ -78,8 +74,7 @@ def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str,
     data = digest_samples(splits)  # those beyond --limit, too: so that --reuse may limit
     for system in systems:
         system.settings = digest(system.facts, data)
-    jobs = [((split, i), s) for split, samples in splits.items()
-            for i, s in enumerate(samples[:cfg.limit])]
+    jobs = [((split, i), s) for split, own in splits.items() for i, s in enumerate(own[:cfg.limit])]
     ours, how = systems[0].name, (out, cfg.batch_size, cfg.reuse)
     answers = {ours: systems[0].decode(jobs, *how)}
     for other in systems[1:]:

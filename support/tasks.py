@@ -6,14 +6,11 @@ import sys
 from collections import Counter
 from dataclasses import replace
 
-import torch
-
 from data import HubSamples
 from model import ASR_PROMPT, SAMPLE_RATE
-from support.cli import UserError
-from support.pauses import without_thoughts
-from support.recipes import BIG_BENCH_AUDIO, Source
-from support.rows import BadRow, BadRows, load_audio
+from support import pauses, rows
+from support.cli import UserError, as_user_error
+from support.recipes import BIG_BENCH_AUDIO, TABLES, Source
 
 TASKS = {"asr": ("wer", "cer"), "qa": ("em", "f1"), "bigbench": ("accuracy",)}  # main one first
 TITLES = dict(wer="WER", cer="CER", em="exact match", f1="F1", accuracy="accuracy")
@@ -21,17 +18,15 @@ TITLES = dict(wer="WER", cer="CER", em="exact match", f1="F1", accuracy="accurac
 @functools.cache  # BigBenchAudio's categories are asked for one by one
 def load_split(source: Source, data_dir: str | None, strict: bool, limit: int | None = None):
     """A hub dataset's usable samples, maybe from its copy in data_dir. limit: rows streamed."""
-    rows = HubSamples(source, data_dir, None if data_dir else limit or source.rows)
-    bad, samples = BadRows(strict), []
-    for i in range(len(rows)):
+    pool = HubSamples(source, data_dir, None if data_dir else limit or source.rows)
+    bad, samples = rows.BadRows(strict), []
+    for i in range(len(pool)):
         try:
-            samples.append(rows[i])
-        except BadRow as e:
+            samples.append(pool[i])
+        except rows.BadRow as e:
             bad.add(str(e), e.where)
-    bad.report(len(rows), source.split)
+    bad.report(len(pool), source.split)
     return samples
-
-# ---- Questions
 
 def token_f1(reference: str, hypothesis: str) -> float:
     """Harmonic mean of precision and recall over words, as SQuAD scores answers (1606.05250)."""
@@ -41,19 +36,10 @@ def token_f1(reference: str, hypothesis: str) -> float:
         return float(reference == hypothesis)
     return 2 * common / (len(reference) + len(hypothesis))
 
-YES_NO = "yes|no|true|false|correct|incorrect"
-ONE_WORD = "Answer with one word:"
-CATEGORIES = {  # of BigBenchAudio: how to answer, and a pattern of the possible answers
-    "formal_fallacies": (f"Is the argument deductively valid? {ONE_WORD} valid or invalid.",
-                         "valid|invalid"),
-    "navigate": (f"Does the walk end where it began? {ONE_WORD} yes or no.", YES_NO),
-    "object_counting": ("Count what is asked for. Answer with the number alone.", r"\d+"),
-    "web_of_lies": (f"Does the last person tell the truth? {ONE_WORD} yes or no.", YES_NO)}
+CATEGORIES = TABLES["categories"]  # of BigBenchAudio: how to answer, a pattern of the answers
 SAME = {"true": "yes", "correct": "yes", "false": "no", "incorrect": "no"}
 OPPOSITE = {"valid": "invalid", "invalid": "valid", "yes": "no", "no": "yes"}
-UNITS = ("zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|"
-         "fifteen|sixteen|seventeen|eighteen|nineteen")
-TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
+UNITS, TENS = TABLES["numerals"].values()
 NUMBERS = dict(zip(f"{UNITS}|{TENS}".split("|"), [*range(20), *range(20, 100, 10)], strict=True))
 NUMERAL = re.compile(rf"\b(?:({TENS})[- ])?({UNITS}|{TENS})\b")
 
@@ -88,22 +74,19 @@ def answer_one(model, path: str, prompt: str | None, max_new_tokens: int) -> Non
     """Print the answer to a question about one file; without a question, its transcript."""
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt is empty: ask something, or leave it out to transcribe")
-    try:
-        wave = load_audio(path)
+    with as_user_error(f"{path}: ", ValueError):
+        wave = rows.load_audio(path)
         windows = -(-len(wave) // model.config.window_samples)
         print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s), "
               f"{windows * model.config.tokens_per_window} audio tokens", file=sys.stderr)
         ids = model.generate(wave, prompt or ASR_PROMPT, max_new_tokens=max_new_tokens)
-    except ValueError as e:
-        raise UserError(f"{path}: {e}") from None
-    print(without_thoughts(model.decode(ids[0])))
+    print(pauses.without_thoughts(model.decode(ids[0])))
 
-def estimate_snr(wave: torch.Tensor) -> float:
+def estimate_snr(wave) -> float:
     """(samples,) at 16 kHz -> speech power over noise power in dB, within -10 to 60. Noise: the 5th
     percentile of 20 ms frames, digital silence aside. Without a pause, speech passes for noise."""
     frame = SAMPLE_RATE // 50
-    whole = wave[:max(1, len(wave) // frame) * frame]
-    power = whole.unfold(0, min(frame, len(wave)), frame).square().mean(1)
+    power = wave.unfold(0, min(frame, len(wave)), frame).square().mean(1)
     power = power[power > 1e-10]
     if not len(power):
         return -10.0

@@ -1,10 +1,10 @@
 """support/tiny.py -- pools, tokenizer, configuration, initial weights: small enough for a CPU."""
 import random
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, models, trainers
+from tokenizers import AddedToken, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -28,16 +28,6 @@ def text_row(rng: random.Random, name: str) -> dict:
              {"role": "assistant", "content": asked["answer"]}]
     return {"conversation": turns, "name": name}
 
-def long_rows(rows: list[dict], rng: random.Random) -> list[dict]:
-    """Up to twelve utterances in a row as one recording."""
-    long, start = [], 0
-    while start < len(rows):
-        group = rows[start:start + rng.randint(2, 12)]
-        start += len(group)
-        long.append({"audio": np.concatenate([row["audio"] for row in group]),
-                     "text": " ".join(row["text"] for row in group), "name": f"long/{len(long)}"})
-    return long
-
 def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict]:
     """The tiny counterpart of a pool, from n utterances or texts. languages: of "pretrain"."""
     rng = random.Random(f"{seed} {name}")
@@ -50,8 +40,13 @@ def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict
     rows = embedded_rows(lang, "train", n, seed)
     if name == "it_fresh":
         return rows
-    if name == "long_audio":
-        return long_rows(rows, rng)
+    if name == "long_audio":  # up to twelve utterances in a row as one recording
+        long, rest = [], iter(rows)
+        while group := list(islice(rest, rng.randint(2, 12))):
+            text = " ".join(row["text"] for row in group)
+            audio = np.concatenate([row["audio"] for row in group])
+            long.append({"audio": audio, "text": text, "name": f"long/{len(long)}"})
+        return long
     return [{"audio": row["audio"], "name": row["name"], **task(lang, row["text"], rng)}
             if rng.random() < 0.25 else row for row in rows]
 
@@ -62,9 +57,8 @@ def texts_of(samples) -> list[str]:
 
 def train_tokenizer(texts, vocab_size: int = 1024):
     """BPE over `texts`, split as Qwen3 splits -> a tokenizer with our two tokens and template."""
-    bpe, qwen = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
-    bpe.normalizer, bpe.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
-    bpe.decoder = qwen.decoder
+    bpe = Qwen2Tokenizer().backend_tokenizer
+    bpe.model = models.BPE()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=ByteLevel.alphabet(), show_progress=False))
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
@@ -82,8 +76,7 @@ def print_tokens(tokenizer, ids: list[int], labels: list[int]) -> None:
     print("the labels say:", repr(tokenizer.decode([t for t in labels if t != -100])))
 
 def tiny_config(tokenizer, **changes) -> BorealisConfig:
-    """The same classes at about 1 M parameters: windows of 2 s (T=100, N=25), width 128, 1 + 2
-    layers, none frozen, as it trains from scratch. changes: fields of BorealisConfig."""
+    """About 1 M parameters, none frozen: windows of 2 s (T=100, N=25), width 128, 1 + 2 layers."""
     ids = tokenizer.convert_tokens_to_ids
     tokens = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=ids("<|im_end|>"),
                   pad_token_id=ids("<|endoftext|>"))
@@ -94,9 +87,8 @@ def tiny_config(tokenizer, **changes) -> BorealisConfig:
 
 @torch.no_grad()
 def scratch_model(samples, vocab_size: int, **changes) -> BorealisForConditionalGeneration:
-    """A tiny model that can learn to hear from nothing, its tokenizer trained on the samples. Plain
-    random weights leave sound faint, and attention blind to nearness; equal query and key weights
-    let frames look at their like (arXiv:2305.09828; figures: docs/NEGATIVE.md)."""
+    """A tiny model, its tokenizer trained on the samples. Plain random weights leave sound faint;
+    equal query and key weights let frames find their like (arXiv:2305.09828; docs/NEGATIVE.md)."""
     tokenizer = train_tokenizer(texts_of(samples), vocab_size)
     model = BorealisForConditionalGeneration(tiny_config(tokenizer, **changes))
     model.tokenizer = tokenizer
