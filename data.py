@@ -130,12 +130,13 @@ def tiny_pool(name: str, n: int, seed: int, languages=("ru",)) -> list[Sample]:
 
 # ---- From samples to batches
 
-def encode(sample, tokenizer, config, change=None, max_windows=math.inf, max_tokens=math.inf):
+def encode(sample, tokenizer, config, change=None, load=load_audio, max_windows=math.inf,
+           max_tokens=math.inf, **limits):
     """-> ids; labels: the same where the assistant speaks, <|im_end|> included, and -100 elsewhere;
     windows of sound: three of 30 s for 70 s. Augmentation is change(wave, its number) -> wave.
-    Raises BadRow, or TooLong beyond the limits, for nothing is truncated: a text cut short teaches
-    to stop in mid-sentence, a recording cut short to make up the rest."""
-    waves = [load_audio(a) for a in sample.audio]
+    Raises BadRow, or TooLong beyond the limits (and those of load), for nothing is truncated: a
+    text cut short teaches to stop in mid-sentence, a recording cut short to make up the rest."""
+    waves = [load(a, **limits) for a in sample.audio]
     if change:
         waves = [change(wave, number) for number, wave in enumerate(waves)]
     windows = [model.cut_windows(wave, config) for wave in waves]

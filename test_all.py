@@ -40,7 +40,7 @@ import train
 from conftest import HERE, SHARED, A, M, clip, exit_of, is_one_line, losses, needs_shared, newest
 
 # isort: split
-from conftest import pcm, rows_in, tone, torchrun, train_now, wav_bytes, write_manifest
+from conftest import flac, pcm, rows_in, tone, torchrun, train_now, wav_bytes, write_manifest
 from model import BorealisForConditionalGeneration as Borealis
 from support import (
     banks,
@@ -252,6 +252,11 @@ BAD = [
     (GOOD | {"text": "семь " * 2000}, "does not fit into 2048 tokens"),
     (GOOD | {"text": "семь<|im_end|>"}, "control token in the text"),
     (GOOD | {"text": f"семь {A}"}, "control token in the text"),
+    (GOOD | {"system": f"Слушай {A}"}, "control token in the text"),
+    (GOOD | {"system": nb.TAG_PAIR}, "control token in the text"),
+    *(({"conversation": [dict(role=role, content=f"{A}" if i == bad else "раз")
+                         for i, role in enumerate(("system", *("user", "assistant") * 2))]},
+       "control token in the text") for bad in range(5)),
     ({"conversation": [{"role": "user", "content": "раз"}]},
      "conversation does not end with a question and its answer"),
     (GOOD | {"audio": ["good.wav"] * 2}, "placeholders and recordings differ in number")]
@@ -261,12 +266,51 @@ def test_bad_rows_are_counted_by_reason(bad_files, tokenizer, net, capsys, row, 
     def check(bad):
         samples, total = data.read_manifest(path, bad)
         dataset = data.Dataset(samples, tokenizer, net.config, max_tokens=2048)
-        assert len(data.rows.usable(samples, dataset, bad)) == 60
+        assert len(data.rows.usable(samples, dataset, bad, path)) == 60
         bad.report(total, path)
     check(data.BadRows())
     assert f"left out 1 of 61 rows: 1 {reason} (first: m.jsonl:31)" in capsys.readouterr().err
     with pytest.raises(UserError, match="m.jsonl:31"):
         check(data.BadRows(strict=True))
+
+def test_a_second_start_decodes_only_what_has_changed(tmp_path, monkeypatch, capsys):
+    """And leaves out the same rows for the same reasons as a start that decodes everything."""
+    files = {f"{i}.wav": wav_bytes(tone(0.2, i)) for i in range(100)}
+    files |= {"0.wav": b"RIFF", "1.wav": wav_bytes(tone(9)), "2.wav": wav_bytes(tone(5))}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    path = write_manifest(tmp_path / "m.jsonl", [dict(audio=name, text="семь") for name in files])
+    opened, real = [], soundfile.SoundFile.__init__
+    def counted(self, file, *args, **settings):
+        opened.append(Path(file).name)
+        real(self, file, *args, **settings)
+    monkeypatch.setattr(soundfile.SoundFile, "__init__", counted)
+    def start(*flags, cache="cache"):
+        monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path / cache))
+        flags = [*FAST, "--train_manifest", path, "--out", str(tmp_path / "out"), *flags]
+        opened.clear()
+        capsys.readouterr()
+        cfg = launch.parse_config(Config, flags)
+        *_, sizes, _ = train.load_data_and_model(cfg, 0, 1, torch.device("cpu"))
+        said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+        return sizes, said, sorted(opened)
+    first = start()
+    one = "1 not audio (first: m.jsonl:1), 1 longer than 4 windows (first: m.jsonl:2)"
+    assert first == ([98], [f"{path}: left out 2 of 100 rows: {one}"], sorted(files))
+    assert start() == (*first[:2], [])
+    fit = start("--max_windows", "2")  # limits are checked without a second look
+    assert fit[0] == [97] and fit[2] == []
+    assert "2 longer than 2 windows (first: m.jsonl:2)" in fit[1][0]
+    os.utime(tmp_path / "3.wav", (1, 1))
+    (tmp_path / "4.wav").write_bytes(files["4.wav"][:40])
+    (tmp_path / "5.wav").unlink()
+    changed, anew = start(), start(cache="other")
+    assert changed[0] == [96] and "1 missing file (first: m.jsonl:6)" in changed[1][0]
+    assert changed[:2] == anew[:2] and changed[2] == ["3.wav", "4.wav"] and len(anew[2]) == 99
+    (verdicts,) = (tmp_path / "cache").iterdir()
+    verdicts.write_text("{")  # broken: as if there were none
+    assert start() == anew and start() == (*anew[:2], [])
+    assert start("--max_seconds", "8")[2] == anew[2]  # it decides how far a file is decoded
 
 def test_what_a_row_becomes():
     said = data.parse_row({"audio": "a.wav", "text": " семь "}, "folder")
@@ -592,6 +636,7 @@ def test_made_banks_are_the_same_every_time(made):
         assert np.sum(ir ** 2) == pytest.approx(1, rel=1e-4) and np.abs(ir).argmax() == 0
 
 def test_banks_from_folders_and_the_hub(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path / "cache"))
     for name in ("sub", "empty", "hub", "hub/data"):
         (tmp_path / name).mkdir()
     for i in range(30):  # some as short as the impulse response of a microphone
@@ -984,6 +1029,7 @@ def test_twenty_kills(stand_ins, tmp_path, monkeypatch):
     ("--train_manifest OWN --init_from nowhere/c", "cannot fetch the checkpoint nowhere/c"),
     ("--preset tiny --curriculum 0,0,0,0 --rooms nowhere", "no folder nowhere"), ("--lr 0", "--lr"),
     ("--preset tiny --train_manifest nowhere.jsonl", "no manifest at"), ("--lr fast", "--lr"),
+    ("--preset tiny --train_manifest OWN --max_seconds 1", "longer than 1 s (first: own.jsonl:"),
     ("--preset tiny --curriculum 0,1,3,nan", "ascending fractions"), ("--lr nan", "--lr"),
     ("--preset tiny --curriculum 0,1,3,4", "ascending fractions"),
     ("--preset tiny --curriculum 0,0.5,0.2,1", "ascending fractions"),
@@ -1477,7 +1523,8 @@ def test_server_takes_what_clients_send(clients, net):
     assert chat(server, (url,)).choices[0].message.content == whole
     assert joined(chat(server, file, stream=True, extra_body=None)) == whole
     stereo = wav_bytes(np.stack([wave.repeat_interleave(3)] * 2, axis=1), 48000)
-    for encoded in (stereo, *(wav_bytes(wave, kind=kind) for kind in ("FLAC", "MP3", "OGG"))):
+    kinds = [wav_bytes(wave, kind=kind) for kind in ("FLAC", "MP3", "OGG")]
+    for encoded in (stereo, flac(wave), *kinds):
         assert chat(server, encoded).choices[0].finish_reason
     heard = net.decode(net.generate(data.load_audio(file), max_new_tokens=10)[0])
     assert transcribe(server, file, language="ru").text == heard

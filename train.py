@@ -51,6 +51,7 @@ class TrainConfig:
     rooms: str = flag("made", "impulse responses for it: made, hub, or a folder")
     max_tokens: int = flag(2048, "a longer row, audio included, is left out and counted", low=1)
     max_windows: int = flag(4, "so is a recording of more windows (30 s each)", low=1)
+    max_seconds: int = flag(3600, "and a longer one: decoding stops there", low=1)
     # model
     encoder: str = flag(ENCODER, "any Whisper, hub name or path")
     llm: str = flag(LLM, "any Qwen3, hub name or path")
@@ -150,15 +151,17 @@ def load_data_and_model(cfg, rank, world, device):
     if rank == 0 and world > 1:
         dist.barrier()
     model = build(cfg, next(iter(pools.values())), device)
-    settings = dict(tokenizer=model.tokenizer, config=model.config,
-                    max_tokens=cfg.max_tokens, max_windows=cfg.max_windows)
+    settings = dict(tokenizer=model.tokenizer, config=model.config, max_tokens=cfg.max_tokens,
+                    max_windows=cfg.max_windows, max_seconds=cfg.max_seconds)
     if cfg.train_manifest:  # small enough to look at every recording beforehand
-        whole = [usable(samples, Dataset(samples, **settings), bad)] if rank == 0 else [None]
         if rank == 0:
+            rows = Dataset(samples, **settings)
+            pools["manifest"] = usable(samples, rows, bad, cfg.train_manifest)
             bad.report(total, cfg.train_manifest)
+        found = [pools]
         if world > 1:
-            dist.broadcast_object_list(whole)
-        pools = {"manifest": whole[0]}
+            dist.broadcast_object_list(found)
+        pools, = found
     # On resume the data must be what it was: rank 0 looks.
     data = {name: (len(pool), digest(pool) if rank == 0 else "") for name, pool in pools.items()}
     batch_size, samples = ranks.pick_batch(cfg, model, device, world), Chain(pools.values())

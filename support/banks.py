@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from model import SAMPLE_RATE
-from support.cli import UserError, first_line
+from support.cli import UserError, first_line, replace_file
 from support.corpus import CHUNK, embedded_rows
 from support.recipes import NOISE_DATASET
-from support.rows import BadRow, BadRows, load_audio
+from support.rows import BadRow, BadRows, cached, load_audio
 
 LONGEST = 8 * 3600 * SAMPLE_RATE  # a bank is in memory: int16, 920 MB
 CLIP = 10 * SAMPLE_RATE           # so much of each recording
@@ -27,10 +29,13 @@ def open_bank(source: str, split: str, voices: str = "train") -> list[np.ndarray
     if source == "made":
         rng = np.random.default_rng([rooms, voices == "train"])
         return make_rooms(rng) if rooms else make_noises(voices, rng)
+    bank = cached(f"{split}.safetensors", NOISE_DATASET, CLIP, LONGEST)
+    if source == "hub" and bank.exists():  # all processes map one file
+        return [clip.numpy() for _, clip in sorted(load_file(bank).items())]
     clips, bad, total, samples = [], BadRows(), 0, 0
     for total, (name, audio) in enumerate(recordings(source, split), 1):
         try:
-            wave = load_audio(audio, min_seconds=0).numpy()[:CLIP]
+            wave = load_audio(audio, min_seconds=0, max_seconds=np.inf).numpy()[:CLIP]
             clips.append(as_room(wave) if rooms else (wave * 32767).astype(np.int16))
             samples += len(clips[-1])
         except BadRow as e:
@@ -41,6 +46,9 @@ def open_bank(source: str, split: str, voices: str = "train") -> list[np.ndarray
     bad.report(total, source)
     if not clips:
         raise UserError(f"no audio in {source}: give a folder of audio, hub, or made")
+    if source == "hub":
+        named = {f"{i:06}": clip for i, clip in enumerate(clips)}
+        replace_file(bank, lambda tmp: save_file(named, tmp))
     return clips
 
 def check_source(source: str) -> None:

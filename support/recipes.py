@@ -5,9 +5,11 @@ datasets wrote, or audio files beside a metadata.csv or .jsonl."""
 import sys
 import tomllib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from support.cli import UserError, first_line
+from support.cli import UserError, first_line, replace_file
+from support.rows import cached
 
 KINDS = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}  # of files, for load_dataset
 TABLES = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8"))
@@ -116,7 +118,7 @@ def read_copy(source: Source, place: Path):
 
 def select(source: Source, table, limit: int | None):
     """A Source's columns of the rows that count, audio undecoded. Raises UserError."""
-    from datasets import Audio, Dataset
+    from datasets import Audio
     only, word = source.only or ((), "")
     columns, there = [*source.columns, *only], table.column_names
     if missing := [c for c in columns if there and c not in there]:
@@ -129,20 +131,22 @@ def select(source: Source, table, limit: int | None):
         table = table.filter(lambda *values: any(word in (v or "") for v in values),
                              input_columns=list(only))
     limit = min(x for x in (limit, source.rows, sys.maxsize) if x)
-    if hasattr(table, "__len__"):
-        return table.select(range(min(limit, len(table))))
-    return Dataset.from_list(list(table.take(limit)))
+    return table.take(min(limit, len(table)) if hasattr(table, "__len__") else limit)
 
 def open_source(source: Source, data_dir: str | Path | None = None, limit: int | None = None):
-    """-> datasets table of select's; with a limit the hub streams so many rows, or UserError."""
+    """-> datasets table of select's, or UserError; with a limit the hub streams its rows, once."""
     from datasets import disable_progress_bars, load_dataset
     if not sys.stderr.isatty():
         disable_progress_bars()
     place = find_copy(source, data_dir) if data_dir else None
     try:
-        table = read_copy(source, place) if place else load_dataset(
-            source.hub, source.config, split=source.split, streaming=bool(limit))
-        return select(source, table, limit)
+        hub = partial(load_dataset, source.hub, source.config, split=source.split)
+        if limit and not place:
+            rows = cached(f"{Path(source.hub).name}.parquet", source, limit)
+            if not rows.exists():
+                replace_file(rows, select(source, hub(streaming=True), limit).to_parquet)
+            return read_copy(source, rows)
+        return select(source, read_copy(source, place) if place else hub(), limit)
     except UserError:
         raise
     except Exception as e:  # it fails in many ways, some of them half-way, and none of them is ours

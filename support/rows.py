@@ -1,4 +1,6 @@
 """support/rows.py -- what a row's text and recording must be, and a count of rows that fail."""
+import contextlib
+import hashlib
 import io
 import json
 import os
@@ -15,17 +17,19 @@ import torchaudio
 from tqdm.contrib.concurrent import thread_map
 
 from model import AUDIO, SAMPLE_RATE, TAG_PAIR, check_wave
-from support.cli import UserError
+from support.cli import UserError, cache_dir, write_text
 
 MIN_SECONDS = 0.1        # shorter recordings hold no word
+MAX_SECONDS = 3600       # longer ones are not decoded to the end, by default
 MAX_BAD_SHARE = 0.05     # more unusable rows than this: the manifest is wrong, not a few files
+BLOCK = 1 << 14          # samples decoded at once, of all channels
 
 class BadRow(ValueError):
     """One unusable row or recording. The message is the reason it is counted under."""
     where = ""  # the row's name, if it has no Sample to tell it
 
 class TooLong(BadRow):
-    """A good row beyond --max_tokens or --max_windows."""
+    """A good row beyond --max_tokens, --max_windows or --max_seconds."""
 
 class BadRows:
     """Counts unusable rows by reason, none is dropped silently. strict: the first is an error."""
@@ -75,18 +79,46 @@ def parse_json(line: bytes) -> dict:
         raise BadRow("not a JSON object")
     return row
 
-def usable(samples: list, dataset, bad: BadRows) -> list:
-    """The samples that dataset.encode takes, tried in threads; the others go to `bad`."""
-    def problem(sample):
+def cached(name: str, *facts):
+    """-> path in the cache of a file that depends on its name and these facts alone."""
+    with contextlib.suppress(OSError):  # who cannot write may still read
+        cache_dir().mkdir(parents=True, exist_ok=True)
+    return cache_dir() / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}-{name}"
+
+def usable(samples: list, dataset, bad: BadRows, manifest: str) -> list:
+    """The samples that dataset.encode takes; the others go to `bad`. How long a file is, or what is
+    wrong with it, stays in the cache: threads decode only those that are new or have changed."""
+    decoder = 1, soundfile.__libsndfile_version__  # 1: of load_audio
+    cache, verdicts = cached("verdicts.json", os.path.abspath(manifest), decoder), {}
+    with contextlib.suppress(OSError, ValueError):
+        verdicts = json.loads(cache.read_bytes())
+    def load(source, max_seconds=MAX_SECONDS):  # -> as long as load_audio's, without the sound
+        if not isinstance(source, str) or not os.path.isfile(source):
+            return load_audio(source, max_seconds=max_seconds)
+        path, file = os.path.abspath(source), os.stat(source)
+        key = repr((path, file.st_size, file.st_mtime_ns, file.st_ctime_ns, max_seconds))
         try:
-            dataset.encode(sample)
+            verdicts[key] = verdicts.get(key) or len(load_audio(source, max_seconds=max_seconds))
         except BadRow as e:
-            return str(e)
-    problems = thread_map(problem, samples, max_workers=os.cpu_count(), desc="checking audio")
-    for sample, reason in zip(samples, problems, strict=True):
-        if reason:
-            bad.add(reason, sample.name)
-    return [s for s, reason in zip(samples, problems, strict=True) if not reason]
+            verdicts[key] = str(e)
+        if isinstance(verdicts[key], str):
+            raise BadRow(verdicts[key])
+        return torch.empty(1).expand(verdicts[key])
+    def decode(sample):
+        for source in sample.audio:
+            with contextlib.suppress(BadRow):
+                load(source, max_seconds=dataset.encode.keywords.get("max_seconds", MAX_SECONDS))
+    thread_map(decode, samples, max_workers=os.cpu_count(), desc="checking audio")
+    with contextlib.suppress(OSError):
+        write_text(cache, json.dumps(verdicts))
+    good = []
+    for sample in samples:  # not in threads: tokenizers mark what the assistant says in one place
+        try:
+            dataset.encode(sample, load=load)
+            good.append(sample)
+        except BadRow as e:
+            bad.add(str(e), sample.name)
+    return good
 
 def check_text(text, placeholders: bool = False, empty: bool = False) -> str:
     """-> stripped, or BadRow. placeholders: those of recordings may be in it. empty: "" will do."""
@@ -120,21 +152,33 @@ def check_audio(audio, folder: str = "", missing: bool = False) -> list:
 
 resampler = lru_cache(maxsize=16)(torchaudio.transforms.Resample)  # its kernel takes long to make
 
-def load_audio(source, min_seconds: float = MIN_SECONDS, silence: bool = False) -> torch.Tensor:
+class OneWay(soundfile.SoundFile):
+    def seekable(self):  # or soundfile seeks after each read: a FLAC of unknown length cannot
+        return False
+
+def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_SECONDS):
     """A path, the bytes of a file, or int16 samples at 16 kHz -> (samples,) float32 at 16 kHz,
-    channels averaged, peak at most 1. Raises BadRow; silence is one, unless it is wanted."""
+    channels averaged, peak at most 1. Raises BadRow, for silence too, unless it is wanted. A file
+    is decoded up to max_seconds; memory follows what it holds, not what its header claims."""
     if isinstance(source, np.ndarray):
         return torch.from_numpy(source.astype(np.float32) / 32768)
     if isinstance(source, str) and not os.path.isfile(source):
         raise BadRow("missing file")
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        wave, rate = soundfile.read(file, dtype="float32", always_2d=True)
+        with OneWay(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+            n, rate, blocks = 0, file.samplerate, [np.zeros(0, np.float32)]
+            most = max_seconds * min(rate, 96_000)  # of higher rates, memory takes less
+            file.seek(0)  # as soundfile.read: without it, the last bits of some MP3 differ
+            while n <= most and len(block := file.read(BLOCK // file.channels, "float32", True)):
+                blocks.append(block.mean(axis=1))
+                n += len(block)
     except (soundfile.LibsndfileError, TypeError, ValueError):
         raise BadRow("not audio") from None
     if not 1000 <= rate <= 1_000_000:
         raise BadRow(f"a sample rate of {rate} Hz")
-    wave = torch.from_numpy(wave.mean(axis=1))
+    if n > most:
+        raise TooLong(f"longer than {most / rate:g} s")
+    wave = torch.from_numpy(np.concatenate(blocks))
     if len(wave) < max(1, min_seconds * rate):
         raise BadRow(f"shorter than {min_seconds} s")
     if rate != SAMPLE_RATE:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -32,9 +33,9 @@ from augment import noise_at
 from conftest import HERE, PUBLISHED, A, M, exit_of, is_one_line, losses, newest, pcm, tone
 
 # isort: split
-from conftest import train_now, write_manifest
+from conftest import clip, flac, train_now, wav_bytes, write_manifest
+from support import banks, compare, export, lora, meter, pauses, recipes, report, tasks, tiny
 from support import checkpoint as ckpt
-from support import compare, export, lora, meter, pauses, recipes, report, tasks, tiny
 from support import corpus as spoken
 from support.cli import UserError
 
@@ -330,6 +331,43 @@ def test_audio_of_any_rate_and_channels(tmp_path, name, rate, channels):
     assert abs(torch.fft.rfft(x).abs().argmax().item() * 16000 / 12000 - 440) < 2
     assert x.abs().max().item() == pytest.approx(0.5 / channels, rel=0.1)  # the channels' mean
 
+@pytest.mark.parametrize("kind, subtype", [
+    ("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "MS_ADPCM"), ("FLAC", "PCM_24"),
+    ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")])
+def test_blocks_are_the_whole(kind, subtype, tmp_path, monkeypatch):
+    """Decoded a block at a time, a recording is what it was, to the bit."""
+    monkeypatch.setattr(data.rows, "BLOCK", 1000)
+    for channels in (1, 2):
+        wave = np.stack([tone(3, seed).numpy() for seed in range(channels)], axis=1)
+        (tmp_path / "a").write_bytes(wav_bytes(wave, kind=kind, subtype=subtype))
+        whole, _ = soundfile.read(tmp_path / "a", dtype="float32", always_2d=True)
+        whole = nb.check_wave(torch.from_numpy(whole.mean(axis=1)))
+        for source in (str(tmp_path / "a"), (tmp_path / "a").read_bytes()):
+            assert torch.equal(data.load_audio(source), whole) and len(whole) >= 48000
+
+def test_headers_are_not_believed(tmp_path):
+    """A length of 0 (of a pipe) or 2^36 costs no memory and no error; a long recording ends."""
+    wave = tone(1)
+    whole = data.load_audio(wav_bytes(wave, kind="FLAC"))
+    assert flac(wave, total=16000) == wav_bytes(wave, kind="FLAC")
+    for total in (0, 20_000, 1 << 35, (1 << 36) - 1):
+        tracemalloc.start()
+        assert torch.equal(data.load_audio(flac(wave, total=total)), whole)
+        assert tracemalloc.get_traced_memory()[1] < 4e6
+        tracemalloc.stop()
+    for header, says in ((dict(rate=1), "rate of 1 Hz"), (dict(channels=8), "not audio"),
+                         (dict(rate=655350), "shorter than 0.1 s"), (dict(rate=0), "not audio")):
+        with pytest.raises(data.BadRow, match=says):
+            data.load_audio(flac(wave, total=16000, **header))
+    assert len(data.load_audio(flac(wave), max_seconds=1)) == 16000
+    silence = np.zeros(20_000_000, np.int16)  # 80 MB as float32, in a file of 60 kB
+    for rate, seconds, says in ((16000, 3, "3 s"), (192_000, 60, "30 s"), (16000, 1249, "1249 s")):
+        tracemalloc.start()
+        with pytest.raises(data.rows.TooLong, match=f"longer than {says}"):
+            data.load_audio(flac(silence, rate), max_seconds=seconds)
+        assert says == "1249 s" or tracemalloc.get_traced_memory()[1] < 3e7
+        tracemalloc.stop()
+
 def test_corpus_same_seed_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path))
     for lang in spoken.LANGUAGES:  # caches of earlier versions stay valid
@@ -401,6 +439,65 @@ def test_rows_of_the_pools(hub):
     assert torch.equal(*(data.load_audio(pool[2].audio[0]) for pool in (some, books)))
     assert [s.question for s in few] == questions
 
+HUB = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import datasets, data
+from support import banks, recipes
+real, streams = datasets.load_dataset, []
+def counted(*args, streaming=False, **settings):
+    streams.extend(args[:1] * streaming)
+    return real(*args, streaming=streaming, **settings)
+datasets.load_dataset, banks.NOISE_DATASET = counted, sys.argv[2]
+for source, limit in ((1, 5), (1, 5), (1, 4), (0, 5)):
+    source = recipes.POOLS["ru_audio"][source]
+    pool = data.HubSamples(replace(source, hub=f"{sys.argv[1]}/{source.hub}"), limit=limit)
+    print([(s.answer, len(data.load_audio(s.audio[0]))) for s in pool])
+for split in ("Musan", "Echo", "Musan"):
+    bank = banks.open_bank("hub", split)
+    print([(str(clip.dtype), len(clip), float(clip.sum())) for clip in bank])
+maps = Path("/proc/self/maps")  # of Linux
+assert not maps.exists() or "-Musan.safetensors" in maps.read_text()
+print(len(streams))
+"""
+
+def test_the_hub_is_streamed_once(hub, corpus, tmp_path, monkeypatch):
+    """By the first process; the next one, and a second call, read what that left in the cache."""
+    table = datasets.Dataset.from_dict({"audio": [clip(s) for s in corpus[:3]]})
+    table = table.cast_column("audio", datasets.Audio(decode=False))
+    for split in ("Musan", "Echo"):
+        table.to_parquet(tmp_path / f"noise/data/{split}-00000-of-00001.parquet")
+    env = os.environ | dict(NANOBOREALIS_CACHE=str(tmp_path / "cache"), PYTHONPATH=str(HERE))
+    command = [sys.executable, "-c", HUB, hub, tmp_path / "noise"]
+    first, second = (subprocess.run(command, env=env, text=True, capture_output=True, check=True)
+                     .stdout.splitlines() for _ in range(2))
+    assert first[:-1] == second[:-1] and (first[-1], second[-1]) == ("5", "0")
+    assert first[0] == first[1] == str([(s.answer, len(s.audio[0])) for s in corpus[:5]])
+    assert first[4] == first[6] and first[4].count("int16") == 3 == first[5].count("float32")
+
+def test_half_a_stream_is_not_kept(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path / "cache"))
+    source = replace(BOOKS, hub=str(hub / BOOKS.hub))
+    monkeypatch.setattr(banks, "NOISE_DATASET", source.hub)
+    real = datasets.load_dataset
+    def breaks_at(n):
+        def check(text, i):
+            if i == n:
+                raise ConnectionError("reset by peer")
+            return True
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: real(
+            *args, **settings).filter(check, with_indices=True, input_columns="text"))
+    for n in (0, 3):
+        breaks_at(n)
+        with pytest.raises(UserError, match="reset by peer"):
+            data.HubSamples(source, limit=12)
+        with pytest.raises(UserError, match="reset by peer"):
+            banks.open_bank("hub", "train")
+        assert not list((tmp_path / "cache").iterdir())
+    breaks_at(None)
+    assert len(data.HubSamples(source, limit=12)) == len(banks.open_bank("hub", "train")) == 12
+
 def test_rows_that_break_on_the_way(tmp_path, tokenizer, net):
     """Datasets are too big to look through before: the next good row takes a bad one's place."""
     chat = [dict(role="user", content="раз"), dict(role="assistant", content="два")]
@@ -419,6 +516,19 @@ def test_rows_that_break_on_the_way(tmp_path, tokenizer, net):
     assert batch["hopeless"] == 1 and batch["left_out"] == left_out and len(batch["micro"]) == 1
     only_long = data.Dataset([chats[1]], tokenizer, net.config, max_tokens=1)
     assert len(only_long[0, 0.0][1]) == 20 * data.RETRIES
+
+@pytest.mark.parametrize("text", [A, f"три {nb.TAG_PAIR}"])
+def test_a_placeholder_without_a_recording_is_left_out(text, tmp_path, tokenizer, net):
+    """In a system prompt, a question, an answer, of any turn: training takes the next row."""
+    roles = ["system", *["user", "assistant"] * 2]
+    chats = [[dict(role=role, content=text if i == bad else "раз") for i, role in enumerate(roles)]
+             for bad in range(6)]  # the last is good
+    datasets.Dataset.from_dict({"conversation": chats}).to_parquet(tmp_path / "chats.parquet")
+    pool = data.HubSamples(recipes.Source("owner/chats", conversation="conversation"), tmp_path)
+    item, left_out = data.Dataset(pool, tokenizer, net.config)[0, 0.0]
+    reason = "control token in the text"
+    assert left_out == [(reason, f"owner/chats/train:{i}", False) for i in range(5)]
+    assert item[0] == data.encode(pool[5], tokenizer, net.config)[0]
 
 def test_data_dir_takes_what_datasets_writes(hub, corpus, tmp_path):
     table, folder = recipes.open_source(BOOKS, hub), tmp_path / "audiofolder/ToneBooks/train"
