@@ -23,7 +23,6 @@ from support.cli import ArgumentParser, UserError, as_user_error, check_out, rep
 from support.recipes import TABLES
 
 # ---- What may happen
-
 @dataclass(frozen=True)
 class AugmentConfig:
     """Of each effect (probability, from, to, from, to, ...): the post's ranges, but all off."""
@@ -78,7 +77,6 @@ def extra(effect: tuple, rng: Generator) -> int:
     return round(sum(draw(effect, rng) or [0]))
 
 # ---- A clip's fate. Waves are float32 arrays at 16 kHz, of any length from one sample up.
-
 # A tape of Gaussian noise: drawing it anew would take as long as an FFT.
 TAPE = np.random.default_rng(0).standard_normal(60 * SAMPLE_RATE, np.float32)
 
@@ -188,7 +186,6 @@ class Augmenter:
         return torch.stack(new) if new else mels
 
 # ---- Listen
-
 def examples() -> dict[str, AugmentConfig]:
     """{name: config} of all there is to hear: each effect alone, each stage, each hard split."""
     alone = {f.name: (1, *f.default[1:]) for f in fields(AugmentConfig)

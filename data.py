@@ -86,7 +86,6 @@ def parse_row(row: dict, folder: str = "", evaluation: bool = False) -> Sample:
     return sample
 
 # ---- A pool: any sequence of samples. Pools are mixed for training (support/recipes.py)
-
 class HubSamples:
     """A dataset of the hub as a pool; a row is read when asked for, and named if it is a BadRow."""
     def __init__(self, source: recipes.Source, data_dir=None, limit: int | None = None):
@@ -129,7 +128,6 @@ def tiny_pool(name: str, n: int, seed: int, languages=("ru",)) -> list[Sample]:
     return [parse_row(row) for row in tiny.tiny_pool_rows(name, n, seed, languages)]
 
 # ---- From samples to batches
-
 def encode(sample, tokenizer, config, change=None, load=load_audio, max_windows=math.inf,
            max_tokens=math.inf, **limits):
     """-> ids; labels: the same where the assistant speaks, <|im_end|> included, and -100 elsewhere;

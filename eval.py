@@ -31,7 +31,6 @@ from support.cli import ArgumentParser, UserError, check_out, flag, run
 from support.rows import BadRows, load_audio
 
 # ---- Configuration: every field is a flag
-
 @dataclass
 class EvalConfig:
     ckpt: str = flag("out", "folder that train.py wrote, or any other checkpoint")
@@ -60,7 +59,6 @@ class EvalConfig:
     compare: list[str] | None = flag(None, "put evaluated runs into one table", nargs="+")
 
 # ---- Text, normalised: what is compared
-
 IGNORED = "\u0301'’ʼ`"  # the stress mark of за́мок, apostrophes
 
 def normalise(text: str) -> str:
@@ -80,7 +78,6 @@ def normalise_as_the_post(text: str) -> str:
 NORMALIZERS = {"default": normalise, "post": normalise_as_the_post}
 
 # ---- Errors of each utterance
-
 def edits(reference: str, hypothesis: str, align=jiwer.process_words) -> list[int]:
     """Two normalised texts -> substitutions, deletions, insertions, words of the reference."""
     pair = align(reference, hypothesis)  # the cheapest way to make one of the other
@@ -100,7 +97,6 @@ def grade(row: dict, task: str, normalizer: str) -> dict:
     return row | dict(reference_normalised=ref, hypothesis_normalised=hyp) | counts
 
 # ---- A figure, and how sure it is
-
 def percent(counts: np.ndarray) -> np.ndarray:
     """(..., n, k) -> (...): the first columns over the last, in percent; each summed first, as WER
     is all edits over all words. Not a number where nobody speaks."""
@@ -145,7 +141,6 @@ def assess(rows: list[dict], task: str) -> dict:
     return {"splits": results, f"avg_{main}": mean[main], f"avg_{main}_ci": mean[f"{main}_ci"]}
 
 # ---- Which utterances: {split: samples}
-
 def embedded_split(lang: str, name: str, n: int, seed: int) -> list:
     """n held-out sentences by held-out voices, see support/corpus.py; webinars and devices are the
     clean split with noise (some of it babble of these voices) and rooms never trained on."""
@@ -194,7 +189,6 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
     return splits
 
 # ---- Who answers: our model, greedily
-
 def native(model, max_new_tokens: int):
     """-> (samples, their waves) -> [(text, tokens generated, cut by the limit?)]"""
     def answer(samples, waves):

@@ -11,6 +11,7 @@ Letters for shapes [full size]: B batch, L sequence length, W windows in the bat
 tokens in a window [375], E encoder width [1280], D LLM width [2560], V vocabulary [151671].
 No import from the project: this file travels inside exported checkpoints as remote code.
 """
+import sys
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -82,7 +83,6 @@ class BorealisConfig(PretrainedConfig):  # which makes a dataclass of it
         return -(-self.encoder_config.max_source_positions // self.downsample_factor)
 
 # ---- from text and waveforms to what the network takes: one prompt builder, one window cutter
-
 def add_audio_tokens(tokenizer, tokens: tuple[str, ...] = (AUDIO, MARKER)):
     """Append our tokens: AUDIO and MARKER get the next ids, 151669 and 151670 in Qwen3; support/
     copies them into the config. Set our chat template: Qwen3's with thinking switched off."""
@@ -163,7 +163,6 @@ def log_mel(windows: list[torch.Tensor], config: BorealisConfig) -> torch.Tensor
     return extract(waves, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
 
 # ---- the network
-
 def downsample(x: torch.Tensor, k: int) -> torch.Tensor:
     """k neighbouring frames side by side, (W, T, E) -> (W, N, k*E), zero-padded to a multiple of k.
     A view, no convolution or average: nothing is lost, the adapter decides what to keep."""
@@ -180,8 +179,7 @@ class Adapter(nn.Module):
         kE = config.downsample_factor * config.encoder_config.d_model
         D, p = config.llm_config.hidden_size, config.adapter_dropout
         wide = int(D * config.adapter_expansion)
-        assert config.adapter in ("simple", "deep"), f"adapter {config.adapter!r}: simple or deep"
-        deep = config.adapter == "deep"
+        deep = dict(simple=False, deep=True)[config.adapter]
         self.w_in = nn.Linear(kE, D, bias=False)
         self.w_out = nn.Linear(D, D, bias=False)
         self.blocks = nn.ModuleList(
@@ -273,8 +271,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         targets = labels.flatten()[label_positions + 1]  # (n,) position t predicts token t+1
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         # Divided by the labels of the whole effective batch: see backward() in train.py.
-        loss /= num_items_in_batch or len(targets)
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+        return CausalLMOutputWithPast(loss / (num_items_in_batch or len(logits)), logits)
 
     def generate(self, audio=None, user_prompt=ASR_PROMPT, system_prompt=ASR_SYSTEM, **settings):
         """Answers -> new ids (B, <= max_new_tokens), padded at the end. Raises ValueError. audio:
@@ -323,6 +320,9 @@ def count(module: nn.Module, trained_only: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        print("error: to export: python -m support.export --ckpt out/ --to hf/", file=sys.stderr)
+        sys.exit(2)
     for adapter in ("simple", "deep"):
         with torch.device("meta"):  # shapes without memory
             model = BorealisForConditionalGeneration(BorealisConfig(adapter=adapter))

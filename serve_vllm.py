@@ -182,7 +182,6 @@ def register() -> None:  # also the entry point of pyproject.toml
 register()  # here, not in main(): the processes that vLLM starts run this file under another name
 
 # ---- Commands
-
 BATCH = 64  # recordings, and pieces of them
 
 @dataclass

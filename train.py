@@ -34,7 +34,6 @@ from support.rows import BadRows, usable
 from support.tiny import scratch_model
 
 # ---- Configuration: the defaults are the full-size run, a preset changes some, flags change any
-
 @dataclass
 class TrainConfig:
     preset: str = flag("ru_text_10pct", "one of the post's runs, or its tiny twin", choices=PRESETS)
@@ -90,7 +89,6 @@ class TrainConfig:
     log: str = flag("none", "besides metrics.jsonl", choices=["none", "wandb", "tensorboard"])
 
 # ---- Data and model
-
 def load_pools(cfg):
     """-> ({name: pool of samples}, their shares). Raises UserError."""
     shares = MIXES[cfg.mix] if cfg.mix else {"pretrain": 1}  # plain transcription
@@ -177,7 +175,6 @@ def load_data_and_model(cfg, rank, world, device):
     return model, dataset, data, shares
 
 # ---- The loop
-
 def learning_rate(cfg, step):
     """Linear warm-up, then a cosine from lr to min_lr * lr; step counts from 0."""
     warmup = max(1, round(cfg.warmup * cfg.steps))

@@ -78,7 +78,6 @@ def crop(tape: np.ndarray, rng: np.random.Generator, n: int) -> np.ndarray:
     return tape[start:start + n] if len(tape) >= n else np.resize(tape, n)
 
 # ---- Made here, the same every time
-
 def make_noises(voices: str, rng: np.random.Generator) -> list[np.ndarray]:
     """In turn: babble of 3 to 7 voices, each with nine utterances again and again; coloured noise
     (power falling as f^0 to f^-2); and coloured noise that swells and fades."""

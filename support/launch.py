@@ -17,7 +17,6 @@ from support.recipes import PRESETS, TWIN
 from support.storage import fingerprint, newest_step, steps_in
 
 # ---- Flags
-
 def parse_config(config: type, argv: list[str]):
     """Flags over preset (with --resume: over the run's configuration) over defaults -> a `config`
     of train.py; the word none switches off what may be None. Raises UserError."""

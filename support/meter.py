@@ -75,7 +75,6 @@ def plot_loss(rows: list[dict], path: Path):
         axis.legend(frameon=False)
 
 # ---- What full size needs
-
 KEPT = 66  # x D bytes that autograd keeps of a token in a layer, with LoRA; measured by a test
 
 def memory(model, tokens: int, labels: int, checkpoint: bool, ranks: int = 1) -> dict[str, float]:

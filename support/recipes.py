@@ -86,7 +86,6 @@ PRESETS["tiny_pretrain"] |= dict(lang="ru,en", steps=TINY["steps"])
 PRESETS["tiny_long_audio"] |= dict(max_windows=8)
 
 # ---- Reading a dataset. Who reads none need not wait 0.4 s for the import of `datasets`.
-
 def find_copy(source: Source, data_dir: str | Path) -> Path:
     """Where a dataset lies: data_dir may also be its owner's folder, or itself. Or UserError."""
     root, (owner, name) = Path(data_dir), source.hub.split("/")

@@ -63,7 +63,6 @@ def lock(out: Path):
                 out.rmdir()
 
 # ---- Writing
-
 class Saver:
     """Writes checkpoints in a thread, from a copy in CPU memory, while training goes on."""
 
@@ -139,7 +138,6 @@ def clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 # ---- Reading
-
 def restore_weights(out: str | Path, model: torch.nn.Module) -> None:
     """The newest checkpoint's tensors, into a model prepared as it was. Raises UserError."""
     folder = newest_step(out)
