@@ -198,7 +198,8 @@ class Dataset(torch.utils.data.Dataset):
         starts = range(0, len(items), self.batch_size)
         tokens = [len(ids) for ids, *_ in items]
         windows = [n for *_, lengths in items for n in lengths]
-        return dict(micro=[self.pad(items[i:i + self.batch_size]) for i in starts],
+        micro = [self.pad(items[i:i + self.batch_size]) for i in starts]
+        return dict(micro=micro, labels=sum(len(part["label_positions"]) for part in micro),
                     left_out=[row for _, left_out in dealt for row in left_out],
                     hopeless=len(dealt) - len(items), seconds=sum(windows) / SAMPLE_RATE,
                     windows=len(windows), tokens=sum(tokens), squares=sum(n * n for n in tokens))

@@ -91,16 +91,15 @@ class TrainConfig:
 # ---- Data and model
 def load_pools(cfg):
     """-> ({name: pool of samples}, their shares). Raises UserError."""
-    shares = MIXES[cfg.mix] if cfg.mix else {"pretrain": 1}  # plain transcription
-    if cfg.embedded:
-        pools = [tiny_pool(name, cfg.utterances, cfg.seed, cfg.lang.split(",")) for name in shares]
-    else:
-        pools = [Chain([HubSamples(source, cfg.data_dir, cfg.max_rows) for source in POOLS[name]])
-                 for name in shares]
-    for name, pool in zip(shares, pools, strict=True):
-        if not len(pool):
+    shares, pools = MIXES[cfg.mix] if cfg.mix else {"pretrain": 1}, {}  # plain transcription
+    for name in shares:
+        if cfg.embedded:
+            pools[name] = tiny_pool(name, cfg.utterances, cfg.seed, cfg.lang.split(","))
+        else:
+            pools[name] = Chain([HubSamples(s, cfg.data_dir, cfg.max_rows) for s in POOLS[name]])
+        if not len(pools[name]):
             raise UserError(f"the pool {name} is empty: its datasets have no fitting rows")
-    return dict(zip(shares, pools, strict=True)), list(shares.values())
+    return pools, list(shares.values())
 
 def make_augmenter(cfg, banks, samples: int):
     """-> the Augmenter of --curriculum, whose fractions of the run become epochs, None for none."""
@@ -224,8 +223,7 @@ def train(cfg: TrainConfig) -> int:
     rank, world, device = ranks.start_process(cfg)
     out, main_process = Path(cfg.out), rank == 0
     model, dataset, data, shares = load_data_and_model(cfg, rank, world, device)
-    sizes = [size for size, _ in data.values()]
-    net = wrap(cfg, model, world)
+    sizes, net = [size for size, _ in data.values()], wrap(cfg, model, world)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.dim() >= 2], weight_decay=cfg.weight_decay),
               dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
@@ -240,7 +238,7 @@ def train(cfg: TrainConfig) -> int:
         storage.clear(out)
     log, saver = Log(cfg, start) if main_process else Silent(), storage.Saver(out, cfg.keep, rank)
     bad, too_long = BadRows(cfg.strict), BadRows()  # left out; too many bad ones end the run
-    signals, stage, stopped = ranks.catch_signals(), None, False
+    signals, stage, stopped, diverged = ranks.catch_signals(), None, False, False
 
     for step in range(start, cfg.steps):
         began = time.perf_counter()
@@ -255,18 +253,13 @@ def train(cfg: TrainConfig) -> int:
             group["lr"] = lr
         batch = next(batches)  # this rank's micro-batches, rows left out, counts of tokens and more
         micro_batches, rows = batch.pop("micro"), batch.pop("left_out")
-        batch["labels"] = sum((part["labels"] != -100).sum().item() for part in micro_batches)
         total = ranks.all_sum(batch | dict(left_out=len(rows), stop=len(signals)), device)
         ranks.add_left_out(bad, too_long, rows, total, (step + 1 - start) * cfg.effective_batch)
         loss = backward(net, micro_batches, total["labels"], world, device)
         norm = ranks.clip_gradients(trained, cfg.grad_clip or math.inf)
-        if not math.isfinite(loss + norm):
-            saver.wait()
-            last = ["none", *storage.steps_in(out)][-1]
-            log.close()
-            log.note(f"error: training has diverged: loss {loss:g}, gradient norm {norm:g} at step "
-                     f"{step + 1}; last checkpoint: {last}. Try a lower --lr")
-            return 1
+        diverged = not math.isfinite(loss + norm)
+        if diverged:
+            break
         optimizer.step()
         optimizer.zero_grad(set_to_none=world == 1 or cfg.shard)  # see wrap
         log.write(dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm,
@@ -280,13 +273,17 @@ def train(cfg: TrainConfig) -> int:
 
     saver.wait()
     log.close()
-    if world > 1:
-        del net  # DDP must not be the last to hold the process group: its destructor can deadlock
-        dist.barrier()
-        dist.destroy_process_group()
+    del net  # DDP must not be the last to hold the process group: its destructor can deadlock
+    ranks.end_process()
     if main_process:
         for left_out in filter(None, [str(bad), str(too_long)]):
             print(f"left out, and replaced by the next rows: {left_out}", file=sys.stderr)
+    if diverged:
+        last = ["none", *storage.steps_in(out)][-1]
+        log.note(f"error: training has diverged: loss {loss:g}, gradient norm {norm:g} at step "
+                 f"{step + 1}; last checkpoint: {last}. Try a lower --lr")
+        return 1
+    if main_process:
         print(f"stopped at step {step + 1}, saved; go on with: python train.py --resume --out {out}"
               if stopped else f"done: {out} holds the model; next: python eval.py --ckpt {out}")
     return 130 if stopped and signal.SIGINT in signals else 0
@@ -294,7 +291,7 @@ def train(cfg: TrainConfig) -> int:
 def main() -> int:
     cfg = launch.parse_config(TrainConfig, sys.argv[1:])
     try:
-        with storage.lock(Path(cfg.out)):
+        with launch.lock(Path(cfg.out)):
             return train(cfg)
     except torch.cuda.OutOfMemoryError:
         raise UserError("GPU full: --grad_checkpoint, a lower --batch_size, --max_tokens") from None

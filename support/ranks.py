@@ -33,6 +33,11 @@ def start_process(cfg) -> tuple[int, int, torch.device]:
     torch.multiprocessing.set_sharing_strategy("file_system")
     return rank, world, device
 
+def end_process() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
 def pick_batch(cfg, model, device: torch.device, world: int) -> int:
     """--batch_size; by default as many rows of --max_tokens as fit the GPU, see meter.memory()."""
     if cfg.batch_size or device.type != "cuda":
@@ -87,11 +92,9 @@ def add_left_out(bad: BadRows, long: BadRows, rows: list[tuple], total: dict, se
 def catch_signals() -> list[int]:
     """-> a list that fills with Ctrl-C and SIGTERM as they come; a second Ctrl-C does not wait."""
     caught = []
-
     def remember(number, frame):
         caught.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
     signal.signal(signal.SIGINT, remember)
     signal.signal(signal.SIGTERM, remember)
     return caught

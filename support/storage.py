@@ -1,8 +1,6 @@
 """support/storage.py -- a run's folder: out/step-0000500, ..., each a checkpoint: model.safetensors
 has what trained (all, if it stands on no base), state.pt the optimizer, train_config.json the
 flags. Reading is strict, and unpickles nothing that could execute."""
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from support import lora
-from support.cli import UserError, as_user_error
+from support.cli import as_user_error
 
 def steps_in(out: str | Path) -> list[Path]:
     """A run's checkpoints, oldest first: real folders, named step- and digits. What else lies in
@@ -36,31 +34,6 @@ def newest_step(folder: str | Path) -> Path:
 # What a run and its evaluation write into --out, besides checkpoints.
 RESULTS = ("loss.png", "results.json", "report.md", "hypotheses.jsonl", "wer.png", "qa.png",
            "bigbench.png")
-
-@contextlib.contextmanager
-def lock(out: Path):
-    """Keep other processes out of a run's folder meanwhile. Raises UserError if one is there."""
-    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 does it for all
-        return (yield)
-    new, path = not out.exists(), out / ".lock"
-    out.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise UserError(f"process {file.read()} is writing into {out}: wait until it ends, or "
-                            "choose another --out") from None
-        except OSError:  # a file system without locks
-            pass
-        file.truncate(0)
-        print(os.getpid(), end="", file=file, flush=True)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            if new and not any(out.iterdir()):
-                out.rmdir()
 
 # ---- Writing
 class Saver:
@@ -96,7 +69,7 @@ class Saver:
 
     def wait(self) -> None:
         with as_user_error(f"cannot write to {self.out}: ", OSError, RuntimeError, SafetensorError,
-                           suffix=f"; --resume goes on from {newest_step(self.out).name}"):
+                           suffix="; make room, and go on with --resume"):
             if self.pending:
                 self.pending.result()
 
