@@ -291,7 +291,8 @@ def test_a_second_start_decodes_only_what_has_changed(tmp_path, monkeypatch, cap
         opened.clear()
         capsys.readouterr()
         cfg = launch.parse_config(Config, flags)
-        *_, sizes, _ = train.load_data_and_model(cfg, 0, 1, torch.device("cpu"))
+        *_, pools, _ = train.load_data_and_model(cfg, 0, 1, torch.device("cpu"))
+        sizes = [size for size, _ in pools.values()]
         said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
         return sizes, said, sorted(opened)
     first = start()
@@ -311,6 +312,18 @@ def test_a_second_start_decodes_only_what_has_changed(tmp_path, monkeypatch, cap
     verdicts.write_text("{")  # broken: as if there were none
     assert start() == anew and start() == (*anew[:2], [])
     assert start("--max_seconds", "8")[2] == anew[2]  # it decides how far a file is decoded
+
+def test_rows_are_checked_beside_threads(tmp_path, tokenizer, net, monkeypatch):
+    """transformers renders one chat at a time: in threads it raises, now and then."""
+    monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    chats, interval = [data.Sample("два", question="раз")] * 400, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        rows = data.Dataset(chats, tokenizer, net.config)
+        assert data.rows.usable(chats, rows, data.BadRows(), "m.jsonl") == chats
+    finally:
+        sys.setswitchinterval(interval)
 
 def test_what_a_row_becomes():
     said = data.parse_row({"audio": "a.wav", "text": " семь "}, "folder")

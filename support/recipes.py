@@ -144,7 +144,7 @@ def open_source(source: Source, data_dir: str | Path | None = None, limit: int |
             rows = cached(f"{Path(source.hub).name}.parquet", source, limit)
             if not rows.exists():
                 replace_file(rows, select(source, hub(streaming=True), limit).to_parquet)
-            return read_copy(source, rows)
+            return select(source, read_copy(source, rows), limit)
         return select(source, read_copy(source, place) if place else hub(), limit)
     except UserError:
         raise

@@ -413,8 +413,9 @@ def test_tokenizer_round_trip(tokenizer, tmp_path):
 
 BOOKS, TEXT = recipes.POOLS["ru_audio"][1], recipes.POOLS["text"][0]
 
-def test_rows_of_the_pools(hub):
+def test_rows_of_the_pools(hub, tmp_path, monkeypatch):
     """Columns arrive where they belong; filters come before a limit. A path can be a hub."""
+    monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path))
     def read(pool, number):
         return data.HubSamples(recipes.POOLS[pool][number], hub)
     asked, books, gemini, text = *(read("ru_audio", i) for i in range(3)), read("text", 0)
@@ -450,8 +451,8 @@ def counted(*args, streaming=False, **settings):
     streams.extend(args[:1] * streaming)
     return real(*args, streaming=streaming, **settings)
 datasets.load_dataset, banks.NOISE_DATASET = counted, sys.argv[2]
-for source, limit in ((1, 5), (1, 5), (1, 4), (0, 5)):
-    source = recipes.POOLS["ru_audio"][source]
+for pool, number, limit in [("ru_audio", 1, 5)] * 2 + [("ru_audio", 1, 4), ("pretrain", 9, 3)]:
+    source = recipes.POOLS[pool][number]
     pool = data.HubSamples(replace(source, hub=f"{sys.argv[1]}/{source.hub}"), limit=limit)
     print([(s.answer, len(data.load_audio(s.audio[0]))) for s in pool])
 for split in ("Musan", "Echo", "Musan"):
@@ -465,7 +466,7 @@ print(len(streams))
 def test_the_hub_is_streamed_once(hub, corpus, tmp_path, monkeypatch):
     """By the first process; the next one, and a second call, read what that left in the cache."""
     table = datasets.Dataset.from_dict({"audio": [clip(s) for s in corpus[:3]]})
-    table = table.cast_column("audio", datasets.Audio(decode=False))
+    table = table.cast_column("audio", datasets.Audio(16000))  # as published: it wants decoding
     for split in ("Musan", "Echo"):
         table.to_parquet(tmp_path / f"noise/data/{split}-00000-of-00001.parquet")
     env = os.environ | dict(NANOBOREALIS_CACHE=str(tmp_path / "cache"), PYTHONPATH=str(HERE))
@@ -474,6 +475,7 @@ def test_the_hub_is_streamed_once(hub, corpus, tmp_path, monkeypatch):
                      .stdout.splitlines() for _ in range(2))
     assert first[:-1] == second[:-1] and (first[-1], second[-1]) == ("5", "0")
     assert first[0] == first[1] == str([(s.answer, len(s.audio[0])) for s in corpus[:5]])
+    assert first[3] == str([(s.answer, len(s.audio[0])) for s in corpus[:7:3]])  # those with ru
     assert first[4] == first[6] and first[4].count("int16") == 3 == first[5].count("float32")
 
 def test_half_a_stream_is_not_kept(hub, tmp_path, monkeypatch):
@@ -486,8 +488,10 @@ def test_half_a_stream_is_not_kept(hub, tmp_path, monkeypatch):
             if i == n:
                 raise ConnectionError("reset by peer")
             return True
-        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: real(
-            *args, **settings).filter(check, with_indices=True, input_columns="text"))
+        def load_dataset(*args, **settings):
+            rows = real(*args, **settings).cast_column("audio", datasets.Audio(decode=False))
+            return rows.filter(check, with_indices=True, input_columns="text")
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for n in (0, 3):
         breaks_at(n)
         with pytest.raises(UserError, match="reset by peer"):
