@@ -1073,13 +1073,13 @@ def test_too_many_rows_left_out_stop_the_run():
     """5 % of unusable rows pass; rows that are only too long do no harm."""
     bad, long = ("not audio", "set:0", False), ("longer than 4 windows", "set:9", True)
     some, counts = dict(left_out=1, hopeless=0), [data.BadRows(), data.BadRows()]
-    launch.add_left_out(*counts, [bad] * 50 + [long] * 900, some, 1000)
+    ranks.add_left_out(*counts, [bad] * 50 + [long] * 900, some, 1000)
     with pytest.raises(UserError, match="51 of 1000 rows are unusable"):
-        launch.add_left_out(*counts, [bad], some, 1000)
+        ranks.add_left_out(*counts, [bad], some, 1000)
     with pytest.raises(UserError, match="50 rows in a row"):
-        launch.add_left_out(*counts, [bad], dict(left_out=1, hopeless=1), 9)
+        ranks.add_left_out(*counts, [bad], dict(left_out=1, hopeless=1), 9)
     with pytest.raises(UserError, match="--strict"):
-        launch.add_left_out(data.BadRows(True), data.BadRows(), [long, bad], some, 9)
+        ranks.add_left_out(data.BadRows(True), data.BadRows(), [long, bad], some, 9)
 
 # ---- eval.py: figures by hand, six splits, all the way from a checkpoint to a table
 @pytest.mark.parametrize("text, clean, posts", [

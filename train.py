@@ -50,7 +50,7 @@ class TrainConfig:
     rooms: str = flag("made", "impulse responses for it: made, hub, or a folder")
     max_tokens: int = flag(2048, "a longer row, audio included, is left out and counted", low=1)
     max_windows: int = flag(4, "so is a recording of more windows (30 s each)", low=1)
-    max_seconds: int = flag(3600, "and a longer one: decoding stops there", low=1)
+    max_seconds: int = flag(3600, "and a longer one, which is not decoded to its end", low=1)
     # model
     encoder: str = flag(ENCODER, "any Whisper, hub name or path")
     llm: str = flag(LLM, "any Qwen3, hub name or path")

@@ -20,7 +20,7 @@ from model import AUDIO, SAMPLE_RATE, TAG_PAIR, check_wave
 from support.cli import UserError, cache_dir, write_text
 
 MIN_SECONDS = 0.1        # shorter recordings hold no word
-MAX_SECONDS = 3600       # longer ones are not decoded to the end, by default
+MAX_SECONDS = 86_400     # where decoding stops, if nobody says otherwise; train.py says 3600
 MAX_BAD_SHARE = 0.05     # more unusable rows than this: the manifest is wrong, not a few files
 BLOCK = 1 << 14          # samples decoded at once, of all channels
 
