@@ -855,7 +855,7 @@ def test_a_failed_save_ends_the_run(manifest, tmp_path, monkeypatch, capsys):
     (out / "step-0000002").mkdir(parents=True)
     (out / "step-0000002/mine").touch()  # a folder in the way, and not empty
     flags = [*FAST, "--train_manifest", manifest, "--steps", 9, "--save_every", 1, "--overwrite"]
-    monkeypatch.setattr(storage, "clear", lambda out: None)
+    monkeypatch.setattr(storage.Saver, "clear", lambda _: None)
     code, _, err = exit_of(train.main, monkeypatch, capsys, *flags, "--out", out)
     assert is_one_line(code, err, "cannot write to"), err
 

@@ -234,9 +234,10 @@ def train(cfg: TrainConfig) -> int:
     schedule = Schedule(sizes, shares, cfg.seed, range(start, cfg.steps), cfg.effective_batch,
                         rank, world)
     batches = ranks.load(dataset, schedule, cfg.workers, pin_memory=device.type == "cuda")
+    saver = storage.Saver(out, cfg.keep, rank)
     if main_process and cfg.overwrite and not cfg.resume:
-        storage.clear(out)
-    log, saver = Log(cfg, start) if main_process else Silent(), storage.Saver(out, cfg.keep, rank)
+        saver.clear()
+    log = Log(cfg, start) if main_process else Silent()
     bad, too_long = BadRows(cfg.strict), BadRows()  # left out; too many bad ones end the run
     signals, stage, stopped, diverged = ranks.catch_signals(), None, False, False
 
@@ -271,7 +272,7 @@ def train(cfg: TrainConfig) -> int:
         if stopped:
             break
 
-    saver.wait()
+    saver.close()
     log.close()
     del net  # DDP must not be the last to hold the process group: its destructor can deadlock
     ranks.end_process()
@@ -289,10 +290,8 @@ def train(cfg: TrainConfig) -> int:
     return 130 if stopped and signal.SIGINT in signals else 0
 
 def main() -> int:
-    cfg = launch.parse_config(TrainConfig, sys.argv[1:])
     try:
-        with launch.lock(Path(cfg.out)):
-            return train(cfg)
+        return train(launch.parse_config(TrainConfig, sys.argv[1:]))
     except torch.cuda.OutOfMemoryError:
         raise UserError("GPU full: --grad_checkpoint, a lower --batch_size, --max_tokens") from None
 

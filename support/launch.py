@@ -1,6 +1,4 @@
 """support/launch.py -- before the loop of train.py: flags, and the model that a run starts from."""
-import contextlib
-import fcntl
 import itertools
 import math
 import os
@@ -77,31 +75,6 @@ def stage_starts(cfg) -> list[float]:
         raise UserError("--curriculum: none, or where in the run its 4 stages start, as ascending "
                         "fractions from 0: 0,0.2,0.5,0.8")
     return starts
-
-@contextlib.contextmanager
-def lock(out: Path):
-    """Keep other processes out of a run's folder meanwhile. Raises UserError if one is there."""
-    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 does it for all
-        return (yield)
-    new, path = not out.exists(), out / ".lock"
-    out.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise UserError(f"process {file.read()} is writing into {out}: wait until it ends, or "
-                            "choose another --out") from None
-        except OSError:  # a file system without locks
-            pass
-        file.truncate(0)
-        print(os.getpid(), end="", file=file, flush=True)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            if new and not any(out.iterdir()):
-                out.rmdir()
 
 def check_models(cfg) -> None:
     """See that what load_start() will load is there, from configs alone. Raises UserError."""

@@ -1,6 +1,7 @@
 """support/storage.py -- a run's folder: out/step-0000500, ..., each a checkpoint: model.safetensors
 has what trained (all, if it stands on no base), state.pt the optimizer, train_config.json the
 flags. Reading is strict, and unpickles nothing that could execute."""
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from support import lora
-from support.cli import as_user_error
+from support.cli import UserError, as_user_error
 
 def steps_in(out: str | Path) -> list[Path]:
     """A run's checkpoints, oldest first: real folders, named step- and digits. What else lies in
@@ -37,11 +38,27 @@ RESULTS = ("loss.png", "results.json", "report.md", "hypotheses.jsonl", "wer.png
 
 # ---- Writing
 class Saver:
-    """Writes checkpoints in a thread, from a copy in CPU memory, while training goes on."""
-
+    """Writes checkpoints in a thread, from a copy in CPU memory, while training goes on. Only one
+    process may write into a folder: UserError."""
     def __init__(self, out: Path, keep: int, rank: int):
         self.out, self.keep, self.rank = out, keep, rank
         self.thread, self.pending, self.buffers = ThreadPoolExecutor(1), None, {}
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # unlocks when we end
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                other = os.read(self.lock, 99).decode().strip()
+                raise UserError(f"process {other} is writing into {out}: wait until it ends, or "
+                                "choose another --out") from None
+            os.write(self.lock, f"{os.getpid():<20}".encode())
+
+    def clear(self) -> None:
+        """Delete what an earlier run and its evaluation have left, and nothing else."""
+        prune(steps_in(self.out))
+        for name in RESULTS:
+            (self.out / name).unlink(missing_ok=True)
 
     def copy(self, key, x: torch.Tensor) -> torch.Tensor | None:
         """All ranks gather what is sharded; rank 0 copies it, each time to the same memory (pinned,
@@ -73,6 +90,12 @@ class Saver:
             if self.pending:
                 self.pending.result()
 
+    def close(self) -> None:
+        self.wait()
+        if self.rank == 0:
+            os.remove(self.out / ".lock")
+            os.close(self.lock)
+
     def write(self, model, tensors: dict, state: dict, config: dict, also) -> None:
         """out/step-0000500, whole or not there at all; of the old ones the newest `keep` stay."""
         fresh = self.out / ".new-step"
@@ -103,12 +126,6 @@ def prune(folders: list[Path]) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(old, doomed)
         shutil.rmtree(doomed)
-
-def clear(out: Path) -> None:
-    """Delete what an earlier run and its evaluation have left, and nothing else."""
-    prune(steps_in(out))
-    for name in RESULTS:
-        (out / name).unlink(missing_ok=True)
 
 # ---- Reading
 def restore_weights(out: str | Path, model: torch.nn.Module) -> None:
