@@ -29,6 +29,7 @@ from model import ENCODER, LLM
 from support import banks, checkpoint, compare, corpus, decoding, recipes, report, systems, tasks
 from support.cli import ArgumentParser, UserError, check_out, flag, run
 from support.rows import BadRows, load_audio
+from support.storage import fingerprint
 
 # ---- Configuration: every field is a flag
 @dataclass
@@ -237,6 +238,8 @@ def main():
     load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)
     early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
     ours = systems.open_ours(cfg, native, name, device)
+    weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
+    facts = dict(step=trained_on.get("step"), weights=weights)
     splits = early or load()
     asked = [ours, *systems.open_baseline(cfg, name, trained_on.get("lang"), device)]
     answers = systems.answer_all(cfg, asked, splits, out)  # {system: rows}
@@ -249,7 +252,7 @@ def main():
         if cfg.task == "asr" and cfg.normalizer != "default":
             own = [grade(r, "asr", "default") for r in own]
             more[f"{name}, default normaliser"] = assess(own, "asr")
-    code = report.write_results(out, rows, results, more, cfg, trained_on.get("step"))
+    code = report.write_results(out, rows, results, more, cfg, facts)
     for system in asked:
         for part in system.parts(out):
             part.unlink()  # hypotheses.jsonl has it all

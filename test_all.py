@@ -884,6 +884,22 @@ def test_pretrain_on_stand_ins(manifest, parts, tmp_path, monkeypatch, capsys):
     wave = data.load_audio(str(Path(manifest).parent / "1.wav"))
     assert said == net.decode(net.generate(wave, max_new_tokens=5)[0])  # Qwen3's sampling is off
 
+def test_a_model_card_shows_the_wer_of_its_own_step(four, tmp_path, monkeypatch, capsys):
+    def card(where, name):
+        export.export(where, tmp_path / name)
+        return (tmp_path / name / "README.md").read_text()
+    out, table = tmp_path / "out", "| WER % "
+    train_now(monkeypatch, *FAST, "--train_manifest", four, "--steps", 3, "--effective_batch", 5,
+              "--save_every", 1, "--keep", 0, "--out", out)
+    last = storage.newest_step(out).rename(tmp_path / "later")
+    evaluate(monkeypatch, capsys, out, "--manifest", four, "--max_new_tokens", 5)  # step 2
+    assert table in card(out, "a") and table in card(out / "step-0000002", "b")
+    assert table not in card(out / "step-0000001", "c")
+    last.rename(out / "step-0000003")
+    assert table not in card(out, "d") and "step-0000003" not in card(out, "e")
+    evaluate(monkeypatch, capsys, tmp_path / "a", "--manifest", four, "--max_new_tokens", 5)
+    assert table in card(tmp_path / "a", "f")
+
 def test_learns_a_manifest_by_heart(four, tmp_path, monkeypatch, capsys):
     """From noise to zero errors: gradients reach every part, and eval.py sees what was trained."""
     train_now(monkeypatch, *FAST, "--train_manifest", four, "--steps", 60, "--effective_batch", 5,

@@ -17,8 +17,10 @@ from model import ENCODER, LLM, SAMPLE_RATE
 from support import lora
 from support.checkpoint import find_checkpoint, load_checkpoint, read_json
 from support.cli import ArgumentParser, UserError, as_user_error, run
+from support.storage import fingerprint
 
-PRIVATE = {"out", "data_dir", "train_manifest", "device", "workers", "save_every", "keep", "log"}
+PRIVATE = {"out", "data", "data_dir", "train_manifest", "device", "workers", "save_every", "keep",
+           "log"}
 
 def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None = None):
     """Write the folder `to`, whole or not at all -> the model. Raises ValueError or OSError."""
@@ -67,8 +69,8 @@ def model_card(model, source: Path, title: str) -> str:
 def scores(source: Path) -> str:
     """What eval.py found, as text: results.json beside the checkpoint, or else above it."""
     results = read_json(source / "results.json") or read_json(source.parent / "results.json")
-    if not results or results.get("task", "asr") != "asr":
-        return "Not evaluated yet."
+    if results.get("weights") != fingerprint(source) or results["task"] != "asr":
+        return "Not evaluated yet."  # but maybe another step was
     runs = {results["run"]: results} | results.get("others", {})
     rows = [[run, *(split["wer"] for split in r["splits"].values()), r["avg_wer"]]
             for run, r in runs.items()]

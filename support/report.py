@@ -136,13 +136,13 @@ def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
 
-def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, step: int | None) -> int:
+def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: dict) -> int:
     """{system: graded rows}, ours first; {system: assessed}; more of them, for the overview only.
     Writes all files, prints the short version -> exit code, 1 if all failed."""
     name, task = next(iter(rows)), cfg.task
     lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in sum(rows.values(), [])]
     write_text(out / "hypotheses.jsonl", "".join(lines))
-    result = dict(run=name, step=step, task=task, normalizer=cfg.normalizer,
+    result = dict(run=name, **facts, task=task, normalizer=cfg.normalizer,
                   settings={k: str(v) for k, v in vars(cfg).items() if v}, **systems[name],
                   others={k: v for k, v in systems.items() if k != name})
     write_text(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False))
