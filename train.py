@@ -44,8 +44,7 @@ class TrainConfig:
     embedded: bool = flag(False, "speak the mix's pools (espeak-ng) instead of using the hub")
     lang: str = flag("ru", "of the embedded corpus", choices=["ru", "en", "ru,en", "en,ru"])
     utterances: int = flag(12000, "spoken by the embedded corpus for each pool", low=1)
-    curriculum: str = flag("none", "where in the run the four stages of augment.py start, as "
-                           "fractions: 0,0.2,0.5,0.8; or none")
+    curriculum: str = flag("none", "fractions of the run where augment.py's stages start, or none")
     noise: str = flag("made", "for the curriculum: made, hub, or a folder of recordings")
     rooms: str = flag("made", "impulse responses for it: made, hub, or a folder")
     max_tokens: int = flag(2048, "a longer row, audio included, is left out and counted", low=1)
@@ -77,8 +76,7 @@ class TrainConfig:
     overwrite: bool = flag(False, "start anew although --out holds a run")
     strict: bool = flag(False, "stop at the first unusable row instead of counting it")
     data_dir: str | None = flag(None, "local copies of the hub's repositories, at owner/name")
-    batch_size: int | None = flag(None, "samples taken at once; default: what surely fits the GPU; "
-                                  "it changes speed, not the loss", low=1)
+    batch_size: int | None = flag(None, "samples at once; default: what fits the GPU", low=1)
     device: str = flag("auto", "where to compute", choices=["cpu", "cuda", "auto"])
     workers: int = flag(4, "processes a GPU that decode audio", low=0)
     grad_checkpoint: bool = flag(False, "a third more compute, far less memory")

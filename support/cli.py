@@ -34,13 +34,9 @@ def run(main) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        try:
-            print(flush=True)  # an unbuffered stream has nothing left to flush
-        except BrokenPipeError:  # whoever reads our output has had enough, as in "| head"
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        raise  # some other pipe
+    except BrokenPipeError:  # whoever reads our output has had enough, as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 def first_line(e: Exception) -> str:
     """The first line of an exception's message, or its type where it has none."""
