@@ -14,7 +14,7 @@ from vllm.entrypoints.speech_to_text.transcription import api_router
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, audio
 
 from model import SAMPLE_RATE
-from support.cli import UserError, first_line
+from support.cli import UserError, as_user_error
 from support.pauses import from_pcm, in_real_time
 from support.rows import load_audio
 
@@ -33,12 +33,10 @@ def decode(data: bytes) -> torch.Tensor:
 
 def listen(source: str):
     """A file, or "-": raw PCM on standard input -> arrays as they come in. UserError at once."""
-    try:
+    with as_user_error(f"--live {source}: ", ValueError, OSError):
         if source == "-":  # Python cannot exit while a thread reads sys.stdin
             return from_pcm(open(0, "rb", closefd=False))
         return in_real_time(decode(Path(source).read_bytes()))
-    except (ValueError, OSError) as e:
-        raise UserError(f"--live {source}: {first_line(e)}") from None
 
 def find_recordings(places: list[str]) -> list[Path]:
     """Files, and folders of files -> files. Raises UserError."""
@@ -61,7 +59,6 @@ audio.load_audio = serving.load_audio = load_audio_for_vllm  # in messages; in t
 @MEDIA_CONNECTOR_REGISTRY.register("borealis")
 class Recordings(MediaConnector):
     """data: URLs, http only from --allowed-media-domains: vLLM's own would fetch from anywhere."""
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.allowed_media_domains = self.allowed_media_domains or ["data-urls-only.invalid"]
