@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from model import SAMPLE_RATE
-from support.cli import UserError, first_line, replace_file
+from support.cli import UserError, as_user_error, replace_file
 from support.corpus import CHUNK, embedded_rows
 from support.recipes import NOISE_DATASET
 from support.rows import BadRow, BadRows, cached, load_audio
@@ -65,12 +65,10 @@ def recordings(source: str, split: str):
                 yield path.name, str(path)
         return
     import datasets  # see support/recipes.py
-    try:
+    with as_user_error(f"{NOISE_DATASET}: ", Exception, suffix="; give a folder of audio"):
         table = datasets.load_dataset(NOISE_DATASET, split=split, streaming=True)
         for i, row in enumerate(table.cast_column("audio", datasets.Audio(decode=False))):
-            yield f"{split}/{i}", row["audio"]["bytes"]
-    except Exception as e:  # the hub fails in many ways, at any row
-        raise UserError(f"{NOISE_DATASET}: {first_line(e)}; give a folder of audio") from None
+            yield f"{split}/{i}", row["audio"]["bytes"]  # the hub fails in many ways, at any row
 
 def crop(tape: np.ndarray, rng: np.random.Generator, n: int) -> np.ndarray:
     """n samples from a random place on; a shorter tape starts again."""
