@@ -56,8 +56,7 @@ def check_part(where: str, cls: type) -> None:
         raise ValueError(f"{where} is a {kind} model, not {cls.config_class.model_type}")
 
 def check_start(where, encoder: str, llm: str) -> None:
-    """Is there all that load_checkpoint (without `where`, from_parts) would load? Only configs are
-    read. Raises ValueError or OSError."""
+    """Is all there that load_checkpoint (or from_parts) loads? By configs. ValueError, OSError."""
     folder = where and find_checkpoint(where, ["*.json"])
     config = folder and read_config(folder)
     if folder and Path(where).exists():
@@ -88,9 +87,8 @@ def from_parts(encoder: str, llm: str, dtype: torch.dtype | None = None, **confi
     known = min(len(tokenizer) - 2, qwen.config.vocab_size)
     qwen.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # from 151,936 to 151,671
     for module in (qwen.get_input_embeddings(), qwen.get_output_embeddings()):
-        with torch.no_grad():  # no random rows: a checkpoint need not hold what was not trained
-            mean = module.weight[:known].float().mean(0)
-            module.weight[known:] = mean.to(module.weight.dtype)
+        table = module.weight.data  # no random rows: a checkpoint need not hold what did not train
+        table[known:] = table[:known].float().mean(0)
     audio, marker, pad = tokenizer.convert_tokens_to_ids([AUDIO, MARKER, "<|endoftext|>"])
     qwen.config.pad_token_id = pad  # Qwen3's own config names none
     model = Borealis(BorealisConfig(
