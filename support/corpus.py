@@ -15,8 +15,7 @@ import torch
 from tqdm import tqdm
 
 from model import SAMPLE_RATE
-from support.cli import cache_dir, replace_file
-from support.rows import load_audio, resampler
+from support import cli, rows
 
 DATA = json.loads(Path(__file__).with_name("grammar.json").read_text(encoding="utf-8"))
 GRAMMAR = DATA["grammar"]  # of each language: name -> alternatives, in which {name} draws another
@@ -111,20 +110,20 @@ def synthesise(job: tuple) -> None:
         for part in parts:
             pause = rng.randrange(3000, 8000) if pieces else rng.randrange(SAMPLE_RATE // 10)
             level = 10 ** (rng.uniform(-9, 0) / 20) if len(parts) > 1 else 1
-            wave = load_audio(say(part, f"{lang}+{voice}", speed, pitch))
-            pieces += [torch.zeros(pause), level * resampler(rate, SAMPLE_RATE)(wave)]
+            wave = rows.load_audio(say(part, f"{lang}+{voice}", speed, pitch))
+            pieces += [torch.zeros(pause), level * rows.resampler(rate, SAMPLE_RATE)(wave)]
         texts.append(" ".join(parts))
         clip = torch.cat(pieces).clamp(-1, 1) * 32767
         clips.append(clip.round().to(torch.int16).numpy())
     sound = dict(pcm=np.concatenate(clips), ends=np.cumsum([len(clip) for clip in clips]))
-    replace_file(path, lambda tmp: np.savez(tmp, **sound, texts=texts, voices=voices))
+    cli.replace_file(path, lambda tmp: np.savez(tmp, **sound, texts=texts, voices=voices))
 
 def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
     """The first n rows of "train" or of one of EVAL_SPLITS, spoken now or read from the cache."""
     shares = [SENTENCE_SHARE, TRAIN_MANNERS[1]]
     recipe = [GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, *shares, CHUNK, 2]  # 2: of synthesise
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
-    folder = cache_dir() / f"{lang}-{seed}-{digest}"
+    folder = cli.cache_dir() / f"{lang}-{seed}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{split}-{k:03d}.npz" for k in range(-(-n // CHUNK))]
     jobs = [(lang, split, k, seed, str(p)) for k, p in enumerate(paths) if not p.exists()]
@@ -133,11 +132,11 @@ def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
         with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
             list(tqdm(pool.imap_unordered(synthesise, jobs), f"speaking {lang} {split}", len(jobs),
                       unit_scale=CHUNK, unit=" utterances"))
-    rows = []
+    spoken = []
     for path in paths:
         with np.load(path) as chunk:  # allow_pickle stays False
             clips = np.split(chunk["pcm"], chunk["ends"][:-1])
             for clip, text, voice in zip(clips, chunk["texts"], chunk["voices"], strict=True):
-                name = f"{lang}-{split}/{len(rows)}/{voice}"
-                rows.append({"audio": clip, "text": str(text), "name": name})
-    return rows[:n]
+                name = f"{lang}-{split}/{len(spoken)}/{voice}"
+                spoken.append({"audio": clip, "text": str(text), "name": name})
+    return spoken[:n]
