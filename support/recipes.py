@@ -106,8 +106,7 @@ def read_copy(source: Source, place: Path):
         return read(place)
     for folder in (place / source.split, place / "data", place):
         for path in sorted(folder.glob("metadata.*")):
-            return read(path).map(lambda name, folder=folder: {source.audio: str(folder / name)},
-                                  input_columns="file_name")
+            return read(path).map(lambda r, at=folder: {source.audio: str(at / r["file_name"])})
     if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
         table = load_from_disk(place)
         return table[source.split] if isinstance(table, dict) else table
