@@ -33,10 +33,9 @@ def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> lis
     forced = f"<|{language}|>"
     if forced not in vocabulary or getattr(settings, "is_multilingual", None) is False:
         raise UserError(f"--baseline {where} lacks {forced}: name a multilingual Whisper")
-    lacking = dict(  # in an old generation_config.json
-        is_multilingual=True, lang_to_id={forced: vocabulary[forced]},
-        task_to_id={"transcribe": vocabulary.get("<|transcribe|>")},
-        no_timestamps_token_id=vocabulary.get("<|notimestamps|>"))
+    lacking = dict(is_multilingual=True, lang_to_id={forced: vocabulary[forced]},  # in old files
+                   task_to_id={"transcribe": vocabulary.get("<|transcribe|>")},
+                   no_timestamps_token_id=vocabulary.get("<|notimestamps|>"))
     vars(settings).update({k: v for k, v in lacking.items() if getattr(settings, k, None) is None})
     ends = [model.config.eos_token_id, settings.eos_token_id, settings.pad_token_id]
     most = min(cfg.max_new_tokens, model.config.max_target_positions - 4)  # 4: of its prompt
@@ -56,13 +55,12 @@ def open_ours(cfg, native, name: str, device: torch.device) -> System:
     """The checkpoint. native: (model, max_new_tokens) -> answer(), our own. Raises UserError."""
     if cfg.engine == "vllm":
         from support.engine import Offline
-        answer = Offline(cfg.ckpt, cfg.max_new_tokens, cfg.encoder, cfg.llm)
-        config = answer.config
+        answer = model = Offline(cfg.ckpt, cfg.max_new_tokens, cfg.encoder, cfg.llm)
     else:
         model = load_model(cfg.ckpt, device, cfg.encoder, cfg.llm)
-        answer, config = native(model, cfg.max_new_tokens), model.config
+        answer = native(model, cfg.max_new_tokens)
     if cfg.chunk == "vad":
-        answer = in_pieces(answer, config.window_samples, cfg.batch_size)
+        answer = in_pieces(answer, model.config.window_samples, cfg.batch_size)
     return System(name, answer, (digest_model(cfg.ckpt), cfg.encoder, cfg.llm, cfg.task,
                                  cfg.max_new_tokens, cfg.chunk, cfg.engine, device.type))
 
