@@ -14,9 +14,8 @@ from vllm.entrypoints.speech_to_text.transcription import api_router
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, audio
 
 from model import SAMPLE_RATE
+from support import pauses, rows
 from support.cli import UserError, as_user_error
-from support.pauses import from_pcm, in_real_time
-from support.rows import load_audio
 
 LIMIT = "BOREALIS_MAX_AUDIO_SECONDS"  # in the environment, which reaches all of vLLM's processes
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -29,14 +28,14 @@ def max_audio_seconds() -> float:
 
 def decode(data: bytes) -> torch.Tensor:
     """A file's bytes -> (samples,) float32 at 16 kHz. Raises ValueError."""
-    return load_audio(data, silence=True, max_seconds=max_audio_seconds())
+    return rows.load_audio(data, silence=True, max_seconds=max_audio_seconds())
 
 def listen(source: str):
     """A file, or "-": raw PCM on standard input -> arrays as they come in. UserError at once."""
     with as_user_error(f"--live {source}: ", ValueError, OSError):
         if source == "-":  # Python cannot exit while a thread reads sys.stdin
-            return from_pcm(open(0, "rb", closefd=False))
-        return in_real_time(decode(Path(source).read_bytes()))
+            return pauses.from_pcm(open(0, "rb", closefd=False))
+        return pauses.in_real_time(decode(Path(source).read_bytes()))
 
 def find_recordings(places: list[str]) -> list[Path]:
     """Files, and folders of files -> files. Raises UserError."""
