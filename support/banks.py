@@ -10,10 +10,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from model import SAMPLE_RATE
-from support.cli import UserError, first_line, replace_file
-from support.corpus import CHUNK, embedded_rows
+from support import corpus, rows
+from support.cli import UserError, as_user_error, replace_file
 from support.recipes import NOISE_DATASET
-from support.rows import BadRow, BadRows, cached, load_audio
 
 LONGEST = 8 * 3600 * SAMPLE_RATE  # a bank is in memory: int16, 920 MB
 CLIP = 10 * SAMPLE_RATE           # so much of each recording
@@ -29,16 +28,16 @@ def open_bank(source: str, split: str, voices: str = "train") -> list[np.ndarray
     if source == "made":
         rng = np.random.default_rng([rooms, voices == "train"])
         return make_rooms(rng) if rooms else make_noises(voices, rng)
-    bank = cached(f"{split}.safetensors", NOISE_DATASET, CLIP, LONGEST)
+    bank = rows.cached(f"{split}.safetensors", NOISE_DATASET, CLIP, LONGEST)
     if source == "hub" and bank.exists():  # all processes map one file
         return [clip.numpy() for _, clip in sorted(load_file(bank).items())]
-    clips, bad, total, samples = [], BadRows(), 0, 0
+    clips, bad, total, samples = [], rows.BadRows(), 0, 0
     for total, (name, audio) in enumerate(recordings(source, split), 1):
         try:
-            wave = load_audio(audio, min_seconds=0, max_seconds=np.inf).numpy()[:CLIP]
+            wave = rows.load_audio(audio, min_seconds=0, max_seconds=np.inf).numpy()[:CLIP]
             clips.append(as_room(wave) if rooms else (wave * 32767).astype(np.int16))
             samples += len(clips[-1])
-        except BadRow as e:
+        except rows.BadRow as e:
             bad.add(str(e), name)
         if samples > LONGEST:
             print(f"{source}: the first {total} recordings, 8 hours, are used", file=sys.stderr)
@@ -47,8 +46,7 @@ def open_bank(source: str, split: str, voices: str = "train") -> list[np.ndarray
     if not clips:
         raise UserError(f"no audio in {source}: give a folder of audio, hub, or made")
     if source == "hub":
-        named = {f"{i:06}": clip for i, clip in enumerate(clips)}
-        replace_file(bank, lambda tmp: save_file(named, tmp))
+        replace_file(bank, lambda tmp: save_file({f"{i:06}": x for i, x in enumerate(clips)}, tmp))
     return clips
 
 def check_source(source: str) -> None:
@@ -65,12 +63,10 @@ def recordings(source: str, split: str):
                 yield path.name, str(path)
         return
     import datasets  # see support/recipes.py
-    try:
+    with as_user_error(f"{NOISE_DATASET}: ", Exception, suffix="; give a folder of audio"):
         table = datasets.load_dataset(NOISE_DATASET, split=split, streaming=True)
         for i, row in enumerate(table.cast_column("audio", datasets.Audio(decode=False))):
-            yield f"{split}/{i}", row["audio"]["bytes"]
-    except Exception as e:  # the hub fails in many ways, at any row
-        raise UserError(f"{NOISE_DATASET}: {first_line(e)}; give a folder of audio") from None
+            yield f"{split}/{i}", row["audio"]["bytes"]  # the hub fails in many ways, at any row
 
 def crop(tape: np.ndarray, rng: np.random.Generator, n: int) -> np.ndarray:
     """n samples from a random place on; a shorter tape starts again."""
@@ -81,7 +77,7 @@ def crop(tape: np.ndarray, rng: np.random.Generator, n: int) -> np.ndarray:
 def make_noises(voices: str, rng: np.random.Generator) -> list[np.ndarray]:
     """In turn: babble of 3 to 7 voices, each with nine utterances again and again; coloured noise
     (power falling as f^0 to f^-2); and coloured noise that swells and fades."""
-    clips, speech = [], embedded_rows("ru", voices, CHUNK)
+    clips, speech = [], corpus.embedded_rows("ru", voices, corpus.CHUNK)
     def voice():
         nine = [speech[i]["audio"] for i in rng.integers(len(speech), size=9)]
         return np.resize(np.concatenate(nine), CLIP).astype(np.float32)

@@ -6,33 +6,23 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+import transformers as hf
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, WhisperConfig, WhisperModel
-from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 from model import AUDIO, ENCODER, LLM, MARKER, BorealisConfig, add_audio_tokens
 from model import BorealisForConditionalGeneration as Borealis
-from support import lora
+from support import lora, storage
 from support.cli import as_user_error
-from support.storage import (
-    check_state_dict,
-    fingerprint,
-    load_stored,
-    newest_step,
-    read_weights,
-    weight_files,
-)
 
 EMBEDDINGS = "llm.model.embed_tokens.weight"
 END = "<|end_of_audio|>"  # ends a recording in the original's checkpoints, where ours have MARKER
-
 FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.py")
 
 def find_checkpoint(where: str | Path, files=FILES) -> Path:
     """A run's folder, any other folder, or owner/name on the hub -> the folder with its files."""
     hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(where))
     if Path(where).parent.exists() or not hub_name:
-        return newest_step(where)
+        return storage.newest_step(where)
     try:
         return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=[*files]))
     except Exception as e:  # it fails in many ways, and none of them is ours
@@ -55,26 +45,25 @@ def read_config(folder: Path) -> BorealisConfig | None:
     """A checkpoint's config.json, None if there is none or it is not ours. Raises ValueError."""
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
-    if kind != BorealisConfig.model_type and kind in CONFIG_MAPPING:
+    if kind != BorealisConfig.model_type and kind in hf.CONFIG_MAPPING:
         raise ValueError(f"{folder} holds a {kind} model, not a Borealis")
     return BorealisConfig.from_pretrained(folder) if "encoder_config" in settings else None
 
 def check_part(where: str, cls: type) -> None:
     """Is there a model of this class, by its config? Raises ValueError or OSError."""
-    kind = AutoConfig.from_pretrained(where).model_type
+    kind = hf.AutoConfig.from_pretrained(where).model_type
     if kind != cls.config_class.model_type:
         raise ValueError(f"{where} is a {kind} model, not {cls.config_class.model_type}")
 
 def check_start(where, encoder: str, llm: str) -> None:
-    """Is there all that load_checkpoint (without `where`, from_parts) would load? Only configs are
-    read. Raises ValueError or OSError."""
+    """Is all there that load_checkpoint (or from_parts) loads? By configs. ValueError, OSError."""
     folder = where and find_checkpoint(where, ["*.json"])
     config = folder and read_config(folder)
     if folder and Path(where).exists():
-        weight_files(folder)
+        storage.weight_files(folder)
     if not config:
-        check_part(encoder, WhisperModel)
-        check_part(llm, Qwen3ForCausalLM)
+        check_part(encoder, hf.WhisperModel)
+        check_part(llm, hf.Qwen3ForCausalLM)
     elif config.base:
         base = find_base(folder, config)
         check_start(base["checkpoint"], base["encoder"], base["llm"])
@@ -87,20 +76,19 @@ def load_part(cls: type, where: str, **settings):
     except SafetensorError as e:
         raise ValueError(f"the weights in {where} are broken: {e}") from None
     extra = [key for key in info["unexpected_keys"] if not key.startswith("proj_out.")]
-    check_state_dict(where, missing_keys=info["missing_keys"], unexpected_keys=extra)
+    storage.check_state_dict(where, missing_keys=info["missing_keys"], unexpected_keys=extra)
     return model
 
 def from_parts(encoder: str, llm: str, dtype: torch.dtype | None = None, **config) -> Borealis:
     """Whisper and Qwen3, by hub name or folder, with a fresh adapter. config: more fields of it."""
-    tokenizer = add_audio_tokens(AutoTokenizer.from_pretrained(llm))
-    whisper = load_part(WhisperModel, encoder, dtype=dtype or "auto").encoder
-    qwen = load_part(Qwen3ForCausalLM, llm, dtype=dtype or "auto")
+    tokenizer = add_audio_tokens(hf.AutoTokenizer.from_pretrained(llm))
+    whisper = load_part(hf.WhisperModel, encoder, dtype=dtype or "auto").encoder
+    qwen = load_part(hf.Qwen3ForCausalLM, llm, dtype=dtype or "auto")
     known = min(len(tokenizer) - 2, qwen.config.vocab_size)
     qwen.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # from 151,936 to 151,671
     for module in (qwen.get_input_embeddings(), qwen.get_output_embeddings()):
-        with torch.no_grad():  # no random rows: a checkpoint need not hold what was not trained
-            mean = module.weight[:known].float().mean(0)
-            module.weight[known:] = mean.to(module.weight.dtype)
+        table = module.weight.data  # no random rows: a checkpoint need not hold what did not train
+        table[known:] = table[:known].float().mean(0)
     audio, marker, pad = tokenizer.convert_tokens_to_ids([AUDIO, MARKER, "<|endoftext|>"])
     qwen.config.pad_token_id = pad  # Qwen3's own config names none
     model = Borealis(BorealisConfig(
@@ -116,7 +104,7 @@ def convert_original(folder: Path, tensors: dict, encoder: str, llm: str) -> tup
         raise ValueError(f"{folder} is no checkpoint, ours or the original's: no {EMBEDDINGS}")
     table = tensors[EMBEDDINGS]
     source = folder if (folder / "tokenizer.json").exists() else llm
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = hf.AutoTokenizer.from_pretrained(source)
     known = tokenizer.get_vocab()
     posts = AUDIO in known and END not in known  # the pair of the post's vLLM plugin
     add_audio_tokens(tokenizer, (AUDIO, MARKER) if posts else (MARKER, END, AUDIO))
@@ -124,33 +112,32 @@ def convert_original(folder: Path, tensors: dict, encoder: str, llm: str) -> tup
     audio, start, end, pad = tokenizer.convert_tokens_to_ids(tokens)
     if max(start, end) >= len(table):
         raise ValueError(f"{folder} has only {len(table)} embeddings: is its --llm another?")
-    qwen = Qwen3Config.from_pretrained(llm, vocab_size=len(table), pad_token_id=pad)
+    qwen = hf.Qwen3Config.from_pretrained(llm, vocab_size=len(table), pad_token_id=pad)
     head = tensors.pop("llm.lm_head.weight", table) if qwen.tie_word_embeddings else table
     if not torch.equal(head, table):
         raise ValueError(f"in {folder}, lm_head differs from the embeddings, but not in {llm}")
-    config = BorealisConfig(encoder_config=WhisperConfig.from_pretrained(encoder), llm_config=qwen,
-                            audio_token_id=audio, audio_start_id=start, audio_end_id=end)
-    return config, tokenizer
+    return BorealisConfig(encoder_config=hf.WhisperConfig.from_pretrained(encoder), llm_config=qwen,
+                          audio_token_id=audio, audio_start_id=start, audio_end_id=end), tokenizer
 
 def load_checkpoint(where, encoder: str = ENCODER, llm: str = LLM, dtype=None) -> Borealis:
     """A folder or hub name -> a complete model in eval mode with its tokenizer, LoRA merged.
     encoder, llm: whose configs the original's layout takes. dtype: None leaves all as stored."""
     folder = find_checkpoint(where)
-    config, tensors = read_config(folder), read_weights(folder)
+    config, tensors = read_config(folder), storage.read_weights(folder)
     if config is None:
         config, tokenizer = convert_original(folder, tensors, encoder, llm)
     else:
-        tokenizer = add_audio_tokens(AutoTokenizer.from_pretrained(folder))  # has them already
+        tokenizer = add_audio_tokens(hf.AutoTokenizer.from_pretrained(folder))  # has them already
     if config.base is None:
         dtype = dtype or tensors.get(EMBEDDINGS, next(iter(tensors.values()))).dtype
         model, info = Borealis.from_pretrained(  # check_state_dict() says better what mismatches
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True)
-        check_state_dict(folder, **info)
+        storage.check_state_dict(folder, **info)
     else:
         model = load_base(folder, config, dtype)
         dtype = model.llm.dtype
-        load_stored(lora.prepare(model, config.trained, config.lora), tensors, folder)
+        storage.load_stored(lora.prepare(model, config.trained, config.lora), tensors, folder)
         lora.merge(model, dtype)
     rows = config.llm_config.vocab_size
     known = len(tokenizer) - (config.audio_token_id >= rows)
@@ -175,7 +162,7 @@ def load_base(folder: Path, config: BorealisConfig, dtype: torch.dtype | None = 
     if not base["checkpoint"]:
         return from_parts(base["encoder"], base["llm"], dtype, adapter=config.adapter)
     place = find_checkpoint(base["checkpoint"])
-    if fingerprint(place) != base["fingerprint"]:
+    if storage.fingerprint(place) != base["fingerprint"]:
         raise ValueError(f"{place}, the base of {folder}, has changed: bring the old one back")
     return load_checkpoint(place, base["encoder"], base["llm"], dtype)
 

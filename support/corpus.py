@@ -15,8 +15,7 @@ import torch
 from tqdm import tqdm
 
 from model import SAMPLE_RATE
-from support.cli import cache_dir, replace_file
-from support.rows import load_audio, resampler
+from support import cli, rows
 
 DATA = json.loads(Path(__file__).with_name("grammar.json").read_text(encoding="utf-8"))
 GRAMMAR = DATA["grammar"]  # of each language: name -> alternatives, in which {name} draws another
@@ -69,41 +68,38 @@ def script(lang: str, split: str, rng: random.Random, said: set) -> list[str]:
         return [" ".join(words[:i]), " ".join(words[i - 1:])]
     return [text]
 
-class Espeak:
-    """espeak-ng through ctypes, from the PyPI package espeakng-loader."""
-    def __init__(self, seed: int):
-        import espeakng_loader
-        self.lib, self.pcm = CDLL(espeakng_loader.get_library_path()), []
-        self.callback = CFUNCTYPE(c_int, POINTER(c_short), c_int, c_void_p)(self.receive)
-        synchronous, folder = 2, espeakng_loader.get_data_path().encode()
-        self.rate = self.lib.espeak_Initialize(synchronous, 0, folder, 0)
-        assert self.rate > 0, f"espeak_Initialize failed with {self.rate}"
-        self.lib.espeak_SetSynthCallback(self.callback)
-        self.lib.espeak_ng_SetRandSeed(c_long(seed))
-
-    def receive(self, samples, n, events):
+def espeak(seed: int) -> tuple:
+    """espeak-ng, of the package espeakng-loader -> (its sample rate, 22,050 Hz; a function: text,
+    voice, words per minute, pitch -> int16 samples)."""
+    import espeakng_loader
+    RATE, PITCH, UTF8, SYNCHRONOUS = 1, 3, 1, 2
+    lib, pcm = CDLL(espeakng_loader.get_library_path()), []
+    rate = lib.espeak_Initialize(SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
+    assert rate > 0, f"espeak_Initialize failed with {rate}"
+    lib.espeak_ng_SetRandSeed(c_long(seed))
+    @CFUNCTYPE(c_int, POINTER(c_short), c_int, c_void_p)
+    def receive(samples, n, events):
         if samples and n > 0:
-            self.pcm.append(np.ctypeslib.as_array(samples, (n,)).copy())
+            pcm.append(np.ctypeslib.as_array(samples, (n,)).copy())
         return 0
-
-    def say(self, text: str, voice: str, words_per_minute: int, pitch: int) -> np.ndarray:
-        """-> int16 samples at self.rate (22,050 Hz)."""
-        RATE, PITCH, UTF8 = 1, 3, 1
-        self.pcm.clear()
+    def say(text, voice, words_per_minute, pitch):
+        pcm.clear()
         raw = text.encode() + b"\0"
-        failed = (self.lib.espeak_SetVoiceByName(voice.encode())
-                  or self.lib.espeak_SetParameter(RATE, words_per_minute, 0)
-                  or self.lib.espeak_SetParameter(PITCH, pitch, 0)
-                  or self.lib.espeak_Synth(raw, len(raw), 0, 1, 0, UTF8, None, None))
-        assert not failed and self.pcm, f"espeak-ng cannot say {text!r} as {voice}"
-        return np.concatenate(self.pcm)
+        lib.espeak_SetSynthCallback(receive)
+        failed = (lib.espeak_SetVoiceByName(voice.encode())
+                  or lib.espeak_SetParameter(RATE, words_per_minute, 0)
+                  or lib.espeak_SetParameter(PITCH, pitch, 0)
+                  or lib.espeak_Synth(raw, len(raw), 0, 1, 0, UTF8, None, None))
+        assert not failed and pcm, f"espeak-ng cannot say {text!r} as {voice}"
+        return np.concatenate(pcm)
+    return rate, say
 
 def synthesise(job: tuple) -> None:
     """(lang, split, k, seed, path): speak chunk k, in a new process, for espeak-ng keeps state."""
     lang, split, k, seed, path = job
     torch.set_num_threads(1)
     rng, said = random.Random(f"{seed} {lang} {split} {k}"), set()
-    espeak = Espeak(rng.randrange(1 << 30))
+    rate, say = espeak(rng.randrange(1 << 30))
     speeds, pitches = ((150, 260), (15, 85)) if split == "voices" else ((190, 230), (40, 60))
     texts, voices, clips = [], [], []
     for i in range(CHUNK):
@@ -114,20 +110,20 @@ def synthesise(job: tuple) -> None:
         for part in parts:
             pause = rng.randrange(3000, 8000) if pieces else rng.randrange(SAMPLE_RATE // 10)
             level = 10 ** (rng.uniform(-9, 0) / 20) if len(parts) > 1 else 1
-            wave = load_audio(espeak.say(part, f"{lang}+{voice}", speed, pitch))
-            pieces += [torch.zeros(pause), level * resampler(espeak.rate, SAMPLE_RATE)(wave)]
+            wave = rows.load_audio(say(part, f"{lang}+{voice}", speed, pitch))
+            pieces += [torch.zeros(pause), level * rows.resampler(rate, SAMPLE_RATE)(wave)]
         texts.append(" ".join(parts))
         clip = torch.cat(pieces).clamp(-1, 1) * 32767
         clips.append(clip.round().to(torch.int16).numpy())
     sound = dict(pcm=np.concatenate(clips), ends=np.cumsum([len(clip) for clip in clips]))
-    replace_file(path, lambda tmp: np.savez(tmp, **sound, texts=texts, voices=voices))
+    cli.replace_file(path, lambda tmp: np.savez(tmp, **sound, texts=texts, voices=voices))
 
 def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
     """The first n rows of "train" or of one of EVAL_SPLITS, spoken now or read from the cache."""
     shares = [SENTENCE_SHARE, TRAIN_MANNERS[1]]
     recipe = [GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, *shares, CHUNK, 2]  # 2: of synthesise
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
-    folder = cache_dir() / f"{lang}-{seed}-{digest}"
+    folder = cli.cache_dir() / f"{lang}-{seed}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{split}-{k:03d}.npz" for k in range(-(-n // CHUNK))]
     jobs = [(lang, split, k, seed, str(p)) for k, p in enumerate(paths) if not p.exists()]
@@ -136,11 +132,11 @@ def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
         with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
             list(tqdm(pool.imap_unordered(synthesise, jobs), f"speaking {lang} {split}", len(jobs),
                       unit_scale=CHUNK, unit=" utterances"))
-    rows = []
+    spoken = []
     for path in paths:
         with np.load(path) as chunk:  # allow_pickle stays False
             clips = np.split(chunk["pcm"], chunk["ends"][:-1])
             for clip, text, voice in zip(clips, chunk["texts"], chunk["voices"], strict=True):
-                name = f"{lang}-{split}/{len(rows)}/{voice}"
-                rows.append({"audio": clip, "text": str(text), "name": name})
-    return rows[:n]
+                name = f"{lang}-{split}/{len(spoken)}/{voice}"
+                spoken.append({"audio": clip, "text": str(text), "name": name})
+    return spoken[:n]

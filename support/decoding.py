@@ -18,12 +18,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import SAMPLE_RATE
-from support.checkpoint import find_checkpoint
+from support import checkpoint, pauses, storage, tasks
 from support.cli import first_line, pick_device
-from support.pauses import without_thoughts
 from support.rows import BadRow, load_audio
-from support.storage import fingerprint
-from support.tasks import estimate_snr
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 BLOCK = 4  # batches
@@ -59,17 +56,13 @@ def stamp(audio: str | bytes) -> tuple | str:
     state = os.stat(audio) if os.path.isfile(audio) else None
     return audio, state and (state.st_size, state.st_mtime_ns)
 
-def digest_samples(splits: dict[str, list]) -> str:
-    return digest([(split, s.name, s.messages(), [stamp(a) for a in s.audio])
-                   for split, samples in splits.items() for s in samples])
-
 def digest_model(where: str) -> str:
     """A local model by its files; one on the hub by its name."""
     if not Path(where).exists():
         return where
-    folder = find_checkpoint(where)
+    folder = checkpoint.find_checkpoint(where)
     files = [p for p in sorted(folder.glob("*.json")) if p.name != "results.json"]
-    return digest(fingerprint(folder), [(p.name, p.read_bytes()) for p in files])
+    return digest(storage.fingerprint(folder), [(p.name, p.read_bytes()) for p in files])
 
 @dataclass
 class System:
@@ -104,7 +97,7 @@ class System:
         except BadRow as e:
             return row | dict(failed=str(e)), sample, []
         row["seconds"] = round(sum(map(len, waves)) / SAMPLE_RATE, 3)
-        row["snr"] = round(min(map(estimate_snr, waves)), 1) if waves else None
+        row["snr"] = round(min(map(tasks.estimate_snr, waves)), 1) if waves else None
         return row, sample, waves
 
     def ask(self, batch: list[tuple]) -> list[dict]:
@@ -123,7 +116,7 @@ class System:
             return [row for item in batch for row in self.ask([item])]
         took = round((time.perf_counter() - began) / len(rows), 5)
         for row, (text, tokens, cut) in zip(rows, answers, strict=True):
-            row |= dict(hypothesis=without_thoughts(text), tokens=tokens, cut=cut, took=took)
+            row |= dict(hypothesis=pauses.without_thoughts(text), tokens=tokens, cut=cut, took=took)
         return rows
 
     def ask_block(self, block: list[tuple], done: dict, batch_size: int) -> Iterator[list[dict]]:
@@ -149,14 +142,14 @@ class System:
         part = folder / f"hypotheses.{self.settings}.{RANK}.part.jsonl"
         size = BLOCK * batch_size
         blocks = [jobs[i:i + size] for i in range(0, len(jobs), size)][RANK::WORLD]
+        bar = tqdm(total=sum(map(len, blocks)), desc=self.name, unit=" utterances",
+                   mininterval=0.1 if sys.stderr.isatty() else 10, disable=RANK > 0)
         try:
-            with tqdm(total=sum(map(len, blocks)), desc=self.name, unit=" utterances",
-                      mininterval=0.1 if sys.stderr.isatty() else 10, disable=RANK > 0) as bar:
+            with bar, open(part, "a", buffering=1, encoding="utf-8") as file:  # 1: line by line
                 for block in blocks:
                     for rows in self.ask_block(block, done, batch_size):
                         done |= {(row["split"], row["row"]): row for row in rows}
-                        with open(part, "a", encoding="utf-8") as f:
-                            f.writelines(f"\n{json.dumps(r, ensure_ascii=False)}\n" for r in rows)
+                        file.writelines(f"\n{json.dumps(r, ensure_ascii=False)}\n" for r in rows)
                     bar.update(len(block))
         except KeyboardInterrupt:
             if RANK == 0:

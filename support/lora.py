@@ -1,9 +1,6 @@
 """support/lora.py -- what trains: LoRA into the LLM and out again, dtypes, a checkpoint's data."""
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 def prepare(model: nn.Module, trained: str, lora: dict | None = None) -> nn.Module:
     """Freeze all but what trains, and make that fp32: "adapter"; "lora", it, matrices beside the
@@ -21,7 +18,7 @@ def add_matrices(llm: nn.Module, rank: int, alpha: float, dropout: float) -> Non
     """W x -> W x + alpha / rank * B A x, with W frozen and B zero at first."""
     import peft
     peft.inject_adapter_in_model(peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LINEARS), llm)
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear"), llm)
     for module in llm.modules():  # autocast casts; peft's cast would keep two more copies of x
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
@@ -38,7 +35,7 @@ def add_rows(model: nn.Module) -> None:
             embeds = torch.where(here, row.to(embeds.dtype), embeds)
         return embeds
     def way_out(module, args, logits):  # (..., D) -> (..., V)
-        own = F.linear(args[0], model.new_rows).to(logits.dtype)
+        own = nn.functional.linear(args[0], model.new_rows).to(logits.dtype)
         for i, token in enumerate(tokens):  # all at once, their ids would be copied to the GPU
             logits[..., token] = own[..., i]
         return logits
@@ -75,8 +72,6 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 def stored(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds: what trains, or all of a model without a base."""
-    if model.config.trained:
-        return {name: p for name, p in model.named_parameters() if p.requires_grad}
-    tied = {"llm.lm_head.weight"} if model.config.tie_word_embeddings else set()
-    return {name: p for name, p in model.state_dict().items() if name not in tied}
+    """What a checkpoint holds: what trains, or all of a model without a base. A tied head: once."""
+    whole = not model.config.trained
+    return {name: p for name, p in model.named_parameters() if whole or p.requires_grad}

@@ -48,7 +48,6 @@ def in_pieces(answer: Callable, longest: int, batch_size: int) -> Callable:
 
 # ---- Live. The phrase so far is decoded anew every half second; the words that two passes in a row
 # agree on are printed (local agreement: Liu et al. 2020, arXiv:2005.11185; whisper_streaming).
-
 FRAME = SAMPLE_RATE // 40  # samples; loudness is measured in frames of 25 ms
 STEP = PAUSE = 20          # frames between passes; frames of quiet that end a phrase
 LEAD = 3                   # frames kept before the first loud one of a phrase

@@ -1,7 +1,6 @@
-"""support/recipes.py -- the post's runs, read from recipes.toml: datasets, the pools they make,
-mixes of pools, presets that train on a mix, and their tiny twins. And a dataset's rows, from the
-hub or a copy on disk (--data_dir): owner/name with the hub's parquet files, or what save_to_disk of
-datasets wrote, or audio files beside a metadata.csv or .jsonl."""
+"""support/recipes.py -- recipes.toml: datasets, the pools they make, mixes of pools, presets that
+train on a mix, their tiny twins. And a dataset's rows, of the hub or of --data_dir: files as on the
+hub, or what save_to_disk of datasets wrote, or audio beside a metadata.csv or .jsonl."""
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -36,11 +35,10 @@ class Source:
     def manifest_row(self, row: dict) -> dict:
         """A row of the dataset -> the same in the format of a manifest (data.py describes it)."""
         if self.conversation:
-            turns = row[self.conversation]
-            if isinstance(turns, dict):  # datasets may turn a list of dicts inside out
-                turns = [dict(zip(turns, turn, strict=True))
-                         for turn in zip(*turns.values(), strict=True)]
-            return {"conversation": turns}
+            chat = row[self.conversation]
+            if isinstance(chat, dict):  # datasets may turn a list of dicts inside out
+                chat = [dict(zip(chat, t, strict=True)) for t in zip(*chat.values(), strict=True)]
+            return {"conversation": chat}
         audio = row[self.audio]
         if isinstance(audio, dict):
             audio = audio.get("bytes") or audio.get("path")
@@ -108,8 +106,7 @@ def read_copy(source: Source, place: Path):
         return read(place)
     for folder in (place / source.split, place / "data", place):
         for path in sorted(folder.glob("metadata.*")):
-            return read(path).map(lambda name, folder=folder: {source.audio: str(folder / name)},
-                                  input_columns="file_name")
+            return read(path).map(lambda r, at=folder: {source.audio: str(at / r["file_name"])})
     if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
         table = load_from_disk(place)
         return table[source.split] if isinstance(table, dict) else table
@@ -118,7 +115,7 @@ def read_copy(source: Source, place: Path):
 def select(source: Source, table, limit: int | None):
     """A Source's columns of the rows that count, audio undecoded. Raises UserError."""
     from datasets import Audio
-    only, word = source.only or ((), "")
+    only, word = source.only or ([], "")
     columns, there = [*source.columns, *only], table.column_names
     if missing := [c for c in columns if there and c not in there]:
         raise UserError(f"{source.hub} has no column {missing[0]}: it has {', '.join(there)}")
@@ -127,8 +124,7 @@ def select(source: Source, table, limit: int | None):
     if isinstance(features.get(source.audio), Audio):  # load_audio decodes, not torchcodec
         table = table.cast_column(source.audio, Audio(decode=False))
     if only:
-        table = table.filter(lambda *values: any(word in (v or "") for v in values),
-                             input_columns=list(only))
+        table = table.filter(lambda *row: any(word in (x or "") for x in row), input_columns=only)
     limit = min(x for x in (limit, source.rows, sys.maxsize) if x)
     return table.take(min(limit, len(table)) if hasattr(table, "__len__") else limit)
 
@@ -141,17 +137,16 @@ def open_source(source: Source, data_dir: str | Path | None = None, limit: int |
     try:
         hub = partial(load_dataset, source.hub, source.config, split=source.split)
         if limit and not place:
-            rows = cached(f"{Path(source.hub).name}.parquet", source, limit)
-            if not rows.exists():
-                replace_file(rows, select(source, hub(streaming=True), limit).to_parquet)
-            return select(source, read_copy(source, rows), limit)
+            place = cached(f"{Path(source.hub).name}.parquet", source, limit)
+            if not place.exists():
+                replace_file(place, select(source, hub(streaming=True), limit).to_parquet)
         return select(source, read_copy(source, place) if place else hub(), limit)
     except UserError:
         raise
     except Exception as e:  # it fails in many ways, some of them half-way, and none of them is ours
         e = e.__cause__ or e  # datasets says only that something failed
         what, reason = f"{source.hub}, split {source.split}", f"{type(e).__name__}: {first_line(e)}"
-        if place:
+        if data_dir:
             raise UserError(f"cannot read {what}, from {place}: {reason[:200]}") from None
         raise UserError(f"cannot reach {what}, on the hub ({reason[:200]}): go online (gated sets "
                         "want HF_TOKEN), or give a copy as --data_dir") from None

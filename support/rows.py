@@ -33,7 +33,6 @@ class TooLong(BadRow):
 
 class BadRows:
     """Counts unusable rows by reason, none is dropped silently. strict: the first is an error."""
-
     def __init__(self, strict: bool = False):
         self.strict, self.reasons, self.first = strict, Counter(), {}
 

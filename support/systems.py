@@ -8,7 +8,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from model import ENCODER, SAMPLE_RATE
 from support.checkpoint import load_model, load_part
 from support.cli import UserError, as_user_error
-from support.decoding import RANK, System, digest, digest_model, digest_samples
+from support.decoding import RANK, System, digest, digest_model, stamp
 from support.pauses import in_pieces
 
 def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int]) -> list[tuple]:
@@ -19,59 +19,55 @@ def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int]) -> list[t
         answers.append((text.strip(), n or len(row), n is None))
     return answers
 
-def whisper(where: str, language: str, device, max_new_tokens: int, batch_size: int):
-    """The baseline: transformers' Whisper, greedy, its language forced. Raises UserError."""
+def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> list[System]:
+    """What --baseline or --fallback asks for: transformers' Whisper, greedy, its language forced.
+    ours: a name it must not have; lang: of training. Raises UserError."""
+    if not (cfg.baseline or cfg.fallback):
+        return []
+    where, language = cfg.baseline or ENCODER, (cfg.lang or lang or "ru").split(",")[0]
     with as_user_error(f"cannot load --baseline {where}: ", Exception):  # it fails in many ways
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_part(WhisperForConditionalGeneration, where, dtype=dtype).to(device).eval()
         processor = WhisperProcessor.from_pretrained(where)
     settings, vocabulary = model.generation_config, processor.tokenizer.get_vocab()
-    language = f"<|{language}|>"
-    if language not in vocabulary or getattr(settings, "is_multilingual", None) is False:
-        raise UserError(f"--baseline {where} lacks {language}: name a multilingual Whisper")
-    lacking = dict(  # in an old generation_config.json
-        is_multilingual=True, lang_to_id={language: vocabulary[language]},
-        task_to_id={"transcribe": vocabulary.get("<|transcribe|>")},
-        no_timestamps_token_id=vocabulary.get("<|notimestamps|>"))
+    forced = f"<|{language}|>"
+    if forced not in vocabulary or getattr(settings, "is_multilingual", None) is False:
+        raise UserError(f"--baseline {where} lacks {forced}: name a multilingual Whisper")
+    lacking = dict(is_multilingual=True, lang_to_id={forced: vocabulary[forced]},  # in old files
+                   task_to_id={"transcribe": vocabulary.get("<|transcribe|>")},
+                   no_timestamps_token_id=vocabulary.get("<|notimestamps|>"))
     vars(settings).update({k: v for k, v in lacking.items() if getattr(settings, k, None) is None})
     ends = [model.config.eos_token_id, settings.eos_token_id, settings.pad_token_id]
-    most = min(max_new_tokens, model.config.max_target_positions - 4)  # 4: what Whisper is prompted
+    most = min(cfg.max_new_tokens, model.config.max_target_positions - 4)  # 4: of its prompt
     def answer(samples, waves):
         mel = processor.feature_extractor([w.numpy() for w, in waves], sampling_rate=SAMPLE_RATE,
                                           return_tensors="pt").input_features
-        ids = model.generate(mel.to(device, model.dtype), language=language, task="transcribe",
+        ids = model.generate(mel.to(device, model.dtype), language=forced, task="transcribe",
                              max_new_tokens=most, do_sample=False, num_beams=1).cpu()
         texts = processor.batch_decode(ids, skip_special_tokens=True)
         answers = with_lengths(texts, ids, ends)  # transformers strips a batch's last end token
         return [(text, n, endless and n >= most) for text, n, endless in answers]
-    return in_pieces(answer, processor.feature_extractor.n_samples, batch_size)
+    answer = in_pieces(answer, processor.feature_extractor.n_samples, cfg.batch_size)
+    name = Path(where).name + (" (baseline)" if Path(where).name == ours else "")
+    return [System(name, answer, (digest_model(where), language, cfg.max_new_tokens, device.type))]
 
 def open_ours(cfg, native, name: str, device: torch.device) -> System:
     """The checkpoint. native: (model, max_new_tokens) -> answer(), our own. Raises UserError."""
     if cfg.engine == "vllm":
         from support.engine import Offline
-        answer = Offline(cfg.ckpt, cfg.max_new_tokens, cfg.encoder, cfg.llm)
-        config = answer.config
+        answer = model = Offline(cfg.ckpt, cfg.max_new_tokens, cfg.encoder, cfg.llm)
     else:
         model = load_model(cfg.ckpt, device, cfg.encoder, cfg.llm)
-        answer, config = native(model, cfg.max_new_tokens), model.config
+        answer = native(model, cfg.max_new_tokens)
     if cfg.chunk == "vad":
-        answer = in_pieces(answer, config.window_samples, cfg.batch_size)
+        answer = in_pieces(answer, model.config.window_samples, cfg.batch_size)
     return System(name, answer, (digest_model(cfg.ckpt), cfg.encoder, cfg.llm, cfg.task,
                                  cfg.max_new_tokens, cfg.chunk, cfg.engine, device.type))
 
-def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> list[System]:
-    """What --baseline or --fallback asks for. ours: a name it must not have; lang: of training."""
-    if not (cfg.baseline or cfg.fallback):
-        return []
-    where, language = cfg.baseline or ENCODER, (cfg.lang or lang or "ru").split(",")[0]
-    answer = whisper(where, language, device, cfg.max_new_tokens, cfg.batch_size)
-    name = Path(where).name + (" (baseline)" if Path(where).name == ours else "")
-    return [System(name, answer, (digest_model(where), language, cfg.max_new_tokens, device.type))]
-
 def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str, list]:
     """{split: samples} -> {system: rows}; with --fallback also of the two together."""
-    data = digest_samples(splits)  # those beyond --limit, too: so that --reuse may limit
+    data = digest([(split, s.name, s.messages(), [stamp(a) for a in s.audio])
+                   for split, own in splits.items() for s in own])  # all, so that --reuse may limit
     for system in systems:
         system.settings = digest(system.facts, data)
     jobs = [((split, i), s) for split, own in splits.items() for i, s in enumerate(own[:cfg.limit])]

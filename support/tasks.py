@@ -54,8 +54,7 @@ def extract_answer(text: str, category: str) -> str:
     if first and not first[1].isdigit():  # an answer that counts begins with parts of the sum
         return SAME.get(first[1], first[1])
     for part in (re.split(r"answer(?: is)?\b:?", text)[-1], text):
-        found = list(re.finditer(options, part))
-        if found:
+        if found := list(re.finditer(options, part)):
             option = SAME.get(found[-1][0], found[-1][0])
             before = part[:found[-1].start()].split()[-3:]  # as in "is not deductively valid"
             negated = any(word == "not" or word.endswith("n't") for word in before)

@@ -14,9 +14,8 @@ from vllm.entrypoints.speech_to_text.transcription import api_router
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, audio
 
 from model import SAMPLE_RATE
-from support.cli import UserError, first_line
-from support.pauses import from_pcm, in_real_time
-from support.rows import load_audio
+from support import pauses, rows
+from support.cli import UserError, as_user_error
 
 LIMIT = "BOREALIS_MAX_AUDIO_SECONDS"  # in the environment, which reaches all of vLLM's processes
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -29,16 +28,14 @@ def max_audio_seconds() -> float:
 
 def decode(data: bytes) -> torch.Tensor:
     """A file's bytes -> (samples,) float32 at 16 kHz. Raises ValueError."""
-    return load_audio(data, silence=True, max_seconds=max_audio_seconds())
+    return rows.load_audio(data, silence=True, max_seconds=max_audio_seconds())
 
 def listen(source: str):
     """A file, or "-": raw PCM on standard input -> arrays as they come in. UserError at once."""
-    try:
+    with as_user_error(f"--live {source}: ", ValueError, OSError):
         if source == "-":  # Python cannot exit while a thread reads sys.stdin
-            return from_pcm(open(0, "rb", closefd=False))
-        return in_real_time(decode(Path(source).read_bytes()))
-    except (ValueError, OSError) as e:
-        raise UserError(f"--live {source}: {first_line(e)}") from None
+            return pauses.from_pcm(open(0, "rb", closefd=False))
+        return pauses.in_real_time(decode(Path(source).read_bytes()))
 
 def find_recordings(places: list[str]) -> list[Path]:
     """Files, and folders of files -> files. Raises UserError."""
@@ -61,7 +58,6 @@ audio.load_audio = serving.load_audio = load_audio_for_vllm  # in messages; in t
 @MEDIA_CONNECTOR_REGISTRY.register("borealis")
 class Recordings(MediaConnector):
     """data: URLs, http only from --allowed-media-domains: vLLM's own would fetch from anywhere."""
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.allowed_media_domains = self.allowed_media_domains or ["data-urls-only.invalid"]
