@@ -1,5 +1,6 @@
 """support/test_support.py -- what the rooms behind the chapters promise."""
 import copy
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,10 +21,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.distributed as dist
 import transformers as hf
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -34,7 +40,20 @@ from conftest import HERE, PUBLISHED, A, M, exit_of, is_one_line, losses, newest
 
 # isort: split
 from conftest import clip, flac, train_now, wav_bytes, write_manifest
-from support import banks, compare, export, lora, meter, pauses, recipes, report, tasks, tiny
+from support import (
+    banks,
+    bench,
+    compare,
+    export,
+    lora,
+    meter,
+    pauses,
+    ranks,
+    recipes,
+    report,
+    tasks,
+    tiny,
+)
 from support import checkpoint as ckpt
 from support import corpus as spoken
 from support.cli import UserError
@@ -602,6 +621,138 @@ def test_speed_on_a_gpu(net, monkeypatch):
     mfu = meter.step_flops(net, 100, 5000, 2, 20) / 0.5 / 2 / 756e12
     assert meter.speed(net, total, 0.5, 2, torch.device("cuda", 0)) == dict(
         ms=500, tokens_per_s=200, audio_s_per_s=8, memory_gb=3, mfu=mfu)
+
+def kept_for_backward(layers: int, tokens: int) -> int:
+    """Bytes that autograd keeps, besides weights, of full-size layers with the default LoRA."""
+    small = dict(num_hidden_layers=layers, vocab_size=1, pad_token_id=0)
+    llm = lora.cast(hf.Qwen3Model(hf.Qwen3Config(**nb.QWEN3_4B | small)), torch.bfloat16)
+    lora.add_matrices(llm, rank=256, alpha=512, dropout=0.0)
+    trained = [p for p in llm.parameters() if p.requires_grad]
+    for p in trained:
+        p.data = p.data.float()
+    weights, kept = {p.untyped_storage().data_ptr() for p in llm.parameters()}, {}
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # holding it keeps its address from reuse
+        return x
+    x = torch.randn(1, tokens, nb.QWEN3_4B["hidden_size"], requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), \
+            torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        llm(inputs_embeds=x, use_cache=False)
+    copies = sum(2 * p.numel() for p in trained)  # autocast's, which memory() has elsewhere
+    return sum(storage.nbytes() for storage in kept.values()) - copies
+
+def test_what_a_layer_keeps():
+    layer = kept_for_backward(2, 300) - kept_for_backward(1, 300)
+    assert layer == pytest.approx(meter.KEPT * 300 * nb.QWEN3_4B["hidden_size"], rel=0.03)
+
+class Live(TorchDispatchMode):
+    """How many bytes of tensors are alive, and were at most."""
+    def __init__(self, tensors):
+        super().__init__()
+        self.sizes, self.total, self.most = {}, 0, 0
+        for x in tensors:
+            self.add(getattr(x, "_local_tensor", x).untyped_storage())  # of what is sharded
+    def add(self, storage):
+        if storage._cdata not in self.sizes:
+            weakref.finalize(storage, self.set_size, storage._cdata, 0)
+        self.set_size(storage._cdata, storage.nbytes())
+    def set_size(self, key, size):
+        self.total += size - self.sizes.pop(key, 0)
+        self.most = max(self.most, self.total)
+        if size:
+            self.sizes[key] = size
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(results):
+            if isinstance(x, torch.Tensor):
+                self.add(getattr(x, "_local_tensor", x).untyped_storage())
+        return results
+
+@pytest.mark.parametrize("kind, checkpoint, world", [
+    ("lora", False, 1), ("full", True, 1), ("full", True, 8), ("lora", True, 8)])
+def test_memory_on_paper_is_what_lives(plain_tokenizer, monkeypatch, kind, checkpoint, world):
+    """A 16th as wide as full size, with a 16th of the tokens, as on a GPU; one rank of 8."""
+    encoder = dict(d_model=80, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=320,
+                   num_mel_bins=80, max_source_positions=94)
+    llm = nb.QWEN3_4B | dict(
+        hidden_size=160, num_attention_heads=4, num_key_value_heads=1, head_dim=64,
+        intermediate_size=608, vocab_size=9479, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = nb.BorealisConfig(encoder_config=encoder, llm_config=llm, audio_token_id=9,
+                               audio_start_id=8, audio_end_id=8)
+    model = lora.cast(nb.BorealisForConditionalGeneration(config), torch.bfloat16)
+    lora.prepare(model, kind, dict(rank=16, alpha=32, dropout=0.0) if kind == "lora" else None)
+    ids = torch.tensor([[8] + [9] * 24 + [8] + [5] * 32])
+    batch = dict(input_ids=ids, labels=ids.masked_fill(ids > 5, -100),
+                 input_features=torch.zeros(1, 80, 188))
+    paper = sum(meter.memory(model, ids.numel(), 32, checkpoint, world).values())
+    if world > 1:
+        dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+        policy = ranks.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        monkeypatch.setattr(ranks, "MixedPrecisionPolicy", lambda *_: policy)  # a GPU's
+    net = train.wrap(train.TrainConfig(grad_checkpoint=checkpoint, shard=True), model, world)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    live, resize = Live([*model.parameters(), *model.buffers()]), torch.UntypedStorage.resize_
+    def resized(storage, size):  # so a layer's weights go, and come again
+        resize(storage, size)
+        live.add(storage)
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", resized)
+    with live:
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = net(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    if world > 1:
+        dist.destroy_process_group()
+    assert live.most <= paper <= 1.12 * live.most
+
+def test_kernels_are_counted():
+    x = torch.ones(2, 3, requires_grad=True)
+    with bench.CountKernels() as counter:
+        torch.empty_like((x.view(3, 2).t() * 2).exp_())
+    assert counter.kernels == 2
+    assert bench.count_kernels(2) == bench.count_kernels(1)
+
+def test_bench_memory_prints_what_is_written(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "count_kernels", lambda rows: 1000 * rows)
+    code, out, _ = exit_of(bench.main, monkeypatch, capsys, "memory")
+    def cells(text):
+        lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+        return [[cell.strip(" `*") for cell in line] for line in lines]
+    printed, written = cells(out)[2:], cells((HERE / "docs" / "MEASURED.md").read_text())
+    assert code == 0 and len(printed) == 5 and all(line in written for line in printed)
+
+def test_bench_gpu_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    """All its parts but vLLM; where something does not fit, what was measured stays."""
+    settings = functools.partial(train.TrainConfig, effective_batch=64, lora_rank=8)
+    monkeypatch.setattr(train, "TrainConfig", settings)
+    monkeypatch.setattr(bench.engine, "INSTALLED", False)
+    run = "gpu", "--size", "tiny", "--out", tmp_path / "gpu.json"
+    with torch.compiler.set_stance("force_eager"):  # another test compiles
+        code, out, err = exit_of(bench.main, monkeypatch, capsys, *run)
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    names = [row["what"] for row in report["rows"]]
+    assert code == 0 and [names.count(name) for name in (
+        "train", "train --grad_checkpoint", "train --compile", "native")] == [4, 4, 4, 4]
+    assert sum("save" in name for name in names) == 4 and names.count("resume: weights") == 1
+    assert all(row["ms"] > 0 for row in report["rows"]) and len(report["rows"]) == 22
+    assert report["ended"].startswith("vllm: no vLLM") and report["ended"] in out
+    assert out.count("\n| ") == 22 and all(row.get("mfu") is None for row in report["rows"])
+    calls, backward = [], train.backward
+    def full(*args):
+        calls.append(1)
+        if len(calls) > 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return backward(*args)
+    monkeypatch.setattr(train, "backward", full)
+    code, out, err = exit_of(bench.main, monkeypatch, capsys, *run)
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    first, second = report["rows"]
+    assert code == 0 and first["samples_per_s"] > 0 and second == {"what": "train", "batch": 2}
+    assert report["ended"].startswith("train: CUDA out of memory") and "Traceback" not in err
 
 def row(reference, hypothesis, task="asr", **more):
     r = dict(reference=reference, hypothesis=hypothesis, cut=False, id="u") | more
