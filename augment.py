@@ -1,5 +1,4 @@
-"""
-augment.py -- the post's effects make clean speech sound like the world, harder by the epoch.
+"""augment.py -- the post's effects make clean speech sound like the world, harder by the epoch.
 
     python augment.py in.wav out/                     # hear and see every effect and every stage
     python augment.py in.wav out/ --noise my_noises/  # with your own; --noise hub takes the post's
@@ -157,7 +156,6 @@ def mask(mel: torch.Tensor, frames: int, config: AugmentConfig, rng: Generator) 
 
 class Augmenter:
     """A clip's fate depends on (seed, epoch, index, recording), not on workers, ranks, resumes."""
-
     def __init__(self, stages: list[AugmentationStage], noises: list, rooms: list, seed: int = 0):
         self.stages = sorted(stages, key=lambda stage: stage.start_epoch)
         self.banks, self.seed = (noises, rooms), seed % 2 ** 32

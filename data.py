@@ -1,5 +1,4 @@
-"""
-data.py -- what the model learns from: samples, their tokens and labels, batches, and their order.
+"""data.py -- what the model learns from: samples, their tokens and labels, batches, their order.
 
     manifest, dataset or embedded corpus -> Sample -> token ids, labels, windows of sound -> batch
 
@@ -264,7 +263,7 @@ def main():
     parser.add_argument("--mixes", action="store_true", help="show the mixes and their datasets")
     args = parser.parse_args()
     if args.mixes:
-        return recipes.print_mixes()
+        return print(recipes.TEXT.split("[presets]")[0])
     if args.manifest:
         bad = BadRows()
         samples, total = read_manifest(args.manifest, bad)

@@ -1,5 +1,4 @@
-"""
-eval.py -- measure a checkpoint: decode, compare with the references, say how sure that is.
+"""eval.py -- measure a checkpoint: decode, compare with the references, say how sure that is.
 
     utterances -> greedy decoding -> normalise -> align, count edits -> WER -> interval -> tables
 
@@ -26,7 +25,7 @@ import transformers
 from augment import HARD, augment
 from data import embedded, read_manifest
 from model import ENCODER, LLM
-from support import banks, checkpoint, compare, corpus, decoding, recipes, report, systems, tasks
+from support import banks, checkpoint, compare, corpus, decoding, recipes, report, tasks
 from support.cli import ArgumentParser, UserError, check_out, flag, run
 from support.rows import BadRows, load_audio
 from support.storage import fingerprint
@@ -195,7 +194,7 @@ def native(model, max_new_tokens: int):
     def answer(samples, waves):
         messages = [s.messages(with_answer=False) for s in samples]
         ids = model.chat(messages, waves, max_new_tokens=max_new_tokens).cpu()  # (B, <= max)
-        return systems.with_lengths(model.decode(ids), ids, model.ends)
+        return tasks.with_lengths(model.decode(ids), ids, model.ends)
     return answer
 
 def parse_config() -> EvalConfig:
@@ -237,12 +236,12 @@ def main():
     name = trained_on.get("preset", Path(cfg.ckpt).resolve().name)
     load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)
     early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
-    ours = systems.open_ours(cfg, native, name, device)
+    ours = tasks.open_ours(cfg, native, name, device)
     weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
     facts = dict(step=trained_on.get("step"), weights=weights)
     splits = early or load()
-    asked = [ours, *systems.open_baseline(cfg, name, trained_on.get("lang"), device)]
-    answers = systems.answer_all(cfg, asked, splits, out)  # {system: rows}
+    asked = [ours, *tasks.open_baseline(cfg, name, trained_on.get("lang"), device)]
+    answers = tasks.answer_all(cfg, asked, splits, out)  # {system: rows}
     if decoding.RANK > 0:
         return 0
     rows, results, more = {}, {}, {}

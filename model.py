@@ -1,5 +1,4 @@
-"""
-model.py -- Borealis, an open audio LLM: a Whisper encoder listens, Qwen3 answers, an MLP adapter
+"""model.py -- Borealis, an open audio LLM: a Whisper encoder listens, Qwen3 answers, an MLP adapter
 stands between. "The post" is its authors' article, "the original" their code and checkpoints.
 
     waveform -> log-mel windows -> encoder (frozen) -> 4x concat -> adapter -> embeddings in the
@@ -173,7 +172,6 @@ def downsample(x: torch.Tensor, k: int) -> torch.Tensor:
 class Adapter(nn.Module):
     """(..., k*E) -> (..., D), no biases. simple: Linear(5120, 2560), GELU, Linear(2560, 2560),
     19.7 M weights. deep, 78.6 M: no GELU, but residual blocks 2560 -> 3840 -> 2560, LayerNorm."""
-
     def __init__(self, config: BorealisConfig):
         super().__init__()
         kE = config.downsample_factor * config.encoder_config.d_model

@@ -353,8 +353,8 @@ def test_script_shows_a_sample(tmp_path, bad_files, monkeypatch, capsys):
         code, _, err = run("--manifest", bad_files / f"{name}.jsonl", "--index", index)
         assert code == 2 and says in err
     code, out, _ = run("--mixes")
-    assert code == 0 and "ru_text_10pct: 90% ru_audio, 10% text" in out
-    assert "  Vikhrmodels/ToneSlavic, train: audio, sentence; locale has ru" in out
+    assert code == 0 and "ru_text_10pct = { ru_audio = 0.9, text = 0.1 }" in out
+    assert 'hub = "Vikhrmodels/ToneSlavic", answer = "sentence", only = [["locale"], "ru"]' in out
 
 def test_long_recordings_are_left_out_whole(tokenizer, net):
     pool, short = data.tiny_pool("long_audio", 60, 0), data.embedded("ru", "train", 60)
@@ -1419,7 +1419,7 @@ def test_noisy_ones_fall_back(ev, baseline, four, tmp_path, monkeypatch):
     assert list(e.results["others"]) == ["whisper-tiny", both] and 4 < e.rows[2]["snr"] < 8
     ours, theirs, mixed = e.texts[:5], e.texts[5:10], e.texts[10:]
     assert mixed == [*ours[:2], theirs[2], *ours[3:]] and mixed != ours
-    monkeypatch.setattr("support.systems.ENCODER", str(baseline))  # a default has no row
+    monkeypatch.setattr("support.tasks.ENCODER", str(baseline))  # a default has no row
     e = ev(*flags, tokens=30)
     assert list(e.results["others"]) == [both] and e.texts == ours + mixed
 

@@ -1,5 +1,4 @@
-"""
-train.py -- fit a Borealis model: one flat loop for a laptop, one GPU, or eight under torchrun.
+"""train.py -- fit a Borealis model: one flat loop for a laptop, one GPU, or eight under torchrun.
 
     torchrun --nproc_per_node=8 --shutdown_timeout 600 train.py  # the post's best: LoRA + adapter
     torchrun --nproc_per_node=8 train.py --preset pretrain   # another one: support/recipes.py
@@ -200,7 +199,6 @@ CAUSAL = {"full_attention": None}  # no mask: else transformers looks at the GPU
 
 def backward(net, micro_batches, num_labels, world, device):
     """Add up the gradients of the micro-batches -> the loss of the step on all ranks.
-
     It is the mean over all num_labels label tokens of the effective batch. The mean of the
     micro-batches' means is another number: with 10 label tokens in one and 1000 in the next, it
     weighs a token of the first a hundred times as much. So the model sums, and divides by all."""

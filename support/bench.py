@@ -1,7 +1,7 @@
 """support/bench.py -- speeds of random weights, as ratios to something measured in the same run.
 
     python -m support.bench gpu       # full size on one GPU: training, saving, answers; gpu.json
-    python -m support.bench memory    # what full size needs, on paper: memory, FLOPs, kernels
+    python -m support.bench memory    # what full size needs, on paper: memory and FLOPs
     python -m support.bench augment   # seconds of audio a second on a core, beside audiomentations
     python -m support.bench train     # a training step, beside transformers' Trainer
     python -m support.bench generate  # answers in batches, beside one by one
@@ -10,7 +10,6 @@
 import gc
 import json
 import os
-import sys
 import tempfile
 import time
 from functools import partial
@@ -23,11 +22,10 @@ import transformers as hf
 from tabulate import tabulate
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as evaluation
 import train
-from augment import HEAVY, AugmentConfig, augment, examples
+from augment import AugmentConfig, augment, examples
 from data import Dataset, embedded, load_audio
 from model import HOP, QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3, BorealisConfig
 from model import BorealisForConditionalGeneration as Borealis
@@ -66,21 +64,18 @@ def take_turns(calls: dict, rounds: int) -> dict:
         if DEVICE == "cuda":  # it has only been given its work
             torch.cuda.synchronize()
         times[key].append(time.perf_counter() - began)
-    print(times, file=sys.stderr)
     return {key: np.median(t[1:] or t) for key, t in times.items()}
 
 def print_rows(rows: list[dict]) -> None:
     print(tabulate(rows, "keys", "pipe", floatfmt=",.2f", missingval="-"), flush=True)
 
 # ---- augment
-def theirs(c: AugmentConfig, folder: str, plain_speed: bool):
+def theirs(c: AugmentConfig, folder: str):
     """The same chain of audiomentations; Opus, which it lacks, is ours, resampling soxr's. Speed is
-    a time stretch; plain_speed: soxr's rate change. A second noise or room comes on average."""
+    a time stretch; a second noise or room comes on average."""
     import audiomentations as A
     import soxr
     rng = np.random.default_rng(0)
-    def change_rate(x, rate):
-        return soxr.resample(x, rate * rng.uniform(*c.speed[1:]), rate)
     def trip(x, rate, low, high, there=lambda x, rate: x):
         other = round(rng.uniform(low, high))
         return soxr.resample(there(soxr.resample(x, rate, other), other), other, rate)
@@ -92,10 +87,9 @@ def theirs(c: AugmentConfig, folder: str, plain_speed: bool):
         return sound.codec(x, np.mean(c.codec[1:]), "opus", c.codec_rate)
     top = 160 if c.codec_rate == SAMPLE_RATE else 64  # MP3's kbit/s
     lame = A.Mp3Compression(*(min(round(kbps), top) for kbps in c.codec[1:]), p=1)
-    speed = (A.Lambda(change_rate, p=c.speed[0]) if plain_speed else
-             A.TimeStretch(*c.speed[1:], leave_length_unchanged=False, p=c.speed[0]))
     return A.Compose([
-        A.PitchShift(*c.pitch[1:], p=c.pitch[0]), speed,
+        A.PitchShift(*c.pitch[1:], p=c.pitch[0]),
+        A.TimeStretch(*c.speed[1:], leave_length_unchanged=False, p=c.speed[0]),
         A.Compose([A.AddBackgroundNoise(f"{folder}/noises", *c.noise[1:], p=p)
                    for p in (1, c.more_noise[0] * np.mean(c.more_noise[1:]))], p=c.noise[0]),
         A.Compose([A.ApplyImpulseResponse(f"{folder}/rooms", p=p)
@@ -129,8 +123,8 @@ def bench_augment(args):
             os.mkdir(f"{folder}/{kind}")
             for i, wave in enumerate(waves):
                 soundfile.write(f"{folder}/{kind}/{i}.wav", wave, SAMPLE_RATE)
-        for name, c in (effects | {"stage_heavy, plain speed on both sides": HEAVY}).items():
-            chain = theirs(c, folder, plain_speed="plain" in name)
+        for name, c in effects.items():
+            chain = theirs(c, folder)
             took = take_turns({name: partial(all_clips, ours, c),
                                "theirs": partial(all_clips, chain, SAMPLE_RATE)},
                               rounds=24 if "stage" in name else 2)
@@ -303,27 +297,7 @@ def bench_serve(args):
     best = rows[-1]["samples_per_s"] / max(row["samples_per_s"] for row in rows[:len(counts)])
     print(f"\nvLLM at {counts[-1]} requests beside the best native batch: {best:.2f} x")
 
-# ---- memory: on the meta device and on paper, see meter.memory(); kernels are counted
-class CountKernels(TorchDispatchMode):
-    """Counts ATen's operations, but for views and new memory, which launch no kernel."""
-    kernels = 0
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        view = any(x.alias_info and not x.alias_info.is_write for x in func._schema.returns)
-        self.kernels += not (view or "empty" in func.__name__ or "_unsafe_view" in func.__name__)
-        return func(*args, **(kwargs or {}))
-
-def count_kernels(rows: int) -> int:
-    """Of a micro-batch, forward and backward, with LoRA, at full depth."""
-    encoder, llm = TINY[0] | dict(encoder_layers=32), TINY[1] | dict(num_hidden_layers=36)
-    model = lora.prepare(random_model(encoder, llm, torch.bfloat16), "lora", LORA).train()
-    batch = make_batch(model, rows, rows)["micro"][0]
-    for _ in range(2):  # at first there are no gradients yet to add to
-        with CountKernels() as counter:
-            with torch.autocast(DEVICE, torch.bfloat16):
-                loss = model(**{k: v.to(DEVICE) for k, v in batch.items()}).loss
-            loss.backward()
-    return counter.kernels
-
+# ---- memory: on the meta device and on paper, see meter.memory()
 def full_size(kind: str) -> Borealis:
     with torch.device("meta"):
         return lora.prepare(Borealis(BorealisConfig()), kind, dict(rank=256, alpha=512, dropout=0))
@@ -340,8 +314,6 @@ def bench_memory(args):
     print_rows(rows)
     flops = meter.step_flops(full_size("lora"), n * length, n * length**2, 0.9 * n, n * LABELS)
     print(f"\n{flops / 1e15:.2f} PFLOP a step of {n} rows of {length} tokens, 90 % with audio")
-    for n in (1, 8):
-        print(f"about {count_kernels(n) / n:,.0f} kernels a row at micro-batch {n}")
 
 BENCHES = {"gpu": bench_gpu, "memory": bench_memory, "augment": bench_augment,
            "train": bench_train, "generate": bench_generate, "serve": bench_serve}

@@ -103,11 +103,9 @@ def step_flops(model, tokens: float, squares: float, windows: float, labels: flo
     gradient passes through, 2 where the weight learns. squares: sum of the squared row lengths."""
     c, E, D = model.config, model.config.encoder_config, model.config.llm_config
     T, learns = E.max_source_positions, 2 * ("encoder" not in c.frozen)
-
     def linears(module, backward):
         return sum(m.weight.numel() * (2 + backward + 2 * m.weight.requires_grad)
                    for m in module.modules() if isinstance(m, torch.nn.Linear))
-
     conv1 = 3 * E.d_model * E.num_mel_bins * 2 * T * (2 + learns)  # its input needs no gradient
     conv2 = 3 * E.d_model * E.d_model * T * (2 + 2 * learns)
     attention = (4 + 4 * learns) * T * T * E.d_model * E.encoder_layers

@@ -11,7 +11,8 @@ from support.cli import UserError, first_line, replace_file
 from support.rows import cached
 
 KINDS = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}  # of files, for load_dataset
-TABLES = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8"))
+TEXT = Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8")
+TABLES = tomllib.loads(TEXT)
 
 @dataclass(frozen=True)
 class Source:
@@ -58,18 +59,6 @@ BENCHMARK = {split: source(TABLES["evaluation"], split=split, evaluation=True) f
 BIG_BENCH_AUDIO = source(TABLES["big_bench_audio"], evaluation=True)
 NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (rooms)
 PUBLISHED = TABLES["published"]
-
-def print_mixes() -> None:
-    """The mixes, and what their pools are made of."""
-    for mix, shares in MIXES.items():
-        print(f"{mix}:", ", ".join(f"{share:.0%} {pool}" for pool, share in shares.items()))
-    for pool, sources in POOLS.items():
-        print(f"\n{pool}")
-        for s in sources:
-            config = f" ({s.config})" if s.config else ""
-            only = f"; {' or '.join(s.only[0])} has {s.only[1]}" if s.only else ""
-            rows = f"; {s.rows:,} rows" if s.rows else ""
-            print(f"  {s.hub}{config}, {s.split}: {', '.join(s.columns)}{only}{rows}")
 
 # Presets: what differs from the defaults of train.py.
 KEEP = 20_000  # spectrograms of the tiny presets held in memory, 64 KB each

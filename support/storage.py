@@ -32,7 +32,6 @@ def newest_step(folder: str | Path) -> Path:
     steps = [] if (Path(folder) / "config.json").exists() else steps_in(folder)
     return steps[-1] if steps else Path(folder)
 
-# What a run and its evaluation write into --out, besides checkpoints.
 RESULTS = ("loss.png", "results.json", "report.md", "hypotheses.jsonl", "wer.png", "qa.png",
            "bigbench.png")
 
