@@ -59,6 +59,7 @@ bench: $(READY) vllm
 	$(PY) -m support.bench generate
 	$(PY) -m support.bench serve
 	$(PY) -m support.bench memory
+	$(if $(GPU),$(PY) -m support.bench gpu)
 
 pictures: demo
 	$(PY) data.py --wav sample.wav > /dev/null

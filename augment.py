@@ -5,8 +5,7 @@
 
 Thirteen effects: the post's table has eleven rows (pitch and speed share one), its code Gaussian
 noise besides. Their order is nearly the world's: the speaker, noise, the room, all that filters
-(EQ to telephony), gain, Gaussian noise, clipping, the codec; and on the mel, SpecAugment.
-"""
+(EQ to telephony), gain, Gaussian noise, clipping, the codec; and on the mel, SpecAugment."""
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path

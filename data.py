@@ -10,10 +10,8 @@ A manifest has one JSON object a line; paths in it are relative to its folder.
     {"audio": "a.wav", "text": "..."}                              transcription
     {"audio": "a.wav", "question": "...", "answer": "..."}         any question about a recording
     {"conversation": [{"role": "user", "content": "..."}, ...]}    text only
-A row that cannot be used (a broken file, an empty text) raises BadRow; BadRows counts such rows by
-reason and ends the run beyond 5 % (support/rows.py). The embedded corpus needs no download: it is
-sentences of a small grammar, spoken by espeak-ng (support/corpus.py).
-"""
+A row that cannot be used (a broken file, an empty text) is a BadRow: beyond 5 % they end the run
+(support/rows.py). The embedded corpus: sentences of a small grammar, spoken by espeak-ng."""
 import contextlib
 import hashlib
 import math
@@ -229,8 +227,7 @@ def shuffled(size: int, seed: int) -> list[int]:
 
 class Schedule(torch.utils.data.Sampler):
     """For each of `steps` (a range), this rank's part: a list of (index, epoch with its fraction).
-    sizes: of the pools, indexed as one concatenation; each is shuffled anew for every pass through
-    it. shares: how often a pool's turn comes."""
+    sizes: of the pools, each shuffled anew for each pass. shares: how often a pool's turn comes."""
     def __init__(self, sizes, shares, seed, steps, effective_batch, rank=0, world=1):
         self.sizes, self.seed, self.steps, self.rank, self.world = sizes, seed, steps, rank, world
         self.effective_batch, self.starts = effective_batch, np.cumsum([0, *sizes]).tolist()

@@ -10,8 +10,7 @@
 
 Writes results.json, report.md, hypotheses.jsonl and wer.png into the checkpoint's folder or --out.
 A failed utterance scores as an empty answer; interrupted, the same command goes on where it was.
-Shapes: n utterances of a split, S splits, R draws of the bootstrap.
-"""
+Shapes: n utterances of a split, S splits, R draws of the bootstrap."""
 import string
 import unicodedata
 from dataclasses import dataclass, replace

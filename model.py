@@ -8,8 +8,7 @@ stands between. "The post" is its authors' article, "the original" their code an
 Letters for shapes [full size]: B batch, L sequence length, W windows in the batch, M mel bins
 [128], F mel frames [3000], T encoder frames [1500], k frames in an audio token [4], N audio
 tokens in a window [375], E encoder width [1280], D LLM width [2560], V vocabulary [151671].
-No import from the project: this file travels inside exported checkpoints as remote code.
-"""
+No import from the project: this file travels inside exported checkpoints as remote code."""
 import sys
 from functools import cache, cached_property
 from pathlib import Path

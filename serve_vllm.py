@@ -12,10 +12,8 @@ vLLM does not know our model. Four classes tell it what it must know:
     MultiModalProcessor       a recording -> mel windows, and the tokens that stand for it
     ForConditionalGeneration  the network: our encoder and adapter, and vLLM's own Qwen3
 
-A recording of 70 s, with windows of 30: in a chat message, three windows of one prompt; for
-/v1/audio/transcriptions (by vLLM's code) and --transcribe (by support/pauses.py) it is cut at
-quiet places, each piece is a prompt, and the texts are joined. Letters for shapes: see model.py.
-"""
+A recording of 70 s is three windows of one chat prompt. For /v1/audio/transcriptions (by vLLM) and
+--transcribe (by support/pauses.py) it is cut at quiet places, each piece a prompt, texts joined."""
 import json
 import math
 import os

@@ -6,8 +6,7 @@
     python train.py --preset tiny --train_manifest my.jsonl  # on your own recordings
     python train.py --resume --out out                       # go on where a run stopped
 
-A run writes metrics.jsonl, loss.png and checkpoints (step-0000500, ...) into --out.
-"""
+A run writes metrics.jsonl, loss.png and checkpoints (step-0000500, ...) into --out."""
 import json
 import math
 import signal

@@ -1,5 +1,4 @@
-"""support/banks.py -- noises (int16) and rooms (impulse responses, float32) for augment.py, at 16
-kHz; made here, of a folder, or of the hub (the post's: MUSAN, EchoThief)."""
+"""support/banks.py -- noises (int16) and rooms (impulse responses, float32) for augment.py."""
 import os
 import sys
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""support/checkpoint.py -- load any checkpoint: ours or the original's, whole or on top of another.
-Strictly: what does not fit is a ValueError or OSError. support/storage.py has the files."""
+"""support/checkpoint.py -- load any checkpoint, strictly: what does not fit is an error."""
 import json
 import re
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""support/corpus.py -- a spoken corpus without a download: sentences of a small grammar, spoken by
-espeak-ng, as a manifest's rows with a "name". Equal seeds give equal bytes on any machine."""
+"""support/corpus.py -- sentences of a small grammar by espeak-ng; equal seeds give equal bytes."""
 import hashlib
 import json
 import multiprocessing

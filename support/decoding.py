@@ -1,5 +1,4 @@
-"""support/decoding.py -- every utterance answered: in batches, on all ranks, whatever fails. Until
-all are, answers lie in hypotheses.SETTINGS.RANK.part.jsonl, so that what was stopped can go on."""
+"""support/decoding.py -- utterances answered in batches, on all ranks; stopped, it goes on."""
 import atexit
 import contextlib
 import hashlib

@@ -1,5 +1,4 @@
-"""support/export.py -- a checkpoint as a complete model folder: LoRA merged, model.py as remote
-code, so that AutoModel.from_pretrained and vLLM load it without this project.
+"""support/export.py -- a checkpoint as a model folder that needs nothing of this project.
 
     python -m support.export --ckpt out/ --to hf/ [--push user/name]
 """

@@ -97,9 +97,8 @@ def check_data(cfg, data: dict) -> None:
     before = checkpoint.training_config(cfg.out).get("data", {}) if cfg.resume else {}
     for name, (samples, texts) in data.items():
         if name in before and before[name] != [samples, texts]:
-            raise UserError(f"the data has changed since the run was started, in {name}: "
-                            f"{before[name][0]} samples then, {samples} now, or other texts; bring "
-                            "it back, or start another run")
+            raise UserError(f"the data has changed since the run was started, in {name} ({samples} "
+                            f"rows, were {before[name][0]}): bring it back, or start another run")
     starts = [math.ceil(at * cfg.steps) for at in (*stage_starts(cfg), 1)]
     for stage, (start, end) in enumerate(itertools.pairwise(starts), 1):
         if start == end:

@@ -1,6 +1,4 @@
-"""support/recipes.py -- recipes.toml: datasets, the pools they make, mixes of pools, presets that
-train on a mix, their tiny twins. And a dataset's rows, of the hub or of --data_dir: files as on the
-hub, or what save_to_disk of datasets wrote, or audio beside a metadata.csv or .jsonl."""
+"""support/recipes.py -- recipes.toml as objects; datasets, of the hub or in any form on disk."""
 import sys
 import tomllib
 from dataclasses import dataclass

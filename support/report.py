@@ -1,5 +1,4 @@
-"""support/report.py -- what eval.py writes: tables, kinds of errors, worst utterances, a chart. A
-row is a graded line of hypotheses.jsonl, a system what assess() of eval.py says about one."""
+"""support/report.py -- what eval.py writes: tables, kinds of errors, worst utterances, a chart."""
 import json
 import sys
 from pathlib import Path

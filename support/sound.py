@@ -1,5 +1,4 @@
-"""support/sound.py -- the signal processing under augment.py: filters, one FFT for all that is
-linear, stretching, codecs. Waves: float32 arrays at 16 kHz, of any length from one sample up."""
+"""support/sound.py -- signal processing under augment.py. Waves: float32, 16 kHz, any length."""
 import io
 import math
 from functools import lru_cache

@@ -1,6 +1,4 @@
-"""support/storage.py -- a run's folder: out/step-0000500, ..., each a checkpoint: model.safetensors
-has what trained (all, if it stands on no base), state.pt the optimizer, train_config.json the
-flags. Reading is strict, and unpickles nothing that could execute."""
+"""support/storage.py -- a run's folder: checkpoints, written beside training; strict reading."""
 import fcntl
 import hashlib
 import json

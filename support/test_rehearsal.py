@@ -20,7 +20,7 @@ from conftest import HERE, SHARED, losses, newest, rows_in, write_original, writ
 # isort: split
 from conftest import train_now, write_whisper
 from support import checkpoint as ckpt
-from support import engine, recipes
+from support import engine, recipes, storage
 from support.pauses import without_thoughts
 from support.rows import load_audio
 from train import TrainConfig
@@ -121,7 +121,7 @@ def test_a_run_is_stopped_and_goes_on(place, stopped, jobs, tmp_path, monkeypatc
     saved = json.loads((final / "train_config.json").read_text())
     assert saved == saved | dict(preset="ru_text_10pct", mix="ru_text_10pct", lr=1e-5, step=STEPS,
                                  effective_batch=128, batch_size=2, lora_rank=256)
-    weights = ckpt.read_weights(final)
+    weights = storage.read_weights(final)
     assert weights["new_rows"].shape == (2, 64)
     assert len([k for k in weights if "lora_A" in k]) == 2 * 7  # 2 layers of 7 linears
     assert {k for k in weights if "lora_" not in k} == {

@@ -1,5 +1,4 @@
-"""support/uploads.py -- what clients of serve_vllm.py send: files in chat messages, links, uploads.
-Decoded as in training. What is wrong with one is a ValueError: vLLM answers 400, not 500."""
+"""support/uploads.py -- what clients of serve_vllm.py send. A ValueError is a 400."""
 import json
 import os
 from pathlib import Path
