@@ -3,8 +3,7 @@
     python augment.py in.wav out/                     # hear and see every effect and every stage
     python augment.py in.wav out/ --noise my_noises/  # with your own; --noise hub takes the post's
 
-Thirteen effects: the post's table has eleven rows (pitch and speed share one), its code Gaussian
-noise besides. Their order is nearly the world's: the speaker, noise, the room, all that filters
+Thirteen effects, in nearly the world's order: the speaker (pitch, speed), noise, the room, filters
 (EQ to telephony), gain, Gaussian noise, clipping, the codec; and on the mel, SpecAugment."""
 import math
 from dataclasses import dataclass, fields
@@ -57,7 +56,7 @@ def from_table(effects: dict) -> AugmentConfig:
 STAGES = TABLES["stages"]  # the original's: {effect: [light, intense, heavy]}
 COLUMNS = [dict(zip(STAGES, column, strict=True)) for column in zip(*STAGES.values(), strict=True)]
 LIGHT, INTENSE, HEAVY = map(from_table, COLUMNS)
-# The curriculum changes at these epochs, or at those of train.py --curriculum.
+# The curriculum changes at these epochs, or where train.py --curriculum says.
 CURRICULUM = [AugmentationStage(0, AugmentConfig(touched=0), "clean"),
               AugmentationStage(1, LIGHT, "light"),
               AugmentationStage(3, INTENSE, "intense"),

@@ -7,7 +7,7 @@ import numpy as np
 import soundfile
 
 from model import SAMPLE_RATE
-from support.cli import picture
+from support.cli import picture, replace_file
 
 GUARD = 2048  # zeros after a clip: what a filter rings on lands here, not at the clip's start
 
@@ -129,10 +129,13 @@ def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> 
     return fit(x, len(wave))
 
 def plot_mels(mels: dict, path: str) -> None:
-    """{name: log-mel (M, F)} -> one picture of them all."""
+    """{name: log-mel (M, F)} -> one picture of them all, small enough for a README."""
+    from PIL import Image
     rows = math.ceil(len(mels) / 3)
     with picture(path, rows, 3, dpi=100, figsize=(9, 0.9 * rows)) as (_, axes):
         for axis, (name, mel) in zip(axes.flat, mels.items(), strict=False):
             axis.axis("off")
             axis.imshow(mel.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-1, vmax=1.5)
             axis.set_title(name, loc="left", fontsize=9, pad=2)
+    few = Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE)  # a third as large
+    replace_file(path, lambda tmp: few.save(tmp, format="png", optimize=True))

@@ -35,8 +35,7 @@ RESULTS = ("loss.png", "results.json", "report.md", "hypotheses.jsonl", "wer.png
 
 # ---- Writing
 class Saver:
-    """Writes checkpoints in a thread, from a copy in CPU memory, while training goes on. Only one
-    process may write into a folder: UserError."""
+    """Writes checkpoints in a thread while training goes on; one process a folder, or UserError."""
     def __init__(self, out: Path, keep: int, rank: int):
         self.out, self.keep, self.rank = out, keep, rank
         self.thread, self.pending, self.buffers = ThreadPoolExecutor(1), None, {}
@@ -68,8 +67,7 @@ class Saver:
         return self.buffers[key].copy_(x, non_blocking=True)
 
     def save(self, model: torch.nn.Module, optimizer, config: dict, step: int, also) -> None:
-        """Called on all ranks. also(): more for the thread to do. Raises UserError if the last one
-        could not be written."""
+        """On all ranks. also(): more for the thread. UserError if the last one was not written."""
         self.wait()
         tensors = {name: self.copy(name, p) for name, p in lora.stored(model).items()}
         keys = count()
