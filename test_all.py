@@ -820,6 +820,22 @@ def test_hub_data_that_changed_is_seen(hub, tmp_path):
     assert digest(rows) == first  # written again, at another time
     assert digest(rows[:2]) != first and digest([*rows[:2], rows[2] | {"text": "тройка"}]) != first
 
+def test_a_twin_resumes_from_another_folder(tmp_path, monkeypatch):
+    few = ["--utterances", 40, "--effective_batch", 2, "--save_every", 1]
+    monkeypatch.chdir(tmp_path)
+    train_now(monkeypatch, "--preset", "tiny_pretrain", *few, "--steps", 1,
+              "--out", "out_tiny_pretrain")
+    train_now(monkeypatch, "--preset", "tiny_ru_only", *few, "--steps", 2,
+              "--out", "out_tiny_ru_only")
+    out = tmp_path / "out_tiny_ru_only"
+    storage.prune(storage.steps_in(out)[1:])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    argv = ["--preset", "tiny_ru_only", "--resume", "--out", out]
+    assert train_now(monkeypatch, *argv)[0] == 0 and newest(out).name == "step-0000002"
+    storage.prune(storage.steps_in(out)[1:])
+    assert train_now(monkeypatch, *argv[2:])[0] == 0 and newest(out).name == "step-0000002"
+
 def test_two_runs_do_not_share_a_folder(manifest, tmp_path, monkeypatch, capsys):
     flags = [*FAST, "--train_manifest", manifest, "--effective_batch", 2, "--out", tmp_path / "out"]
     command = [sys.executable, train.__file__, *map(str, flags), "--steps", "9999"]
