@@ -149,7 +149,7 @@ def make_batch(model: Borealis, rows: int, micro_batch: int) -> dict:
     mel = torch.randn(1, c.encoder_config.num_mel_bins, c.window_samples // HOP)
     dataset = Dataset([], model.tokenizer, c, batch_size=micro_batch)
     items = [((ids, labels, mel, [c.window_samples]), [])] * rows
-    return dataset.collate(items) | dict(labels=rows * LABELS)
+    return dataset.collate(items)
 
 def make_step(cfg, model: Borealis):
     """-> a step of train.py's loop, as a function of what collate() made, and its optimizer."""

@@ -3,6 +3,7 @@ mistake of the user's is a UserError: one line that says what to do, exit code 2
 import argparse
 import contextlib
 import difflib
+import hashlib
 import math
 import os
 import signal
@@ -103,6 +104,9 @@ def pick_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but no GPU is visible: use --device cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+def digest(*facts) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 def cache_dir() -> Path:
     """Where spoken corpora and exported checkpoints lie: $NANOBOREALIS_CACHE, or .cache here."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from model import SAMPLE_RATE
 from support import checkpoint, pauses, storage
-from support.cli import first_line, pick_device
+from support.cli import digest, first_line, pick_device
 from support.rows import BadRow, load_audio
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
@@ -45,9 +45,6 @@ def first_rank_first(call: Callable, *args):
     if RANK == 0 and WORLD > 1:
         dist.barrier()
     return result
-
-def digest(*facts) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 def stamp(audio: str | bytes) -> tuple | str:
     """A file by its name, size and time; sound in memory by what it is."""

@@ -10,7 +10,7 @@ import model
 from data import Sample
 from model import ENCODER, LLM, SAMPLE_RATE
 from support import checkpoint, decoding, export
-from support.cli import UserError, as_user_error, cache_dir
+from support.cli import UserError, as_user_error, cache_dir, digest
 
 INSTALLED = util.find_spec("vllm") is not None
 TRANSCRIBE = Sample("", [b""])  # the transcription prompt of training; the sound comes beside it
@@ -43,8 +43,8 @@ def servable(ckpt: str | Path, encoder: str = ENCODER, llm: str = LLM) -> Path:
     code = [Path(model.__file__), Path(__file__).with_name("chat_template.jinja")]
     texts = [path.read_bytes() for path in (*code, *sorted(folder.iterdir()))
              if path.suffix in (".py", ".txt", ".jinja")]
-    digest = decoding.digest(decoding.digest_model(folder), encoder, llm, texts)
-    place = cache_dir() / f"served-{digest}"
+    facts = decoding.digest_model(folder), encoder, llm, texts
+    place = cache_dir() / f"served-{digest(*facts)}"
     try:
         export.export(folder, place, encoder, llm)
     except (ValueError, OSError):

@@ -1,6 +1,5 @@
 """support/rows.py -- what a row's text and recording must be, and a count of rows that fail."""
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -17,7 +16,7 @@ import torchaudio
 from tqdm.contrib.concurrent import thread_map
 
 from model import AUDIO, SAMPLE_RATE, TAG_PAIR, check_wave
-from support.cli import UserError, cache_dir, write_text
+from support.cli import UserError, cache_dir, digest, write_text
 
 MIN_SECONDS = 0.1        # shorter recordings hold no word
 MAX_SECONDS = 86_400     # where decoding stops, if nobody says otherwise; train.py says 3600
@@ -82,7 +81,7 @@ def cached(name: str, *facts):
     """-> path in the cache of a file that depends on its name and these facts alone."""
     with contextlib.suppress(OSError):  # who cannot write may still read
         cache_dir().mkdir(parents=True, exist_ok=True)
-    return cache_dir() / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}-{name}"
+    return cache_dir() / f"{digest(*facts)}-{name}"
 
 def usable(samples: list, dataset, bad: BadRows, manifest: str) -> list:
     """The samples that dataset.encode takes; the others go to `bad`. How long a file is, or what is

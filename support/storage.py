@@ -130,8 +130,8 @@ def restore_weights(out: str | Path, model: torch.nn.Module) -> None:
         load_stored(model, read_weights(folder), folder)
 
 def restore(out: str | Path, optimizer) -> int:
-    """The newest checkpoint's state, whole, into an optimizer that may be sharded -> its step."""
-    saved = torch.load(newest_step(out) / "state.pt", map_location="cpu", weights_only=True)
+    """The newest checkpoint's state, mapped, into an optimizer that may be sharded -> its step."""
+    saved = torch.load(newest_step(out) / "state.pt", "cpu", weights_only=True, mmap=True)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, moments in saved["optimizer"]["state"].items():
         for name, x in moments.items():

@@ -13,8 +13,8 @@ from data import HubSamples
 from model import ASR_PROMPT, ENCODER, SAMPLE_RATE
 from support import pauses, rows
 from support.checkpoint import load_model, load_part
-from support.cli import UserError, as_user_error
-from support.decoding import RANK, System, digest, digest_model, stamp
+from support.cli import UserError, as_user_error, digest
+from support.decoding import RANK, System, digest_model, stamp
 from support.recipes import BIG_BENCH_AUDIO, TABLES, Source
 
 TASKS = {"asr": ("wer", "cer"), "qa": ("em", "f1"), "bigbench": ("accuracy",)}  # main one first
