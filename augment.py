@@ -39,7 +39,8 @@ class AugmentConfig:
     telephony: tuple = (0, 8000, 12000, 180, 180, 4200, 4200)  # Hz: rate, lower edge, upper edge
     codec: tuple = (0, 96, 160)                    # kbit/s
     codec_rate: int = SAMPLE_RATE                  # Hz; 8000 or 12000 where the line has no more
-    opus: float = 0.5                              # share of Opus among codecs; the rest is MP3
+    opus: float = 0.5                              # share of Opus among codecs
+    gsm: float = 0.0                               # of phones' GSM 06.10, 13 kbit/s; the rest: MP3
     mask: tuple = (0, 0, 2, 0, 2)                  # SpecAugment, on any clip: bands, stretches
     mask_width: tuple = (27, 100)                  # at most so many mel bins, so many frames
 
@@ -133,7 +134,8 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
         top = share[0] * np.abs(x).max()
         x = np.clip(x, -top, top) / np.float32(share[0])
     if kbps := draw(config.codec, rng):
-        kind = "opus" if rng.random() < config.opus else "mp3"
+        which = rng.random() - config.opus
+        kind = "opus" if which < 0 else "gsm" if which < config.gsm else "mp3"
         x = sound.codec(x, *kbps, kind, line_rate(config, filters))
     return sound.limit(x)
 
@@ -170,15 +172,16 @@ class Augmenter:
         """Does the sound of this sample change? If not, what was computed from it still holds."""
         return self.rng(epoch, index, 0).random() < self.stage(epoch).config.touched
 
-    def wave(self, wave: torch.Tensor, epoch: float, index: int, part: int) -> torch.Tensor:
+    def wave(self, epoch: float, index: int, wave: torch.Tensor, part: int) -> torch.Tensor:
         """Recording number `part` of sample `index`, a tensor (n,), as this epoch hears it."""
         rng = self.rng(epoch, index, 2 + part)
         return torch.from_numpy(augment(wave.numpy(), self.stage(epoch).config, rng, *self.banks))
 
-    def masked(self, mels: torch.Tensor, frames: list, epoch: float, index: int) -> torch.Tensor:
-        """(W, M, F), each window's frames with sound -> masked, whether touched or not."""
+    def masked(self, mels: torch.Tensor, windows: list, index: int, epoch: float) -> torch.Tensor:
+        """Spectrograms (W, M, F) of these windows of sound -> masked, whether touched or not."""
         config, rng = self.stage(epoch).config, self.rng(epoch, index, 1)
-        new = [mask(mel, n, config, rng) for mel, n in zip(mels, frames, strict=True)]
+        new = [mask(mel, math.ceil(len(window) / HOP), config, rng)
+               for mel, window in zip(mels, windows, strict=True)]
         return torch.stack(new) if new else mels
 
 # ---- Listen
@@ -191,6 +194,7 @@ def examples() -> dict[str, AugmentConfig]:
         "before": AugmentConfig(),
         **{name: AugmentConfig(**{name: effect}) for name, effect in alone.items()},
         "mp3": AugmentConfig(codec=kbps, opus=0), "opus": AugmentConfig(codec=kbps, opus=1),
+        "gsm": AugmentConfig(codec=kbps, opus=0, gsm=1),
         **{f"stage_{stage.name}": stage.config for stage in CURRICULUM},
         **{f"split_{name}": config for name, config in HARD.items()}}
 

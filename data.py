@@ -144,41 +144,29 @@ def encode(sample, tokenizer, config, change=None, load=load_audio, max_windows=
     return ids, labels, windows
 
 class Dataset(torch.utils.data.Dataset):
-    """Items as they go into a batch: (ids, labels, mel (W, M, F), length of each window's sound),
-    an unusable one replaced by the next. keep: how many stay in memory. limits: those of encode."""
-    def __init__(self, samples, tokenizer, config, keep=0, augment=None, batch_size=1, **limits):
+    """Items: (ids, labels, windows of sound, key), an unusable one replaced by the next. A key is
+    (index, epoch), as Schedule deals them. limits: those of encode."""
+    def __init__(self, samples, tokenizer, config, augment=None, batch_size=1, **limits):
         self.samples, self.config, self.augment = samples, config, augment
-        self.batch_size, self.keep, self.kept = batch_size, keep, {}
+        self.batch_size = batch_size
         self.encode = partial(encode, tokenizer=tokenizer, config=config, **limits)
 
-    def item(self, i: int, change=None):
-        ids, labels, windows = self.encode(self.samples[i], change=change)
-        return ids, labels, model.log_mel(windows, self.config), list(map(len, windows))
-
-    def unchanged(self, i: int):
-        item = self.kept.get(i) or self.item(i)
-        if len(self.kept) < self.keep:
-            self.kept[i] = item
-        return item
-
-    def augmented(self, i: int, epoch: float):
-        """An item whose recordings are changed, if it is their turn, and its spectrogram masked."""
-        item = None
-        if self.augment.touches(epoch, i):
+    def item(self, i: int, epoch: float = 0.0) -> tuple:
+        """One item; its recordings are changed if it is their turn."""
+        if self.augment and self.augment.touches(epoch, i):
             with contextlib.suppress(TooLong):  # slowed down too far: then it stays as it was
-                item = self.item(i, lambda wave, part: self.augment.wave(wave, epoch, i, part))
-        ids, labels, mel, lengths = item or self.unchanged(i)
-        frames = [math.ceil(n / model.HOP) for n in lengths]
-        return ids, labels, self.augment.masked(mel, frames, epoch, i), lengths
+                change = partial(self.augment.wave, epoch, i)
+                return *self.encode(self.samples[i], change=change), (i, epoch)
+        return *self.encode(self.samples[i]), (i, epoch)
 
     def __getitem__(self, key: tuple[int, float]):
-        """(index, epoch) from Schedule -> (item, [(reason, row, too long?) of rows left out]). No
-        item after RETRIES consecutive bad rows, or 20 times as many too long, a common case."""
+        """Key -> (item, [(reason, row, too long?) of rows left out]). No item after RETRIES bad
+        rows in a row, or 20 times as many too long, a common case."""
         i, epoch = key
         left_out, patience = [], 20 * RETRIES
         while patience > 0:
             try:
-                return (self.augmented(i, epoch) if self.augment else self.unchanged(i)), left_out
+                return self.item(i, epoch), left_out
             except BadRow as e:
                 too_long = isinstance(e, TooLong)
                 left_out.append((str(e), e.where or self.samples[i].name, too_long))
@@ -194,7 +182,7 @@ class Dataset(torch.utils.data.Dataset):
             items.sort(key=lambda item: -len(item[0]))
         starts = range(0, len(items), self.batch_size)
         tokens = [len(ids) for ids, *_ in items]
-        windows = [n for *_, lengths in items for n in lengths]
+        windows = [len(window) for _, _, windows, _ in items for window in windows]
         micro = [self.pad(items[i:i + self.batch_size]) for i in starts]
         return dict(micro=micro, labels=sum(len(part["label_positions"]) for part in micro),
                     left_out=[row for _, left_out in dealt for row in left_out],
@@ -205,12 +193,16 @@ class Dataset(torch.utils.data.Dataset):
         """B items -> input_ids (B, L) and labels (B, L), padded on the right, and input_features
         (W, M, F): the windows of all samples in reading order, none at all for text only. Where
         labels are is found here, on the CPU: a GPU would wait for it in each forward."""
-        ids, labels, mels, _ = zip(*items, strict=True)
+        ids, labels, windows, keys = zip(*items, strict=True)
+        mels = model.log_mel(sum(windows, []), self.config)  # of all at once: far faster
+        if self.augment:
+            split = mels.split([*map(len, windows)])
+            mels = torch.cat([self.augment.masked(*some, *key)
+                              for *some, key in zip(split, windows, keys, strict=True)])
         L, pad = max(map(len, ids)), self.config.llm_config.pad_token_id or 0
         labels = torch.tensor([row + [-100] * (L - len(row)) for row in labels])
         return dict(input_ids=torch.tensor([row + [pad] * (L - len(row)) for row in ids]),
-                    labels=labels, label_positions=model.find_labels(labels),
-                    input_features=torch.cat(mels))
+                    labels=labels, label_positions=model.find_labels(labels), input_features=mels)
 
 # ---- The order depends on (seed, position) alone. Step s takes the s-th effective batch of
 # positions, dealt to the ranks: a resumed run, on any number of GPUs, sees what it would have seen.

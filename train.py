@@ -23,11 +23,11 @@ import torch.distributed as dist
 from augment import CURRICULUM, Augmenter
 from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
 from model import ENCODER, LLM, count
-from support import launch, lora, ranks, storage
+from support import launch, lora, optim, ranks, storage
 from support.banks import open_banks
 from support.cli import UserError, flag, run
 from support.meter import Log, Silent, plot_loss, speed
-from support.recipes import KEEP, MIXES, POOLS, PRESETS
+from support.recipes import MIXES, POOLS, PRESETS
 from support.rows import BadRows, usable
 from support.tiny import scratch_model
 
@@ -61,12 +61,15 @@ class TrainConfig:
     # optimisation
     steps: int = flag(1624, "optimizer steps", low=1)
     effective_batch: int = flag(128, "samples a step: 8 GPUs x 1 x accumulation 16", low=1)
+    optimizer: str = flag("adamw", "muon: for matrices, AdamW for the rest",
+                          choices=["adamw", "muon"])
     lr: float = flag(1e-5, "peak learning rate", low=1e-12)
     min_lr: float = flag(0.0, "the cosine ends here, as a share of --lr", low=0, high=1)
     warmup: float = flag(0.03, "share of the steps with a rising learning rate", low=0, high=1)
     weight_decay: float = flag(0.01, "on matrices only", low=0)
     beta2: float = flag(0.98, "of AdamW", low=0, high=0.999999)
     grad_clip: float = flag(1.0, "the gradient norm is cut to this; 0: never", low=0)
+    bf16: bool = flag(False, "multiply in it on a CPU, too, if it is fast at that")
     seed: int = flag(0, "of data order, initial weights and dropout")
     # where and how it runs: --resume may change all below, and nothing above
     out: str = flag("out", "folder of the run", aliases=["--out_dir"])
@@ -158,8 +161,8 @@ def load_data_and_model(cfg, rank, world, device):
     # On resume the data must be what it was: rank 0 looks.
     data = {name: (len(pool), digest(pool) if rank == 0 else "") for name, pool in pools.items()}
     batch_size, samples = ranks.pick_batch(cfg, model, device, world), Chain(pools.values())
-    dataset = Dataset(samples, keep=KEEP if cfg.train == "scratch" else 0, batch_size=batch_size,
-                      augment=make_augmenter(cfg, banks, len(samples)), **settings)
+    augmenter = make_augmenter(cfg, banks, len(samples))
+    dataset = Dataset(samples, augment=augmenter, batch_size=batch_size, **settings)
     if rank == 0:
         launch.check_data(cfg, data)
         accumulation = math.ceil(cfg.effective_batch / world / batch_size)
@@ -196,7 +199,7 @@ def wrap(cfg, model, world):
 
 CAUSAL = {"full_attention": None}  # no mask: else transformers looks at the GPU's data for one
 
-def backward(net, micro_batches, num_labels, world, device):
+def backward(net, micro_batches, num_labels, world, device, bf16=False):
     """Add up the gradients of the micro-batches -> the loss of the step on all ranks.
     It is the mean over all num_labels label tokens of the effective batch. The mean of the
     micro-batches' means is another number: with 10 label tokens in one and 1000 in the next, it
@@ -206,7 +209,7 @@ def backward(net, micro_batches, num_labels, world, device):
         # DDP synchronises gradients once a step: the last backward sends what all have added up.
         net.require_backward_grad_sync = i == len(micro_batches)  # DDP reads this
         inputs = {k: v.to(device, non_blocking=True) for k, v in inputs.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with optim.autocast(device.type, bf16):
             # DDP takes the mean over the ranks, where we want the sum: so times `world`
             part = net(**inputs, attention_mask=CAUSAL, num_items_in_batch=num_labels / world).loss
         part.backward()
@@ -220,12 +223,12 @@ def train(cfg: TrainConfig) -> int:
     model, dataset, data, shares = load_data_and_model(cfg, rank, world, device)
     sizes, net = [size for size, _ in data.values()], wrap(cfg, model, world)
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trained if p.dim() >= 2], weight_decay=cfg.weight_decay),
-              dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
-    # What a resume restores: trained weights, AdamW's moments, the step. Data order, augmentation
+    optimizers = optim.make(cfg, model)
+    if main_process:
+        print(optim.describe(optimizers))
+    # What a resume restores: trained weights, the moments, the step. Data order, augmentation
     # and dropout (that of each rank) follow from seed and step: there is no RNG state to save.
-    start = storage.restore(out, optimizer) if cfg.resume else 0
+    start = storage.restore(out, optimizers) if cfg.resume else 0
     schedule = Schedule(sizes, shares, cfg.seed, range(start, cfg.steps), cfg.effective_batch,
                         rank, world)
     batches = ranks.load(dataset, schedule, cfg.workers, pin_memory=device.type == "cuda")
@@ -245,24 +248,25 @@ def train(cfg: TrainConfig) -> int:
             log.note(f"epoch {epoch:.2f}: stage {stage.name} ({stage.config.touched:.0%} of clips)")
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + rank)  # of dropout
         lr = learning_rate(cfg, step)
-        for group in optimizer.param_groups:
+        for group in chain.from_iterable(o.param_groups for o in optimizers):
             group["lr"] = lr
         batch = next(batches)  # this rank's micro-batches, rows left out, counts of tokens and more
         micro_batches, rows = batch.pop("micro"), batch.pop("left_out")
         total = ranks.all_sum(batch | dict(left_out=len(rows), stop=len(signals)), device)
         ranks.add_left_out(bad, too_long, rows, total, (step + 1 - start) * cfg.effective_batch)
-        loss = backward(net, micro_batches, total["labels"], world, device)
+        loss = backward(net, micro_batches, total["labels"], world, device, cfg.bf16)
         norm = ranks.clip_gradients(trained, cfg.grad_clip or math.inf)
         diverged = not math.isfinite(loss + norm)
         if diverged:
             break
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=world == 1 or cfg.shard)  # see wrap
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=world == 1 or cfg.shard)  # see wrap
         log.write(dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm,
                        **speed(model, total, time.perf_counter() - began, world, device)))
         stopped = total["stop"] > 0
         if stopped or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
-            saver.save(model, optimizer, asdict(cfg) | dict(data=data), step + 1,
+            saver.save(model, optimizers, asdict(cfg) | dict(data=data), step + 1,
                        partial(plot_loss, log.rows[:], out / "loss.png"))
         if stopped:
             break

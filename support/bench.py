@@ -27,9 +27,10 @@ import eval as evaluation
 import train
 from augment import AugmentConfig, augment, examples
 from data import Dataset, embedded, load_audio
-from model import HOP, QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3, BorealisConfig
+from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3, BorealisConfig
 from model import BorealisForConditionalGeneration as Borealis
-from support import banks, cli, corpus, engine, export, lora, meter, ranks, sound, storage, tiny
+from support import (banks, cli, corpus, engine, export, lora, meter, optim, ranks, sound, storage,
+                     tiny)
 
 # ---- Models, clocks, tables
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,8 +72,8 @@ def print_rows(rows: list[dict]) -> None:
 
 # ---- augment
 def theirs(c: AugmentConfig, folder: str):
-    """The same chain of audiomentations; Opus, which it lacks, is ours, resampling soxr's. Speed is
-    a time stretch; a second noise or room comes on average."""
+    """The same chain of audiomentations; Opus and GSM, which it lacks, are ours, resampling soxr's.
+    Speed is a time stretch; a second noise or room comes on average."""
     import audiomentations as A
     import soxr
     rng = np.random.default_rng(0)
@@ -83,8 +84,8 @@ def theirs(c: AugmentConfig, folder: str):
         low, high = (low + low2) / 2, (high + high2) / 2
         centre, width = (low + high) / 2, 2 * (high - low) / (high + low)
         return A.BandPassFilter(centre, centre, width, width, p=p)
-    def opus(x, rate):
-        return sound.codec(x, np.mean(c.codec[1:]), "opus", c.codec_rate)
+    def ours(x, rate, kind):
+        return sound.codec(x, np.mean(c.codec[1:]), kind, c.codec_rate)
     top = 160 if c.codec_rate == SAMPLE_RATE else 64  # MP3's kbit/s
     lame = A.Mp3Compression(*(min(round(kbps), top) for kbps in c.codec[1:]), p=1)
     return A.Compose([
@@ -102,8 +103,10 @@ def theirs(c: AugmentConfig, folder: str):
         A.Lambda(trip, p=c.resample[0], low=c.resample[1], high=c.resample[2]),
         A.Compose([A.Lambda(trip, p=1, low=c.telephony[1], high=c.telephony[2]),
                    band(*c.telephony[3:])], p=c.telephony[0]),
-        A.Lambda(trip, c.codec[0] * (1 - c.opus), low=c.codec_rate, high=c.codec_rate, there=lame),
-        A.Lambda(opus, p=c.codec[0] * c.opus)], p=c.touched)
+        A.Lambda(trip, c.codec[0] * (1 - c.opus - c.gsm), low=c.codec_rate, high=c.codec_rate,
+                 there=lame),
+        A.Lambda(ours, p=c.codec[0] * c.opus, kind="opus"),
+        A.Lambda(ours, p=c.codec[0] * c.gsm, kind="gsm")], p=c.touched)
 
 def bench_augment(args):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -146,21 +149,21 @@ def make_batch(model: Borealis, rows: int, micro_batch: int) -> dict:
     audio = [c.audio_start_id, *[c.audio_token_id] * c.tokens_per_window, c.audio_end_id]
     ids = [*range(TEXT - LABELS), *audio, *range(LABELS)]
     labels = [-100] * (len(ids) - LABELS) + ids[-LABELS:]
-    mel = torch.randn(1, c.encoder_config.num_mel_bins, c.window_samples // HOP)
     dataset = Dataset([], model.tokenizer, c, batch_size=micro_batch)
-    items = [((ids, labels, mel, [c.window_samples]), [])] * rows
+    items = [((ids, labels, [torch.randn(c.window_samples) / 9], None), [])] * rows
     return dataset.collate(items)
 
 def make_step(cfg, model: Borealis):
-    """-> a step of train.py's loop, as a function of what collate() made, and its optimizer."""
+    """-> a step of train.py's loop, as a function of what collate() made, and its optimizers."""
     net, trained = train.wrap(cfg, model, 1), [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, cfg.lr, (0.9, cfg.beta2), fused=True)
+    optimizers = optim.make(cfg, model)
     def step(batch):
         train.backward(net, batch["micro"], batch["labels"], 1, model.device)
         ranks.clip_gradients(trained, cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-    return step, optimizer
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return step, optimizers
 
 def loss_of_all(outputs, labels, num_items_in_batch):
     """The loss as the original computes it, from logits at every position."""
@@ -199,6 +202,19 @@ def bench_train(args):
         row["speed x"] = row["samples/s"] / table[0]["samples/s"]
         row["memory x"] = row["peak memory, GiB"] / table[0]["peak memory, GiB"]
     print_rows(table)
+    print_rows([optimizer_share(name) for name in ("adamw", "muon")])
+
+def optimizer_share(name: str) -> dict:
+    """What a step of the tiny model is made of -> a row of the table."""
+    model = random_model(*TINY)
+    step, optimizers = make_step(train.TrainConfig(optimizer=name), model)
+    batch = make_batch(model, 16, 16)
+    parts = {"step": partial(step, batch),
+             "gradients": partial(train.backward, model, batch["micro"], 1, 1, model.device),
+             "optimizer": lambda: [optimizer.step() for optimizer in optimizers]}
+    row = {f"{key}, ms": 1000 * s for key, s in take_turns(parts, 20).items()}
+    share = 100 * row["optimizer, ms"] / row["step, ms"]
+    return {"tiny, batch 16": name} | row | {"optimizer's share, %": share}
 
 # ---- gpu, generate, serve
 def record(rows: list, what: str, batch: int | None, call, rounds: int = 0) -> float:
@@ -237,7 +253,7 @@ def time_training(rows: list, what: str, args) -> None:
     cfg = train.TrainConfig(**{flag[2:]: True for flag in what.split()[1:]})
     model = random_model(*SIZES[args.size][:2], args.dtype)
     lora.prepare(model, "lora", dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=0.0))
-    step, optimizer = make_step(cfg, model)
+    step, optimizers = make_step(cfg, model)
     for micro in (1, 2, 4, 8):
         batch = make_batch(model, cfg.effective_batch // 8, micro)
         if DEVICE == "cuda":
@@ -253,11 +269,11 @@ def time_training(rows: list, what: str, args) -> None:
         with tempfile.TemporaryDirectory() as out:
             saver = storage.Saver(Path(out), keep=1, rank=0)
             for i in (1, 2):  # the first gets its memory, too
-                save = partial(saver.save, model, optimizer, {}, i, lambda: None)
+                save = partial(saver.save, model, optimizers, {}, i, lambda: None)
                 record(rows, f"save {i}: the loop waits", None, save)
                 record(rows, f"save {i}: then, until it is written", None, saver.wait)
             record(rows, "resume: weights", None, partial(storage.restore_weights, out, model))
-            record(rows, "resume: optimizer", None, partial(storage.restore, out, optimizer))
+            record(rows, "resume: optimizer", None, partial(storage.restore, out, optimizers))
 
 def bench_gpu(args):
     if args.size == "5b" and DEVICE == "cpu":

@@ -46,6 +46,8 @@ def check(cfg) -> None:
     if stage_starts(cfg):
         check_source(cfg.noise)
         check_source(cfg.rooms)
+    if cfg.shard and cfg.optimizer != "adamw":
+        raise UserError("--shard goes with --optimizer adamw: Muon wants whole matrices")
     check_out(cfg.out)
     if steps_in(cfg.out) and not cfg.overwrite and not cfg.resume:
         raise UserError(f"{cfg.out} already holds a run: --resume, --overwrite or another --out")

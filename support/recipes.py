@@ -59,7 +59,6 @@ NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and E
 PUBLISHED = TABLES["published"]
 
 # Presets: what differs from the defaults of train.py.
-KEEP = 20_000  # spectrograms of the tiny presets held in memory, 64 KB each
 PRESETS, TINY = dict(TABLES["presets"]), TABLES["tiny"]
 TWIN = TINY | TABLES["twin"]
 for name, preset in TABLES["presets"].items():

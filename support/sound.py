@@ -111,17 +111,21 @@ def limit(wave: np.ndarray) -> np.ndarray:
 
 def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> np.ndarray:
     """Through a real codec at `rate` (8000, 12000 or 16000 Hz), not delayed. kind: "mp3" (40 to
-    160 kbit/s; below 16 kHz 32 to 64) or "opus" (6 to 256)."""
+    160 kbit/s; below 16 kHz 32 to 64), "opus" (6 to 256), "gsm" (phones' 13, always at 8 kHz)."""
+    rate = 8000 if kind == "gsm" else rate
     x = fit(wave, max(len(wave), SAMPLE_RATE // 10))       # MP3 wants a few frames at least
     if rate != SAMPLE_RATE:
         x = spectral(x, rate / SAMPLE_RATE)
-    settings, least, low, high = dict(format="OGG", subtype="OPUS"), 6, 6, 256
-    if kind == "mp3":  # below `least` its frames have no room for the note about the delay
-        settings = dict(format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="CONSTANT")
-        least, low, high = (40, 8, 160) if rate == SAMPLE_RATE else (32, 8, 64)
-    level = (high - np.clip(kbps, least, high)) / (high - low)  # libsndfile's: 1 is `low` kbit/s
+    settings = dict(format="WAV", subtype="GSM610")
+    if kind != "gsm":
+        settings, least, low, high = dict(format="OGG", subtype="OPUS"), 6, 6, 256
+        if kind == "mp3":  # below `least` its frames have no room for the note about the delay
+            settings = dict(format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="CONSTANT")
+            least, low, high = (40, 8, 160) if rate == SAMPLE_RATE else (32, 8, 64)
+        # libsndfile's level: 1 is `low` kbit/s
+        settings["compression_level"] = (high - np.clip(kbps, least, high)) / (high - low)
     buffer = io.BytesIO()
-    soundfile.write(buffer, limit(x), rate, compression_level=level, **settings)
+    soundfile.write(buffer, limit(x), rate, **settings)
     buffer.seek(0)
     x, _ = soundfile.read(buffer, dtype="float32")
     if rate != SAMPLE_RATE:

@@ -66,13 +66,13 @@ class Saver:
             self.buffers[key] = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
         return self.buffers[key].copy_(x, non_blocking=True)
 
-    def save(self, model: torch.nn.Module, optimizer, config: dict, step: int, also) -> None:
+    def save(self, model: torch.nn.Module, optimizers, config: dict, step: int, also) -> None:
         """On all ranks. also(): more for the thread. UserError if the last one was not written."""
         self.wait()
         tensors = {name: self.copy(name, p) for name, p in lora.stored(model).items()}
         keys = count()
         moments = tree_map_only(torch.Tensor, lambda x: self.copy(next(keys), x),
-                                optimizer.state_dict())
+                                [o.state_dict() for o in optimizers])
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies are there
         if self.rank == 0:
@@ -129,15 +129,18 @@ def restore_weights(out: str | Path, model: torch.nn.Module) -> None:
     with as_user_error("", ValueError):
         load_stored(model, read_weights(folder), folder)
 
-def restore(out: str | Path, optimizer) -> int:
-    """The newest checkpoint's state, mapped, into an optimizer that may be sharded -> its step."""
+def restore(out: str | Path, optimizers: list) -> int:
+    """The newest checkpoint's state, mapped, into optimizers that may be sharded -> its step."""
     saved = torch.load(newest_step(out) / "state.pt", "cpu", weights_only=True, mmap=True)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, moments in saved["optimizer"]["state"].items():
-        for name, x in moments.items():
-            if isinstance(params[i], DTensor) and x.dim():
-                moments[name] = distribute_tensor(x, params[i].device_mesh, params[i].placements)
-    optimizer.load_state_dict(saved["optimizer"])
+    states = saved["optimizer"]
+    states = [states] if isinstance(states, dict) else states  # AdamW's alone: of older runs
+    for optimizer, state in zip(optimizers, states, strict=True):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, moments in state["state"].items():
+            for name, x in moments.items():
+                if isinstance(p := params[i], DTensor) and x.dim():
+                    moments[name] = distribute_tensor(x, p.device_mesh, p.placements)
+        optimizer.load_state_dict(state)
     return saved["step"]
 
 def fingerprint(folder: Path) -> str:

@@ -1,0 +1,78 @@
+"""support/optim.py -- what computes a step: AdamW, or Muon for matrices beside it, in bf16."""
+import math
+from contextlib import ExitStack
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+class Muon(torch.optim.Muon):
+    """torch's (Keller Jordan, 2024), but all matrices of a size take their Newton-Schulz steps at
+    once, and in fp32 unless bf16. lr: as AdamW's; updates are scaled to its root mean square
+    (arXiv:2502.16982)."""
+    bf16 = False
+
+    @torch.no_grad()
+    def step(self):
+        group, = self.param_groups
+        params, grads, buffers = [], [], []
+        self._init_group(group, params, grads, buffers)
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov's
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        sizes = {}
+        for p, update in zip(params, updates, strict=True):
+            wide = len(p) <= p.shape[1]  # or lies down to be: the smaller square is cheaper
+            views = (p, update) if wide else (p.T, update.T)
+            sizes.setdefault(views[0].shape, []).append(views)
+        for (_, columns), views in sizes.items():
+            flat, updates = zip(*views, strict=True)
+            x = torch.stack(updates)
+            new = orthogonal(x.bfloat16() if self.bf16 else x, group)
+            rate = group["lr"] * 0.2 * math.sqrt(columns)
+            torch._foreach_add_(flat, [*new.to(flat[0].dtype)], alpha=-rate)
+
+def orthogonal(x: torch.Tensor, group: dict) -> torch.Tensor:
+    """(n, rows, columns) -> nearly the closest matrices whose singular values are all 1."""
+    a, b, c = group["ns_coefficients"]
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):  # a x + b (x x') x + c (x x')^2 x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
+
+def make(cfg, model) -> list[torch.optim.Optimizer]:
+    """-> [AdamW] or [AdamW, Muon], the latter for all matrices but embeddings and the head."""
+    llm, trained = model.llm, [p for p in model.parameters() if p.requires_grad]
+    rows = llm.get_input_embeddings().weight, llm.get_output_embeddings().weight
+    rows = {*map(id, rows), id(getattr(model, "new_rows", None))}
+    matrices = [p for p in trained if p.dim() == 2 and id(p) not in rows]
+    matrices = matrices if cfg.optimizer == "muon" else []
+    chosen = set(map(id, matrices))
+    rest = [p for p in trained if id(p) not in chosen]
+    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, cfg.lr, (0.9, cfg.beta2), fused=True)]
+    if matrices:
+        optimizers.append(Muon(matrices, cfg.lr, cfg.weight_decay))
+        optimizers[1].bf16 = use_bf16(model.device.type, cfg.bf16)
+    return optimizers
+
+def describe(optimizers: list) -> str:
+    shares = [(type(o).__name__, [p for group in o.param_groups for p in group["params"]])
+              for o in optimizers]
+    return "; ".join(f"{name}: {len(ps)} tensors, {sum(p.numel() for p in ps):,} parameters"
+                     for name, ps in shares)
+
+def use_bf16(device: str, wanted: bool) -> bool:
+    """GPUs always; a CPU if it is wanted, and has instructions for it: else it would crawl."""
+    return device == "cuda" or wanted and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+def autocast(device: str, bf16: bool) -> ExitStack:
+    """A context for the forward: products in bf16, or as they are. On a CPU attention is then
+    spelled out, for the backward of the fused one takes four times as long in bf16 as in fp32."""
+    stack = ExitStack()
+    if use_bf16(device, bf16):
+        stack.enter_context(torch.autocast(device, torch.bfloat16))
+        if device == "cpu":
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return stack
