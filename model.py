@@ -118,10 +118,10 @@ def build_ids(tokenizer, config, messages: list[dict], counts=()) -> tuple[list[
     asks = messages[-1]["role"] != "assistant"  # then the ids end where the answer will start
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=asks, return_dict=True,
                                          return_assistant_tokens_mask=True)
-    ids, labels, counts = [], [], iter(counts)
+    ids, labels, counts, audio = [], [], iter(counts), config.audio_token_id  # read once: slow
     for token, said in zip(chat["input_ids"], chat["assistant_masks"], strict=True):
         piece = [token]
-        if token == config.audio_token_id:  # -> marker, N slots for each window, marker
+        if token == audio:  # -> marker, N slots for each window, marker
             slots = piece * (config.tokens_per_window * next(counts))
             piece = [config.audio_start_id, *slots, config.audio_end_id]
         ids += piece

@@ -44,9 +44,9 @@ from conftest import HERE, SHARED, A, M, clip, exit_of, is_one_line, losses, nee
 # isort: split
 from conftest import flac, pcm, rows_in, tone, torchrun, train_now, wav_bytes, write_manifest
 from model import BorealisForConditionalGeneration as Borealis
-from support import banks, compare, engine, export, launch, lora, optim, pauses, ranks, recipes
+from support import align, banks, compare, engine, export, launch, lora, optim, pauses
 
-from support import sound, storage, tiny  # isort: skip
+from support import ranks, recipes, sound, storage, tiny  # isort: skip
 from support import checkpoint as ckpt
 from support import corpus as spoken
 from support.cli import UserError
@@ -638,7 +638,8 @@ def test_gsm_is_what_phones_send(speech, monkeypatch):
         out = sound.codec(speech[:n], 96, "gsm", RATE)
         assert len(out) == n and np.isfinite(out).all()
     assert written[-1] * 8 / 1000 / (len(speech) / RATE) == pytest.approx(13.2, rel=0.02)
-    same = [sound.spectral(x, responses=[(sound.band_response, (300, 3000))]) for x in (speech, out)]
+    speech_band = [(sound.band_response, (300, 3000))]
+    same = [sound.spectral(x, responses=speech_band) for x in (speech, out)]
     assert 0.8 < np.corrcoef(same)[0, 1] < 0.99  # neither delayed nor unharmed
     config = augment.AugmentConfig(codec=(1, 56, 128), opus=0.1, gsm=0.6)
     kinds = []
@@ -1029,7 +1030,7 @@ def test_the_curriculum_runs_in_fractions_of_the_run(manifest, tmp_path, monkeyp
     """At full size a run is less than an epoch, so that no stage could start at epoch 1."""
     cfg = Config(curriculum="0,0.2,0.5,0.8")
     samples, seen = 500_000, []
-    curriculum = train.make_augmenter(cfg, ([], []), samples)
+    curriculum = launch.make_augmenter(cfg, ([], []), samples)
     order = data.Schedule([samples], [1], 0, range(cfg.steps), cfg.effective_batch)
     for step in range(cfg.steps):
         _, epoch = order.at(step * cfg.effective_batch)
@@ -1042,11 +1043,41 @@ def test_the_curriculum_runs_in_fractions_of_the_run(manifest, tmp_path, monkeyp
     assert [line for line in err.splitlines() if line.startswith("warning")] == [
         f"warning: --curriculum: stage {k} of 4 never starts" for k in (1, 4)]
 
+def test_ctc_reads_the_sound_by_the_llms_own_head(net, corpus, tokenizer):
+    """Its gradient is that of CTC over each transcript's tokens; the loss that is logged, and the
+    gradient of questions and texts, stay what they were."""
+    def gradients(samples, weight):
+        model = copy.deepcopy(net).train()
+        model.tokenizer, rows = tokenizer, data.Dataset(samples, tokenizer, net.config)
+        both, batch = align.WithCTC(model), rows.pad([rows.item(i) for i in range(len(samples))])
+        model.ctc = weight
+        loss = both(**batch, num_items_in_batch=7).loss
+        loss.backward()
+        return model, batch, loss.item(), model.adapter.w_out.weight.grad.clone()
+    asks = data.Sample("два", corpus[1].audio, "сколько?", data.TASK_SYSTEM)
+    text = data.Sample("два", question="раз", system="")
+    long = data.Sample("анна купила чай", [pcm(5)])
+    for samples in ([asks, text], [text]):
+        (*_, loss, with_), (*_, plain, without) = (gradients(samples, w) for w in (0.5, 0.0))
+        assert loss == plain and torch.equal(with_, without)
+    model, batch, loss, with_ = gradients([asks, long, text, corpus[0]], 0.5)
+    *_, plain, without = gradients([asks, long, text, corpus[0]], 0.0)
+    assert loss == plain
+    model.zero_grad()
+    audio, total = model.encode_audio(batch["input_features"]), 0
+    for sample, windows in ((long, audio[1:4]), (corpus[0], audio[4:])):
+        tokens = tokenizer(sample.answer, add_special_tokens=False, return_tensors="pt").input_ids
+        p = model.llm.lm_head(windows.flatten(0, 1)).log_softmax(-1)
+        total += F.ctc_loss(p, tokens[0], (len(p),), (tokens.shape[1],),
+                            tokenizer.pad_token_id, "sum")
+    (0.5 / 7 * total).backward()
+    assert torch.allclose(with_ - without, model.adapter.w_out.weight.grad, atol=1e-5)
+
 @torch.no_grad()
-def test_muon_is_torchs_but_quicker(net):
+def test_muon_is_torchs_but_quicker(net, monkeypatch):
     """All matrices at once, wide and tall, take the updates that torch takes one after the other;
     embeddings and what is no matrix, AdamW's. bf16 only where there are instructions for it."""
-    net, cfg = copy.deepcopy(net), Config(optimizer="muon", lr=0.1, weight_decay=0.3)
+    net, cfg = copy.deepcopy(net), Config(optimizer="muon", muon_lr=0.1, weight_decay=0.3)
     adamw, muon = optim.make(cfg, net)
     said = optim.describe([adamw, muon])
     matrices = [p for p in net.parameters() if p.requires_grad and p.dim() == 2]
@@ -1057,7 +1088,7 @@ def test_muon_is_torchs_but_quicker(net):
     assert said.startswith("AdamW: ") and "; Muon: 22 tensors, " in said
     assert sum(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters", said)) == total
     twins = [nn.Parameter(p.clone()) for p in muon.param_groups[0]["params"]]
-    theirs = torch.optim.Muon(twins, 0.1, 0.3, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(twins, 0.1, 0.3)
     for _ in range(3):
         for p, q in zip(muon.param_groups[0]["params"], twins, strict=True):
             p.grad = q.grad = torch.randn_like(p) + 1
@@ -1071,10 +1102,8 @@ def test_muon_is_torchs_but_quicker(net):
     adamw, muon = optim.make(cfg, net)
     assert any(p is net.new_rows for p in adamw.param_groups[0]["params"])
     assert len(muon.param_groups[0]["params"]) == 2 * 2 * 7 + 2  # LoRA's, and the adapter's
-    monkeypatched = pytest.MonkeyPatch()
-    with monkeypatched.context() as patch:
-        patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-        assert not optim.use_bf16("cpu", True) and optim.use_bf16("cuda", False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert not optim.use_bf16("cpu", True) and optim.use_bf16("cuda", False)
 
 def test_twenty_kills(stand_ins, tmp_path, monkeypatch):
     """SIGKILL while a run reads, computes, saves or deletes: in the end, the same bits."""

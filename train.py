@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,10 +20,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from augment import CURRICULUM, Augmenter
 from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
 from model import ENCODER, LLM, count
-from support import launch, lora, optim, ranks, storage
+from support import align, launch, lora, optim, ranks, storage
 from support.banks import open_banks
 from support.cli import UserError, flag, run
 from support.meter import Log, Silent, plot_loss, speed
@@ -64,11 +63,13 @@ class TrainConfig:
     optimizer: str = flag("adamw", "muon: for matrices, AdamW for the rest",
                           choices=["adamw", "muon"])
     lr: float = flag(1e-5, "peak learning rate", low=1e-12)
+    muon_lr: float = flag(0.02, "the same of matrices that Muon trains", low=1e-12)
     min_lr: float = flag(0.0, "the cosine ends here, as a share of --lr", low=0, high=1)
     warmup: float = flag(0.03, "share of the steps with a rising learning rate", low=0, high=1)
     weight_decay: float = flag(0.01, "on matrices only", low=0)
     beta2: float = flag(0.98, "of AdamW", low=0, high=0.999999)
     grad_clip: float = flag(1.0, "the gradient norm is cut to this; 0: never", low=0)
+    ctc: float = flag(0.0, "weight at first of support/align.py's loss; it fades out", low=0)
     bf16: bool = flag(False, "multiply in it on a CPU, too, if it is fast at that")
     seed: int = flag(0, "of data order, initial weights and dropout")
     # where and how it runs: --resume may change all below, and nothing above
@@ -99,16 +100,6 @@ def load_pools(cfg):
         if not len(pools[name]):
             raise UserError(f"the pool {name} is empty: its datasets have no fitting rows")
     return pools, list(shares.values())
-
-def make_augmenter(cfg, banks, samples: int):
-    """-> the Augmenter of --curriculum, whose fractions of the run become epochs, None for none."""
-    starts = launch.stage_starts(cfg)
-    if not starts:
-        return None
-    epochs = cfg.steps * cfg.effective_batch / samples
-    stages = [replace(stage, start_epoch=at * epochs)
-              for stage, at in zip(CURRICULUM, starts, strict=True)]
-    return Augmenter(stages, *banks, cfg.seed)
 
 def build(cfg, samples, device):
     """-> model with its tokenizer. scratch: a tiny, random one, all of which trains. Else from a
@@ -161,7 +152,7 @@ def load_data_and_model(cfg, rank, world, device):
     # On resume the data must be what it was: rank 0 looks.
     data = {name: (len(pool), digest(pool) if rank == 0 else "") for name, pool in pools.items()}
     batch_size, samples = ranks.pick_batch(cfg, model, device, world), Chain(pools.values())
-    augmenter = make_augmenter(cfg, banks, len(samples))
+    augmenter = launch.make_augmenter(cfg, banks, len(samples))
     dataset = Dataset(samples, augment=augmenter, batch_size=batch_size, **settings)
     if rank == 0:
         launch.check_data(cfg, data)
@@ -189,6 +180,8 @@ def wrap(cfg, model, world):
     if cfg.compile:
         for layer in [*model.encoder.layers, *model.llm.model.layers]:
             layer.compile(dynamic=True)  # all share one graph, and rows have many lengths
+    if cfg.ctc:
+        model = align.WithCTC(model)
     if world == 1:
         return model
     if cfg.shard:
@@ -224,8 +217,6 @@ def train(cfg: TrainConfig) -> int:
     sizes, net = [size for size, _ in data.values()], wrap(cfg, model, world)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = optim.make(cfg, model)
-    if main_process:
-        print(optim.describe(optimizers))
     # What a resume restores: trained weights, the moments, the step. Data order, augmentation
     # and dropout (that of each rank) follow from seed and step: there is no RNG state to save.
     start = storage.restore(out, optimizers) if cfg.resume else 0
@@ -236,6 +227,7 @@ def train(cfg: TrainConfig) -> int:
     if main_process and cfg.overwrite and not cfg.resume:
         saver.clear()
     log = Log(cfg, start) if main_process else Silent()
+    log.note(optim.describe(optimizers))
     bad, too_long = BadRows(cfg.strict), BadRows()  # left out; too many bad ones end the run
     signals, stage, stopped, diverged = ranks.catch_signals(), None, False, False
 
@@ -248,8 +240,7 @@ def train(cfg: TrainConfig) -> int:
             log.note(f"epoch {epoch:.2f}: stage {stage.name} ({stage.config.touched:.0%} of clips)")
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + rank)  # of dropout
         lr = learning_rate(cfg, step)
-        for group in chain.from_iterable(o.param_groups for o in optimizers):
-            group["lr"] = lr
+        model.ctc = cfg.ctc * (1 - step / cfg.steps)
         batch = next(batches)  # this rank's micro-batches, rows left out, counts of tokens and more
         micro_batches, rows = batch.pop("micro"), batch.pop("left_out")
         total = ranks.all_sum(batch | dict(left_out=len(rows), stop=len(signals)), device)
@@ -259,9 +250,7 @@ def train(cfg: TrainConfig) -> int:
         diverged = not math.isfinite(loss + norm)
         if diverged:
             break
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=world == 1 or cfg.shard)  # see wrap
+        optim.update(optimizers, lr, forget=world == 1 or cfg.shard)  # see wrap
         log.write(dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm,
                        **speed(model, total, time.perf_counter() - began, world, device)))
         stopped = total["stop"] > 0

@@ -29,14 +29,15 @@ from augment import AugmentConfig, augment, examples
 from data import Dataset, embedded, load_audio
 from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3, BorealisConfig
 from model import BorealisForConditionalGeneration as Borealis
-from support import (banks, cli, corpus, engine, export, lora, meter, optim, ranks, sound, storage,
-                     tiny)
+from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks, sound, storage
+from support.recipes import TABLES
+from support.tiny import texts_of, tiny_config, train_tokenizer
 
 # ---- Models, clocks, tables
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHISPER_TINY = WHISPER_LARGE_V3 | dict(
     d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, num_mel_bins=80)
-TINY = tiny.TABLES["tiny_encoder"], tiny.TABLES["tiny_llm"] | dict(vocab_size=1024)
+TINY = TABLES["tiny_encoder"], TABLES["tiny_llm"] | dict(vocab_size=1024)
 SIZES = {  # the encoder's shape, how the LLM differs from Qwen3-4B; seconds heard, tokens answered
     "tiny": (*TINY, 2, 8),
     "110m": (WHISPER_TINY, dict(
@@ -46,9 +47,9 @@ SIZES = {  # the encoder's shape, how the LLM differs from Qwen3-4B; seconds hea
 
 def random_model(encoder: dict, llm: dict, dtype=torch.float32) -> Borealis:
     """It never ends an answer by itself: so all are equally long, and engines do the same work."""
-    tokenizer = tiny.train_tokenizer(tiny.texts_of(embedded("ru", "clean", corpus.CHUNK)))
+    tokenizer = train_tokenizer(texts_of(embedded("ru", "clean", corpus.CHUNK)))
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # of another tokenizer
-    config = tiny.tiny_config(tokenizer, encoder_config=encoder, llm_config=QWEN3_4B | llm | ids)
+    config = tiny_config(tokenizer, encoder_config=encoder, llm_config=QWEN3_4B | llm | ids)
     torch.manual_seed(0)
     with torch.device(DEVICE):  # moving 5 B would take minutes
         model = lora.cast(Borealis(config).eval(), dtype)
@@ -160,9 +161,7 @@ def make_step(cfg, model: Borealis):
     def step(batch):
         train.backward(net, batch["micro"], batch["labels"], 1, model.device)
         ranks.clip_gradients(trained, cfg.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optim.update(optimizers, cfg.lr, forget=True)
     return step, optimizers
 
 def loss_of_all(outputs, labels, num_items_in_batch):

@@ -25,7 +25,7 @@ TRAIN_VOICES, EVAL_VOICES = DATA["voices"]["train"], DATA["voices"]["eval"]
 EVAL_SPLITS = ["clean", "voices", "books", "speak"]  # augment.py makes two more out of clean
 EVAL_UTTERANCES = 250            # in each held-out split
 SENTENCE_SHARE = 0.7             # of the training set; the rest is words that cannot be guessed
-TRAIN_MANNERS = ["clean", "books", "speak"], [0.7, 0.15, 0.15]  # of the training set, and shares
+TRAIN_MANNERS = ["clean", "books", "speak"], [0.5, 0.25, 0.25]  # of the training set, and shares
 CHUNK = 250  # utterances spoken by one process; fixed, so that bytes do not depend on the machine
 
 def sentence(lang: str, rng: random.Random) -> str:

@@ -4,11 +4,12 @@ import math
 import os
 import sys
 import typing
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from augment import CURRICULUM, Augmenter
 from model import BorealisForConditionalGeneration, add_audio_tokens
 from support import checkpoint
 from support.banks import check_source
@@ -46,8 +47,8 @@ def check(cfg) -> None:
     if stage_starts(cfg):
         check_source(cfg.noise)
         check_source(cfg.rooms)
-    if cfg.shard and cfg.optimizer != "adamw":
-        raise UserError("--shard goes with --optimizer adamw: Muon wants whole matrices")
+    if cfg.shard and (cfg.optimizer, cfg.ctc) != ("adamw", 0):
+        raise UserError("--shard goes with --optimizer adamw and --ctc 0: they want whole weights")
     check_out(cfg.out)
     if steps_in(cfg.out) and not cfg.overwrite and not cfg.resume:
         raise UserError(f"{cfg.out} already holds a run: --resume, --overwrite or another --out")
@@ -77,6 +78,16 @@ def stage_starts(cfg) -> list[float]:
         raise UserError("--curriculum: none, or where in the run its 4 stages start, as ascending "
                         "fractions from 0: 0,0.2,0.5,0.8")
     return starts
+
+def make_augmenter(cfg, banks, samples: int):
+    """-> the Augmenter of --curriculum, whose fractions of the run become epochs, None for none."""
+    starts = stage_starts(cfg)
+    if not starts:
+        return None
+    epochs = cfg.steps * cfg.effective_batch / samples
+    stages = [replace(stage, start_epoch=at * epochs)
+              for stage, at in zip(CURRICULUM, starts, strict=True)]
+    return Augmenter(stages, *banks, cfg.seed)
 
 def check_models(cfg) -> None:
     """See that what load_start() will load is there, from configs alone. Raises UserError."""

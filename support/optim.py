@@ -7,8 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 class Muon(torch.optim.Muon):
     """torch's (Keller Jordan, 2024), but all matrices of a size take their Newton-Schulz steps at
-    once, and in fp32 unless bf16. lr: as AdamW's; updates are scaled to its root mean square
-    (arXiv:2502.16982)."""
+    once, and in fp32 unless bf16. Tall matrices take longer steps, as in its "original"."""
     bf16 = False
 
     @torch.no_grad()
@@ -21,15 +20,15 @@ class Muon(torch.optim.Muon):
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         sizes = {}
         for p, update in zip(params, updates, strict=True):
-            wide = len(p) <= p.shape[1]  # or lies down to be: the smaller square is cheaper
-            views = (p, update) if wide else (p.T, update.T)
+            tall = math.sqrt(max(1, len(p) / p.shape[1]))  # such lie down: smaller squares
+            views = (p.T, update.T, tall) if tall > 1 else (p, update, tall)
             sizes.setdefault(views[0].shape, []).append(views)
-        for (_, columns), views in sizes.items():
-            flat, updates = zip(*views, strict=True)
+        for views in sizes.values():
+            flat, updates, scale = zip(*views, strict=True)
             x = torch.stack(updates)
-            new = orthogonal(x.bfloat16() if self.bf16 else x, group)
-            rate = group["lr"] * 0.2 * math.sqrt(columns)
-            torch._foreach_add_(flat, [*new.to(flat[0].dtype)], alpha=-rate)
+            new = orthogonal(x.bfloat16() if self.bf16 else x, group).to(x.dtype)
+            new *= torch.tensor(scale).view(-1, 1, 1).to(new)
+            torch._foreach_add_(flat, [*new], alpha=-group["lr"])
 
 def orthogonal(x: torch.Tensor, group: dict) -> torch.Tensor:
     """(n, rows, columns) -> nearly the closest matrices whose singular values are all 1."""
@@ -53,9 +52,18 @@ def make(cfg, model) -> list[torch.optim.Optimizer]:
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, cfg.lr, (0.9, cfg.beta2), fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, cfg.lr, cfg.weight_decay))
+        optimizers.append(Muon([dict(params=matrices, times=cfg.muon_lr / cfg.lr)],
+                               cfg.muon_lr, cfg.weight_decay))
         optimizers[1].bf16 = use_bf16(model.device.type, cfg.bf16)
     return optimizers
+
+def update(optimizers: list, lr: float, forget: bool) -> None:
+    """A step at this learning rate. forget: gradients become None; else they become 0."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("times", 1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=forget)
 
 def describe(optimizers: list) -> str:
     shares = [(type(o).__name__, [p for group in o.param_groups for p in group["params"]])
