@@ -1,7 +1,7 @@
 # make demo       train the tiny preset, evaluate it, show transcripts   (minutes, two CPU cores)
 # make test       ruff and the test suite
 # make lint       ruff alone
-# make ablations  the post's six runs, small: pretraining, six trainings, a table   (half an hour)
+# make ablations  the post's six runs, small, on two seeds: 14 trainings, two tables  (half an hour)
 # make vllm       vLLM, for serve_vllm.py; make test installs it too
 # make bench      speeds, beside other libraries
 # make pictures   the README's two pictures, from the demo's results
@@ -15,9 +15,10 @@ GPU    := $(shell command -v nvidia-smi)
 REQS   := $(if $(GPU),requirements.txt,support/requirements-cpu.txt)
 READY  := $(VENV)/.ready
 
+SEED ?= 0
 RUNS := ru_only en_only mixed_large ru_text_10pct ru_text_25pct it_fresh
 
-.PHONY: demo test lint vllm ablations bench pictures clean
+.PHONY: demo test lint vllm ablations study bench pictures clean
 demo: $(READY)
 	$(PY) train.py --preset tiny --out out $(if $(wildcard out/step-*),--resume)
 	$(PY) eval.py --ckpt out
@@ -41,16 +42,25 @@ $(VENV)/.vllm: $(READY)
 	  || $(PY) -m pip uninstall -q -y torchvision torchcodec 2>/dev/null; touch $@
 
 # Finished runs are not repeated.
-ablations: $(RUNS:%=out_tiny_%/results.json) out_tiny_pretrain/results.json
-	$(PY) eval.py --compare $(RUNS:%=out_tiny_%) out_tiny_pretrain --out out_ablations
+ablations: $(READY)
+	$(MAKE) study SEED=0
+	$(MAKE) study SEED=1
 
-out_tiny_pretrain/results.json: $(READY)
-	$(PY) train.py --preset tiny_pretrain $(if $(wildcard out_tiny_pretrain/step-*),--resume)
-	$(PY) eval.py --ckpt out_tiny_pretrain --lang ru
+S := $(if $(filter-out 0,$(SEED)),_$(SEED))
+study: $(RUNS:%=out_tiny_%$S/results.json) out_tiny_pretrain$S/results.json
+	$(PY) eval.py --compare $(RUNS:%=out_tiny_%$S) out_tiny_pretrain$S --out out_ablations$S
 
-out_tiny_%/results.json: out_tiny_pretrain/results.json
-	$(PY) train.py --preset tiny_$* $(if $(wildcard out_tiny_$*/step-*),--resume)
-	$(PY) eval.py --ckpt out_tiny_$*
+# $(call fit,preset,more flags)
+fit = $(PY) train.py --preset tiny_$1 --seed $(SEED) --out out_tiny_$1$S $2 \
+  $(if $(wildcard out_tiny_$1$S/step-*),--resume)
+
+out_tiny_pretrain$S/results.json: $(READY)
+	$(call fit,pretrain)
+	$(PY) eval.py --ckpt out_tiny_pretrain$S --lang ru
+
+out_tiny_%$S/results.json: out_tiny_pretrain$S/results.json
+	$(call fit,$*,$(if $(filter-out it_fresh,$*),--init_from out_tiny_pretrain$S))
+	$(PY) eval.py --ckpt out_tiny_$*$S
 
 bench: $(READY) vllm
 	$(PIP) -r support/requirements-bench.txt
@@ -81,4 +91,4 @@ $(READY): requirements.txt support/requirements-cpu.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .cache out out_tiny_* out_ablations out_sheet
+	rm -rf $(VENV) .cache out out_tiny_* out_ablations* out_sheet
