@@ -40,7 +40,7 @@ class AugmentConfig:
     codec: tuple = (0, 96, 160)                    # kbit/s
     codec_rate: int = SAMPLE_RATE                  # Hz; 8000 or 12000 where the line has no more
     opus: float = 0.5                              # share of Opus among codecs
-    gsm: float = 0.0                               # of phones' GSM 06.10, 13 kbit/s; the rest: MP3
+    phone: float = 0.0                             # of phones': GSM, as often mu-law; the rest: MP3
     mask: tuple = (0, 0, 2, 0, 2)                  # SpecAugment, on any clip: bands, stretches
     mask_width: tuple = (27, 100)                  # at most so many mel bins, so many frames
 
@@ -134,8 +134,9 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
         top = share[0] * np.abs(x).max()
         x = np.clip(x, -top, top) / np.float32(share[0])
     if kbps := draw(config.codec, rng):
-        which = rng.random() - config.opus
-        kind = "opus" if which < 0 else "gsm" if which < config.gsm else "mp3"
+        which, half = rng.random() - config.opus, config.phone / 2
+        kind = ("opus" if which < 0 else "gsm" if which < half else
+                "mu-law" if which < config.phone else "mp3")
         x = sound.codec(x, *kbps, kind, line_rate(config, filters))
     return sound.limit(x)
 
@@ -194,7 +195,7 @@ def examples() -> dict[str, AugmentConfig]:
         "before": AugmentConfig(),
         **{name: AugmentConfig(**{name: effect}) for name, effect in alone.items()},
         "mp3": AugmentConfig(codec=kbps, opus=0), "opus": AugmentConfig(codec=kbps, opus=1),
-        "gsm": AugmentConfig(codec=kbps, opus=0, gsm=1),
+        "phone": AugmentConfig(codec=kbps, opus=0, phone=1),
         **{f"stage_{stage.name}": stage.config for stage in CURRICULUM},
         **{f"split_{name}": config for name, config in HARD.items()}}
 

@@ -73,7 +73,7 @@ def print_rows(rows: list[dict]) -> None:
 
 # ---- augment
 def theirs(c: AugmentConfig, folder: str):
-    """The same chain of audiomentations; Opus and GSM, which it lacks, are ours, resampling soxr's.
+    """The same chain of audiomentations; Codecs that it lacks are ours, resampling soxr's.
     Speed is a time stretch; a second noise or room comes on average."""
     import audiomentations as A
     import soxr
@@ -104,10 +104,10 @@ def theirs(c: AugmentConfig, folder: str):
         A.Lambda(trip, p=c.resample[0], low=c.resample[1], high=c.resample[2]),
         A.Compose([A.Lambda(trip, p=1, low=c.telephony[1], high=c.telephony[2]),
                    band(*c.telephony[3:])], p=c.telephony[0]),
-        A.Lambda(trip, c.codec[0] * (1 - c.opus - c.gsm), low=c.codec_rate, high=c.codec_rate,
+        A.Lambda(trip, c.codec[0] * (1 - c.opus - c.phone), low=c.codec_rate, high=c.codec_rate,
                  there=lame),
-        A.Lambda(ours, p=c.codec[0] * c.opus, kind="opus"),
-        A.Lambda(ours, p=c.codec[0] * c.gsm, kind="gsm")], p=c.touched)
+        *(A.Lambda(ours, p=c.codec[0] * share, kind=kind) for kind, share in (
+            ("opus", c.opus), ("gsm", c.phone / 2), ("mu-law", c.phone / 2)))], p=c.touched)
 
 def bench_augment(args):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

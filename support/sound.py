@@ -5,9 +5,11 @@ from functools import lru_cache
 
 import numpy as np
 import soundfile
+import torch
 
 from model import SAMPLE_RATE
 from support.cli import picture, replace_file
+from support.rows import resampler
 
 GUARD = 2048  # zeros after a clip: what a filter rings on lands here, not at the clip's start
 
@@ -24,7 +26,8 @@ def eq_response(f: np.ndarray, *gains_db: float) -> np.ndarray:
 
 def band_response(f: np.ndarray, low: float, high: float) -> np.ndarray:
     """Butterworth, 4th order on both sides: -3 dB at the edges, -24 dB an octave outside."""
-    return 1 / np.sqrt((1 + (low / np.maximum(f, 1)) ** 8) * (1 + (f / high) ** 8))
+    below, above = low / np.maximum(f, 1), f / high        # squares are fast, ** 8 is not
+    return 1 / np.sqrt((1 + ((below ** 2) ** 2) ** 2) * (1 + ((above ** 2) ** 2) ** 2))
 
 def resample_response(f: np.ndarray, rate: float) -> np.ndarray:
     """Down to `rate` and back: nothing above rate / 2, a slope over the last 5 % below it."""
@@ -95,8 +98,9 @@ def stretch(wave: np.ndarray, factor: float) -> np.ndarray:
         lo = (place - D) // q
         ahead = coarse[follow // q:follow // q + H // q]
         match = np.correlate(coarse[lo:lo + (2 * D + H) // q], ahead)
-        if match.max() > 0:                                # silence continues silence anywhere
-            lo = (lo + int(match.argmax())) * q - q
+        best = int(match.argmax())
+        if match[best] > 0:                                # silence continues silence anywhere
+            lo = (lo + best) * q - q
             match = np.correlate(x[lo:lo + 2 * q + H], x[follow:follow + H])
             place = lo + int(match.argmax())
         starts.append(place)
@@ -109,15 +113,17 @@ def limit(wave: np.ndarray) -> np.ndarray:
     """Scaled down as a whole if its peak passes 1; nothing is cut."""
     return wave / max(np.float32(1), np.abs(wave).max())
 
+PHONE = {"gsm": "GSM610", "mu-law": "ULAW"}  # libsndfile's names
+
 def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> np.ndarray:
     """Through a real codec at `rate` (8000, 12000 or 16000 Hz), not delayed. kind: "mp3" (40 to
-    160 kbit/s; below 16 kHz 32 to 64), "opus" (6 to 256), "gsm" (phones' 13, always at 8 kHz)."""
-    rate = 8000 if kind == "gsm" else rate
+    160 kbit/s; below 16 kHz 32 to 64), "opus" (6 to 256), or, always at 8 kHz, phones' "gsm" (13) and "mu-law" (64)."""
+    rate = 8000 if kind in PHONE else rate
     x = fit(wave, max(len(wave), SAMPLE_RATE // 10))       # MP3 wants a few frames at least
     if rate != SAMPLE_RATE:
-        x = spectral(x, rate / SAMPLE_RATE)
-    settings = dict(format="WAV", subtype="GSM610")
-    if kind != "gsm":
+        x = resampler(SAMPLE_RATE, rate)(torch.from_numpy(x)).numpy()
+    settings = dict(format="WAV", subtype=PHONE.get(kind))
+    if kind not in PHONE:
         settings, least, low, high = dict(format="OGG", subtype="OPUS"), 6, 6, 256
         if kind == "mp3":  # below `least` its frames have no room for the note about the delay
             settings = dict(format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="CONSTANT")
@@ -129,7 +135,7 @@ def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> 
     buffer.seek(0)
     x, _ = soundfile.read(buffer, dtype="float32")
     if rate != SAMPLE_RATE:
-        x = spectral(x, SAMPLE_RATE / rate, len(wave))
+        x = resampler(rate, SAMPLE_RATE)(torch.from_numpy(x)).numpy()
     return fit(x, len(wave))
 
 def plot_mels(mels: dict, path: str) -> None:
