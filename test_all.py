@@ -298,7 +298,7 @@ def test_a_second_start_decodes_only_what_has_changed(tmp_path, monkeypatch, cap
     changed, anew = start(), start(cache="other")
     assert changed[0] == [96] and "1 missing file (first: m.jsonl:6)" in changed[1][0]
     assert changed[:2] == anew[:2] and changed[2] == ["3.wav", "4.wav"] and len(anew[2]) == 99
-    (verdicts,) = (tmp_path / "cache").iterdir()
+    (verdicts,) = (tmp_path / "cache").glob("*verdicts.json")
     verdicts.write_text("{")  # broken: as if there were none
     assert start() == anew and start() == (*anew[:2], [])
     assert start("--max_seconds", "8")[2] == anew[2]  # it decides how far a file is decoded

@@ -117,7 +117,7 @@ PHONE = {"gsm": "GSM610", "mu-law": "ULAW"}  # libsndfile's names
 
 def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> np.ndarray:
     """Through a real codec at `rate` (8000, 12000 or 16000 Hz), not delayed. kind: "mp3" (40 to
-    160 kbit/s; below 16 kHz 32 to 64), "opus" (6 to 256), or, always at 8 kHz, phones' "gsm" (13) and "mu-law" (64)."""
+    160 kbit/s; below 16 kHz 32 to 64), "opus" (6 to 256); of phones, at 8 kHz: "gsm", "mu-law"."""
     rate = 8000 if kind in PHONE else rate
     x = fit(wave, max(len(wave), SAMPLE_RATE // 10))       # MP3 wants a few frames at least
     if rate != SAMPLE_RATE:
