@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from model import count
 from support.cli import as_user_error, picture, write_text
+from support.recipes import TABLES
 
 def read_metrics(path: Path, until: float) -> list[dict]:
     """The rows of metrics.jsonl up to a step, without a last line that a kill has cut short."""
@@ -93,11 +94,7 @@ def memory(model, tokens: int, labels: int, checkpoint: bool, ranks: int = 1) ->
             "gradients": gradients, "AdamW": 8 * trained / ranks, "bf16 copies": bf16,
             "activations": kept, "logits": labels * D.vocab_size * (2 + 4 + 4 + 2)}
 
-# ---- MFU: FLOPs that a step needs, over those that the GPU could do (dense bf16, data sheets)
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
-        "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
-        "RTX 4090": 165e12, "RTX 3090": 71e12, "B200": 2250e12}
-
+# ---- MFU: FLOPs that a step needs, over those that the GPU could do
 def step_flops(model, tokens: float, squares: float, windows: float, labels: float) -> float:
     """FLOPs of a step, without padding and checkpointing: per weight and token 2 forward, 2 where a
     gradient passes through, 2 where the weight learns. squares: sum of the squared row lengths."""
@@ -124,8 +121,8 @@ def speed(model, total: dict, took: float, world: int, device: torch.device) -> 
                audio_s_per_s=total["seconds"] / took)
     if device.type == "cuda":
         row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        name = torch.cuda.get_device_name(device)
-        if peak := next((flops for part, flops in PEAK.items() if part in name), None):
+        name, peaks = torch.cuda.get_device_name(device), TABLES["peak_tflops"]
+        if peak := next((1e12 * peak for part, peak in peaks.items() if part in name), None):
             sizes = [total[key] for key in ("tokens", "squares", "windows", "labels")]
             row["mfu"] = step_flops(model, *sizes) / took / world / peak
     return row

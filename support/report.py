@@ -8,7 +8,10 @@ import numpy as np
 from tabulate import tabulate
 
 from support.cli import picture, write_text
+from support.recipes import TABLES
 from support.tasks import TASKS, TITLES
+
+NOTES, KINDS = TABLES["notes"], TABLES["kinds"]  # {kind of error: which ones, out of what}
 
 def by_split(rows: list[dict]) -> dict[str, list[dict]]:
     splits = dict.fromkeys(r["split"] for r in rows)
@@ -29,16 +32,13 @@ def longest_loop(words: list[str] | str) -> int:
 
 def diagnose(rows: list[dict]) -> dict[str, int]:
     """Rows of a split -> in how many utterances what went wrong."""
-    counts = dict.fromkeys(("stopped_early", "loops", "cut", "silence", "text_on_silence"), 0)
+    kinds, found = ("stopped_early", "loops", "cut", "silence", "text_on_silence"), []
     for r in rows:
         ref, hyp = r["reference_normalised"].split(), r["hypothesis_normalised"].split()
         in_words = [longest_loop(max(words, key=len, default="")) for words in (ref, hyp)]
-        counts["stopped_early"] += len(ref) > 1.5 * len(hyp)
-        counts["loops"] += longest_loop(hyp) > longest_loop(ref) or in_words[1] > in_words[0]
-        counts["cut"] += r["cut"]
-        counts["silence"] += not ref
-        counts["text_on_silence"] += bool(hyp) and not ref
-    return counts
+        loops = longest_loop(hyp) > longest_loop(ref) or in_words[1] > in_words[0]
+        found.append((len(ref) > 1.5 * len(hyp), loops, r["cut"], not ref, bool(hyp and not ref)))
+    return dict(zip(kinds, map(sum, zip(*found, strict=True)), strict=True))
 
 def describe(rows: list[dict], task: str) -> dict:
     """Rows of a split -> what its figure is made of, how many rows there are, what they took."""
@@ -87,17 +87,13 @@ def with_interval(result: dict, metric: str) -> str:
     low, high = map(plain, result[f"{metric}_ci"])
     return "-" if result[metric] is None else f"{plain(result[metric])} [{low}, {high}]"
 
-KINDS = {"deletions %": ("del", "words"), "insertions %": ("ins", "words"),  # which, out of what
-         "stopped early %": ("stopped_early", "samples"), "loops %": ("loops", "samples"),
-         "cut by the limit %": ("cut", "samples")}
-
 def results_table(system: dict, task: str) -> str:
     """A system's figures by split; of transcripts also what kind of errors they are made of."""
     counts = (["sub", "del", "ins", "words"] if task == "asr" else []) + ["samples", "failed"]
     figures, kinds = [], []
     for split, r in system["splits"].items():
-        rtf = f"{r['rtf']:.4f}" if r["rtf"] else None
         own = [with_interval(r, metric) for metric in TASKS[task]] + [r[c] for c in counts]
+        rtf = f"{r['rtf']:.4f}" if r["rtf"] else None
         figures.append([split, *own, rtf, f"{r['tokens_per_s']:.0f}"])
         if task == "asr":
             shares = [f"{100 * r[n] / max(1, r[total]):.1f}" for n, total in KINDS.values()]
@@ -109,10 +105,9 @@ def results_table(system: dict, task: str) -> str:
 
 def overview(systems: dict[str, dict], task: str) -> str:
     """One line a system, in the shape of the post's table."""
-    metric = TASKS[task][0]
+    metric, splits = TASKS[task][0], next(iter(systems.values()))["splits"]
     rows = [[name, *(plain(r[metric]) for r in system["splits"].values()),
              with_interval(system, f"avg_{metric}")] for name, system in systems.items()]
-    splits = next(iter(systems.values()))["splits"]
     return markdown([f"{TITLES[metric]} %", *splits, "average [95 %]"], rows)
 
 def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:
@@ -124,9 +119,8 @@ def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:
     inches = max(4, (1 + 0.5 * len(systems)) * len(splits))
     with picture(path, figsize=(inches, 4.5)) as (_, axis):
         for k, (name, system) in enumerate(systems.items()):
-            results = system["splits"].values()
-            values = np.array([r[metric] for r in results], float)  # None becomes nan
-            ends = np.array([r[f"{metric}_ci"] for r in results], float).T  # (2, splits)
+            table = [[r[metric], *r[f"{metric}_ci"]] for r in system["splits"].values()]
+            values, *ends = np.array(table, float).T  # (splits,), None becomes nan
             bars = axis.bar(places + k * width, values, width, yerr=abs(ends - values).tolist(),
                             capsize=3, label=name, color=colors[k], ecolor="#555555")
             axis.bar_label(bars, map(plain, values), padding=3, fontsize=8)
@@ -150,8 +144,8 @@ def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: 
               for system, result in systems.items()]
     if len(systems | more) > 1 or len(systems[name]["splits"]) > 1:
         tables.append(overview(systems | more, task))
-    text = [f"# {name}", f"At most {cfg.max_new_tokens} tokens; normaliser: {cfg.normalizer}; "
-            "intervals: 95 %, bootstrap; RTF: seconds of one process per second of audio.", *tables]
+    limits = f"At most {cfg.max_new_tokens} tokens; normaliser: {cfg.normalizer}; "
+    text = [f"# {name}", limits + NOTES["intervals"], *tables]
     failed = {system: [f"{r['id']} ({system}, {r['split']}): {r['failed']}"
                        for r in own if r["failed"]] for system, own in rows.items()}
     if lines := [f"- {line}" for line in sum(failed.values(), [])]:
