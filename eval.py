@@ -123,8 +123,7 @@ def score(rows: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
     plain mean, as in the post, over the splits where somebody speaks."""
     counts = [np.array([r[metric] for r in own]) for own in report.by_split(rows).values()]
     table = np.array([[percent(x), *bootstrap(x, seed)] for seed, x in enumerate(counts)])
-    average = np.ma.masked_invalid(table).mean(0).filled(np.nan)  # (1 + R,)
-    table = np.vstack([table, average])                           # (S + 1, 1 + R)
+    table = np.vstack([table, np.ma.masked_invalid(table).mean(0).filled(np.nan)])  # (S + 1, 1 + R)
     return table[:, 0], table[:, 1:]
 
 def assess(rows: list[dict], task: str) -> dict:
@@ -145,13 +144,12 @@ def embedded_split(lang: str, name: str, n: int, seed: int) -> list:
     clean split with noise (some of it babble of these voices) and rooms never trained on."""
     if name not in HARD:
         return embedded(lang, name, n, seed)
-    samples, made, kind = [], banks.open_banks(voices="clean"), list(HARD).index(name)
-    for i, s in enumerate(embedded(lang, "clean", n, seed)):
+    made, kind = banks.open_banks(voices="clean"), list(HARD).index(name)
+    def harder(i, s):
         rng = np.random.default_rng([seed % 2 ** 32, kind, i])
         x = augment(load_audio(s.audio[0]).numpy(), HARD[name], rng, *made)
-        pcm = (x * 32767).round().astype(np.int16)
-        samples.append(replace(s, audio=[pcm], name=f"{s.name}/{name}"))
-    return samples
+        return replace(s, audio=[(x * 32767).round().astype(np.int16)], name=f"{s.name}/{name}")
+    return [harder(i, s) for i, s in enumerate(embedded(lang, "clean", n, seed))]
 
 def load_splits(cfg, trained_on: dict) -> dict[str, list]:
     """--manifest: that file. Else, by --task, BigBenchAudio or RuASRBenchmark; for a tiny run (see
@@ -237,23 +235,20 @@ def main():
     early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
     ours = tasks.open_ours(cfg, native, name, device)
     weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
-    facts = dict(step=trained_on.get("step"), weights=weights)
     splits = early or load()
     asked = [ours, *tasks.open_baseline(cfg, name, trained_on.get("lang"), device)]
     answers = tasks.answer_all(cfg, asked, splits, out)  # {system: rows}
     if decoding.RANK > 0:
         return 0
-    rows, results, more = {}, {}, {}
-    for name, own in answers.items():
-        rows[name] = [dict(run=name) | grade(r, cfg.task, cfg.normalizer) for r in own]
-        results[name] = assess(rows[name], cfg.task)
-        if cfg.task == "asr" and cfg.normalizer != "default":
-            own = [grade(r, "asr", "default") for r in own]
-            more[f"{name}, default normaliser"] = assess(own, "asr")
+    rows = {name: [dict(run=name) | grade(r, cfg.task, cfg.normalizer) for r in own]
+            for name, own in answers.items()}
+    results = {name: assess(own, cfg.task) for name, own in rows.items()}
+    more = {f"{name}, default normaliser": assess([grade(r, "asr", "default") for r in own], "asr")
+            for name, own in answers.items() if cfg.task == "asr" and cfg.normalizer != "default"}
+    facts = dict(step=trained_on.get("step"), weights=weights)
     code = report.write_results(out, rows, results, more, cfg, facts)
-    for system in asked:
-        for part in system.parts(out):
-            part.unlink()  # hypotheses.jsonl has it all
+    for part in sum((system.parts(out) for system in asked), []):
+        part.unlink()  # hypotheses.jsonl has it all
     return code
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.py")
 
 def find_checkpoint(where: str | Path, files=FILES) -> Path:
     """A run's folder, any other folder, or owner/name on the hub -> the folder with its files."""
-    hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(where))
-    if Path(where).parent.exists() or not hub_name:
+    if Path(where).parent.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(where)):
         return storage.newest_step(where)
     try:
         return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=[*files]))
@@ -50,9 +49,9 @@ def read_config(folder: Path) -> BorealisConfig | None:
 
 def check_part(where: str, cls: type) -> None:
     """Is there a model of this class, by its config? Raises ValueError or OSError."""
-    kind = hf.AutoConfig.from_pretrained(where).model_type
-    if kind != cls.config_class.model_type:
-        raise ValueError(f"{where} is a {kind} model, not {cls.config_class.model_type}")
+    kind, wanted = hf.AutoConfig.from_pretrained(where).model_type, cls.config_class.model_type
+    if kind != wanted:
+        raise ValueError(f"{where} is a {kind} model, not {wanted}")
 
 def check_start(where, encoder: str, llm: str) -> None:
     """Is all there that load_checkpoint (or from_parts) loads? By configs. ValueError, OSError."""
@@ -104,8 +103,7 @@ def convert_original(folder: Path, tensors: dict, encoder: str, llm: str) -> tup
     table = tensors[EMBEDDINGS]
     source = folder if (folder / "tokenizer.json").exists() else llm
     tokenizer = hf.AutoTokenizer.from_pretrained(source)
-    known = tokenizer.get_vocab()
-    posts = AUDIO in known and END not in known  # the pair of the post's vLLM plugin
+    posts = {AUDIO, END} & tokenizer.get_vocab().keys() == {AUDIO}  # as the post's vLLM plugin
     add_audio_tokens(tokenizer, (AUDIO, MARKER) if posts else (MARKER, END, AUDIO))
     tokens = [AUDIO, MARKER, MARKER if posts else END, "<|endoftext|>"]
     audio, start, end, pad = tokenizer.convert_tokens_to_ids(tokens)

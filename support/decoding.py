@@ -23,7 +23,6 @@ from support.cli import digest, first_line, pick_device
 from support.rows import BadRow, load_audio
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-BLOCK = 4  # batches
 ROW = dict(settings="", split="", row=0, id="", reference="", hypothesis="", failed=None,
            seconds=0.0, took=0.0, tokens=0, cut=False, snr=None)  # a line of hypotheses.jsonl
 
@@ -70,8 +69,7 @@ def estimate_snr(wave) -> float:
     if not len(power):
         return -10.0
     noise = power.quantile(0.05).item()
-    snr = 10 * math.log10(max(power.mean().item() - noise, 1e-12) / max(noise, 1e-12))
-    return min(60.0, max(-10.0, snr))
+    return min(60.0, max(-10.0, 10 * math.log10(max(power.mean().item() - noise, 1e-12) / noise)))
 
 @dataclass
 class System:
@@ -149,7 +147,7 @@ class System:
                   file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"hypotheses.{self.settings}.{RANK}.part.jsonl"
-        size = BLOCK * batch_size
+        size = 4 * batch_size  # of a block
         blocks = [jobs[i:i + size] for i in range(0, len(jobs), size)][RANK::WORLD]
         bar = tqdm(total=sum(map(len, blocks)), desc=self.name, unit=" utterances",
                    mininterval=0.1 if sys.stderr.isatty() else 10, disable=RANK > 0)

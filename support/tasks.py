@@ -42,8 +42,7 @@ def token_f1(reference: str, hypothesis: str) -> float:
     return 2 * common / (len(reference) + len(hypothesis))
 
 CATEGORIES = TABLES["categories"]  # of BigBenchAudio: how to answer, a pattern of the answers
-SAME = {"true": "yes", "correct": "yes", "false": "no", "incorrect": "no"}
-OPPOSITE = {"valid": "invalid", "invalid": "valid", "yes": "no", "no": "yes"}
+SAME, OPPOSITE = TABLES["synonyms"].values()
 UNITS, TENS = TABLES["numerals"].values()
 NUMBERS = dict(zip(f"{UNITS}|{TENS}".split("|"), [*range(20), *range(20, 100, 10)], strict=True))
 NUMERAL = re.compile(rf"\b(?:({TENS})[- ])?({UNITS}|{TENS})\b")
@@ -89,11 +88,8 @@ def answer_one(model, path: str, prompt: str | None, max_new_tokens: int) -> Non
 # ---- Who answers: our checkpoint, a Whisper, or both
 def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int]) -> list[tuple]:
     """Answers, their ids (B, L) -> [(text, tokens up to its end token; cut, as none came?)]"""
-    answers = []
-    for text, row in zip(texts, ids.tolist(), strict=True):
-        n = next((i for i, token in enumerate(row, 1) if token in ends), None)
-        answers.append((text.strip(), n or len(row), n is None))
-    return answers
+    lengths = (next((i for i, x in enumerate(row, 1) if x in ends), None) for row in ids.tolist())
+    return [(t.strip(), n or ids.shape[1], n is None) for t, n in zip(texts, lengths, strict=True)]
 
 def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> list[System]:
     """What --baseline or --fallback asks for: transformers' Whisper, greedy, its language forced.
@@ -147,17 +143,16 @@ def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str,
     for system in systems:
         system.settings = digest(system.facts, data)
     jobs = [((split, i), s) for split, own in splits.items() for i, s in enumerate(own[:cfg.limit])]
-    ours, how = systems[0].name, (out, cfg.batch_size, cfg.reuse)
-    answers = {ours: systems[0].decode(jobs, *how)}
+    name, how = systems[0].name, (out, cfg.batch_size, cfg.reuse)
+    answers = {name: (ours := systems[0].decode(jobs, *how))}
     for other in systems[1:]:
-        snr = {key: answers[ours][key]["snr"] for key, _ in jobs}
+        snr = {key: ours[key]["snr"] for key, _ in jobs}
         noisy = {key for key, x in snr.items() if x is not None and x < cfg.fallback_snr}
         theirs = other.decode([j for j in jobs if cfg.baseline or j[0] in noisy], *how)
-        if cfg.baseline:
-            answers[other.name] = theirs
+        answers |= {other.name: theirs} if cfg.baseline else {}
         if cfg.fallback:
-            mixed = answers[ours] | {key: theirs[key] for key in noisy}
-            answers[f"{ours}, noisy ones by {other.name}"] = mixed
+            mixed = ours | {key: theirs[key] for key in noisy}
+            answers[f"{name}, noisy ones by {other.name}"] = mixed
             if RANK == 0:
                 print(f"{other.name} answers for {len(noisy)} of {len(jobs)} utterances, "
                       f"whose SNR is estimated below {cfg.fallback_snr:g} dB", file=sys.stderr)
