@@ -84,8 +84,7 @@ def edits(reference: str, hypothesis: str, align=jiwer.process_words) -> list[in
 
 def grade(row: dict, task: str, normalizer: str) -> dict:
     """A row of hypotheses.jsonl -> with normalised texts, and counts: errors or points, total."""
-    clean = NORMALIZERS[normalizer]
-    ref, hyp = clean(row["reference"]), clean(row["hypothesis"])
+    ref, hyp = (NORMALIZERS[normalizer](row[key]) for key in ("reference", "hypothesis"))
     if task == "asr":
         counts = dict(wer=edits(ref, hyp), cer=edits(ref, hyp, jiwer.process_characters))
     elif task == "qa":
@@ -97,8 +96,7 @@ def grade(row: dict, task: str, normalizer: str) -> dict:
 
 # ---- A figure, and how sure it is
 def percent(counts: np.ndarray) -> np.ndarray:
-    """(..., n, k) -> (...): the first columns over the last, in percent; each summed first, as WER
-    is all edits over all words. Not a number where nobody speaks."""
+    """(..., n, k) -> (...): sums, the first columns' over the last's, in %; nan: nobody speaks."""
     total = counts.sum(-2)  # (..., k)
     share = total[..., :-1].sum(-1) / np.maximum(total[..., -1], 1)
     return np.where(total[..., -1] > 0, 100 * share, np.nan)
@@ -110,8 +108,7 @@ def bootstrap(counts: np.ndarray, seed: int = 0, R: int = 2000) -> np.ndarray:
     return np.concatenate([percent(counts[rng.integers(n, size=(100, n))])  # (100, n, k) at once
                            for _ in range(R // 100)])
 
-def interval(draws: np.ndarray) -> list:
-    """(R,) -> [low, high]: between them lie 95 % of the draws."""
+def interval(draws: np.ndarray) -> list:  # (R,) -> [low, high]: between them lie 95 % of them
     known = draws[np.isfinite(draws)]
     return [rounded(x) for x in np.percentile(known, [2.5, 97.5])] if len(known) else [None, None]
 
@@ -126,8 +123,7 @@ def score(rows: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
     table = np.vstack([table, np.ma.masked_invalid(table).mean(0).filled(np.nan)])  # (S + 1, 1 + R)
     return table[:, 0], table[:, 1:]
 
-def assess(rows: list[dict], task: str) -> dict:
-    """Graded rows of a system -> what results.json says about it."""
+def assess(rows: list[dict], task: str) -> dict:  # graded rows of a system -> its results.json
     splits, main = report.by_split(rows), tasks.TASKS[task][0]
     results = {name: {} for name in (*splits, None)}  # None: their average, as score() has it
     for metric in tasks.TASKS[task]:

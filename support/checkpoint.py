@@ -27,15 +27,13 @@ def find_checkpoint(where: str | Path, files=FILES) -> Path:
         raise ValueError(f"cannot fetch the checkpoint {where} ({type(e).__name__}): go online, "
                          "set HF_TOKEN, or name a folder") from None
 
-def read_json(path: Path) -> dict:
-    """{} if there is no such file. Raises ValueError."""
+def read_json(path: Path) -> dict:  # {} if there is no such file. Raises ValueError
     try:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
     except (ValueError, TypeError):
         raise ValueError(f"{path} is broken: fetch it again, or train again") from None
 
-def training_config(where: str | Path) -> dict:
-    """A checkpoint's train_config.json, {} if there is none. Raises UserError."""
+def training_config(where: str | Path) -> dict:  # train_config.json or {}. Raises UserError
     with as_user_error("", ValueError):
         return read_json(find_checkpoint(where) / "train_config.json")
 

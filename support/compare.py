@@ -78,8 +78,7 @@ def compare(folders: list[str], grade, score, normalizer: str, out: Path):
     same = metric == "wer" and set(columns) <= set(BENCHMARK)  # speech: with the post's runs
     shown = [(name, run["step"], scores[name][0]) for name, run in runs.items()]
     shown += published(columns) if same else []
-    sign = 1 if metric == "wer" else -1
-    shown.sort(key=lambda run: (np.isnan(run[2][-1]), sign * run[2][-1]))
+    shown.sort(key=lambda r: (np.isnan(r[2][-1]), r[2][-1] if metric == "wer" else -r[2][-1]))
     note = f" {NOTES['same']}" if same else ""
     text = [f"{TITLES[metric]}, %, normaliser: {normalizer}.{note}", table(columns, shown)]
     if len(scores) > 1:

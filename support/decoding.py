@@ -45,15 +45,13 @@ def first_rank_first(call: Callable, *args):
         dist.barrier()
     return result
 
-def stamp(audio: str | bytes) -> tuple | str:
-    """A file by its name, size and time; sound in memory by what it is."""
+def stamp(audio: str | bytes) -> tuple | str:  # a file by name, size, time; sound by what it is
     if not isinstance(audio, str):
         return hashlib.sha256(audio).hexdigest()
     state = os.stat(audio) if os.path.isfile(audio) else None
     return audio, state and (state.st_size, state.st_mtime_ns)
 
-def digest_model(where: str) -> str:
-    """A local model by its files; one on the hub by its name."""
+def digest_model(where: str) -> str:  # a local one by its files, one on the hub by its name
     if not Path(where).exists():
         return where
     folder = checkpoint.find_checkpoint(where)

@@ -61,8 +61,7 @@ def model_card(model, source: Path, title: str) -> str:
         parameters=code.count(model), transformers=transformers.__version__, scores=scores(source),
         training=training if settings else "Not recorded.")
 
-def scores(source: Path) -> str:
-    """What eval.py found, as text: results.json beside the checkpoint, or else above it."""
+def scores(source: Path) -> str:  # what eval.py found: results.json beside the checkpoint, or above
     results = read_json(source / "results.json") or read_json(source.parent / "results.json")
     if results.get("weights") != fingerprint(source) or results["task"] != "asr":
         return "Not evaluated yet."  # but maybe another step was

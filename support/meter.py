@@ -14,14 +14,12 @@ from support.recipes import TABLES
 def read_metrics(path: Path, until: float) -> list[dict]:
     """The rows of metrics.jsonl up to a step, without a last line that a kill has cut short."""
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    rows = (json.loads(line) for line in lines if line.endswith("}"))
     return [row for row in rows if row["step"] <= until]
 
-class Silent:
+class Silent:  # the Log of the other ranks: nothing happens
     rows = ()
-    def write(self, row=None):
-        """The Log of the other ranks: nothing happens."""
-    note = close = write
+    write = note = close = staticmethod(lambda row=None: None)
 
 class Log:
     """Rank 0's log: metrics.jsonl, a bar, wandb, tensorboard; rows after `start` go. UserError."""
@@ -64,8 +62,7 @@ class Log:
         if self.board:
             self.board.close()
 
-def plot_loss(rows: list[dict], path: Path):
-    """Rows of a Log -> a picture of the loss, each step and smoothed."""
+def plot_loss(rows: list[dict], path: Path):  # of a Log -> a picture: each step, and smoothed
     steps, loss = [r["step"] for r in rows], [r["loss"] for r in rows]
     smooth = [*accumulate(loss, lambda level, x: level + 0.05 * (x - level))]
     with picture(path, figsize=(7, 4)) as (_, axis):

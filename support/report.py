@@ -18,8 +18,7 @@ def by_split(rows: list[dict]) -> dict[str, list[dict]]:
     return {split: [r for r in rows if r["split"] == split] for split in splits}
 
 def longest_loop(words: list[str] | str) -> int:
-    """Words, or letters, in the longest stretch, of 4 or more, that says a phrase (of up to 30)
-    three times in a row or more: "на на на на столе" -> 4."""
+    """Words or letters, 4 or more, in the longest stretch that says a phrase (up to 30) thrice."""
     longest = 0
     for size in range(1, min(30, len(words) // 3) + 1):
         same = 0  # words in a row that equal the one a phrase earlier
@@ -30,8 +29,7 @@ def longest_loop(words: list[str] | str) -> int:
                 longest = max(longest, stretch)
     return longest
 
-def diagnose(rows: list[dict]) -> dict[str, int]:
-    """Rows of a split -> in how many utterances what went wrong."""
+def diagnose(rows: list[dict]) -> dict[str, int]:  # in how many of a split's rows what went wrong
     kinds, found = ("stopped_early", "loops", "cut", "silence", "text_on_silence"), []
     for r in rows:
         ref, hyp = r["reference_normalised"].split(), r["hypothesis_normalised"].split()
@@ -66,8 +64,7 @@ def worst(rows: list[dict], task: str, n: int = 10) -> str:
         blocks.append(f"{title}\n{text}")
     return "\n\n".join(blocks)
 
-def examples(rows: list[dict], n: int = 3) -> str:
-    """A few rows to read: the first ones that are right, and the first that are not."""
+def examples(rows: list[dict], n: int = 3) -> str:  # the first that are right, and that are not
     shown = {"✓": [], "✗": []}
     for r in rows:
         mark = "✓" if r["reference_normalised"] == r["hypothesis_normalised"] else "✗"
@@ -75,8 +72,7 @@ def examples(rows: list[dict], n: int = 3) -> str:
                            f"      HYP: {r['hypothesis'] or '(nothing)'}")
     return "\n".join(shown["✓"][:n] + shown["✗"][:n])
 
-def markdown(header: list[str], rows: list[list]) -> str:
-    """A table, names to the left, figures to the right. None becomes "-"."""
+def markdown(header: list[str], rows: list[list]) -> str:  # names left, figures right; None: "-"
     return tabulate(rows, header, tablefmt="pipe", disable_numparse=True, missingval="-",
                     colalign=("left", *["right"] * (len(header) - 1)))
 
@@ -103,21 +99,18 @@ def results_table(system: dict, task: str) -> str:
     table = markdown(["split", *titles, *counts, "RTF", "tokens/s"], figures)
     return table + ("\n\n" + markdown(["split", *KINDS, "text on silence"], kinds) if kinds else "")
 
-def overview(systems: dict[str, dict], task: str) -> str:
-    """One line a system, in the shape of the post's table."""
+def overview(systems: dict[str, dict], task: str) -> str:  # one line a system, as in the post
     metric, splits = TASKS[task][0], next(iter(systems.values()))["splits"]
     rows = [[name, *(plain(r[metric]) for r in system["splits"].values()),
              with_interval(system, f"avg_{metric}")] for name, system in systems.items()]
     return markdown([f"{TITLES[metric]} %", *splits, "average [95 %]"], rows)
 
-def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:
-    """Bars by split, one a system, with their intervals."""
+def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:  # by split, with intervals
     metric, width = TASKS[task][0], 0.7 / len(systems)
     colors = "#1f4e9c", "#e08a1e", "#4f9c5a"  # ours, the baseline, the fallback to it
     splits = [split.replace("_", "\n") for split in next(iter(systems.values()))["splits"]]
     places = np.arange(len(splits)) - 0.35 + width / 2
-    inches = max(4, (1 + 0.5 * len(systems)) * len(splits))
-    with picture(path, figsize=(inches, 4.5)) as (_, axis):
+    with picture(path, figsize=(max(4, (1 + 0.5 * len(systems)) * len(splits)), 4.5)) as (_, axis):
         for k, (name, system) in enumerate(systems.items()):
             table = [[r[metric], *r[f"{metric}_ci"]] for r in system["splits"].values()]
             values, *ends = np.array(table, float).T  # (splits,), None becomes nan

@@ -92,8 +92,7 @@ def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int]) -> list[t
     return [(t.strip(), n or ids.shape[1], n is None) for t, n in zip(texts, lengths, strict=True)]
 
 def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> list[System]:
-    """What --baseline or --fallback asks for: transformers' Whisper, greedy, its language forced.
-    ours: a name it must not have; lang: of training. Raises UserError."""
+    """A Whisper, greedy, in --lang or that of training, by another name than `ours`. UserError."""
     if not (cfg.baseline or cfg.fallback):
         return []
     where, language = cfg.baseline or ENCODER, (cfg.lang or lang or "ru").split(",")[0]
@@ -116,9 +115,8 @@ def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> lis
                                           return_tensors="pt").input_features
         ids = model.generate(mel.to(device, model.dtype), language=forced, task="transcribe",
                              max_new_tokens=most, do_sample=False, num_beams=1).cpu()
-        texts = processor.batch_decode(ids, skip_special_tokens=True)
-        answers = with_lengths(texts, ids, ends)  # transformers strips a batch's last end token
-        return [(text, n, endless and n >= most) for text, n, endless in answers]
+        answers = with_lengths(processor.batch_decode(ids, skip_special_tokens=True), ids, ends)
+        return [(t, n, endless and n >= most) for t, n, endless in answers]  # the last end is gone
     answer = pauses.in_pieces(answer, processor.feature_extractor.n_samples, cfg.batch_size)
     name = Path(where).name + (" (baseline)" if Path(where).name == ours else "")
     return [System(name, answer, (digest_model(where), language, cfg.max_new_tokens, device.type))]
