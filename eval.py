@@ -58,23 +58,18 @@ class EvalConfig:
     compare: list[str] | None = flag(None, "put evaluated runs into one table", nargs="+")
 
 # ---- Text, normalised: what is compared
-IGNORED = "\u0301'’ʼ`"  # the stress mark of за́мок, apostrophes
-
 def normalise(text: str) -> str:
-    """Text as WER compares it: NFC, lower case, ё -> е (й stays), no apostrophes, punctuation to
-    spaces, so that кто-то and "кто то" are alike, two words; digits stay digits."""
+    """As WER compares it: NFC, lower case, ё -> е (й stays); digits stay; кто-то is two words."""
     kept = []
     for c in unicodedata.normalize("NFC", text).lower().replace("ё", "е"):
         kind = unicodedata.category(c)  # P: punctuation, S: symbols, Cf: invisible, as soft hyphens
-        if c not in IGNORED and kind != "Cf":
+        if kind != "Cf" and c not in "\u0301'’ʼ`":  # the stress mark of за́мок, apostrophes
             kept.append(" " if kind[0] in "PS" else c)
     return " ".join("".join(kept).split())
 
 def normalise_as_the_post(text: str) -> str:
     """Lower case, 32 ASCII marks deleted: кто-то is ктото; « » — … and ё stay."""
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
-
-NORMALIZERS = {"default": normalise, "post": normalise_as_the_post}
 
 # ---- Errors of each utterance
 def edits(reference: str, hypothesis: str, align=jiwer.process_words) -> list[int]:
@@ -84,7 +79,8 @@ def edits(reference: str, hypothesis: str, align=jiwer.process_words) -> list[in
 
 def grade(row: dict, task: str, normalizer: str) -> dict:
     """A row of hypotheses.jsonl -> with normalised texts, and counts: errors or points, total."""
-    ref, hyp = (NORMALIZERS[normalizer](row[key]) for key in ("reference", "hypothesis"))
+    clean = normalise if normalizer == "default" else normalise_as_the_post
+    ref, hyp = clean(row["reference"]), clean(row["hypothesis"])
     if task == "asr":
         counts = dict(wer=edits(ref, hyp), cer=edits(ref, hyp, jiwer.process_characters))
     elif task == "qa":
@@ -116,8 +112,7 @@ def rounded(x: float) -> float | None:
     return None if np.isnan(x) else round(float(x), 2)
 
 def score(rows: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Graded rows -> figures by split (S + 1,), draws (S + 1, R). The last is the average: the
-    plain mean, as in the post, over the splits where somebody speaks."""
+    """Graded rows -> figures (S + 1,), draws (S + 1, R): of splits; of those not nan, the mean."""
     counts = [np.array([r[metric] for r in own]) for own in report.by_split(rows).values()]
     table = np.array([[percent(x), *bootstrap(x, seed)] for seed, x in enumerate(counts)])
     table = np.vstack([table, np.ma.masked_invalid(table).mean(0).filled(np.nan)])  # (S + 1, 1 + R)
@@ -182,8 +177,7 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
     return splits
 
 # ---- Who answers: our model, greedily
-def native(model, max_new_tokens: int):
-    """-> (samples, their waves) -> [(text, tokens generated, cut by the limit?)]"""
+def native(model, max_new_tokens: int):  # -> answer(samples, their waves), see decoding.System
     def answer(samples, waves):
         messages = [s.messages(with_answer=False) for s in samples]
         ids = model.chat(messages, waves, max_new_tokens=max_new_tokens).cpu()  # (B, <= max)

@@ -45,8 +45,7 @@ def read_config(folder: Path) -> BorealisConfig | None:
         raise ValueError(f"{folder} holds a {kind} model, not a Borealis")
     return BorealisConfig.from_pretrained(folder) if "encoder_config" in settings else None
 
-def check_part(where: str, cls: type) -> None:
-    """Is there a model of this class, by its config? Raises ValueError or OSError."""
+def check_part(where: str, cls: type) -> None:  # by its config. Raises ValueError or OSError
     kind, wanted = hf.AutoConfig.from_pretrained(where).model_type, cls.config_class.model_type
     if kind != wanted:
         raise ValueError(f"{where} is a {kind} model, not {wanted}")
@@ -141,8 +140,7 @@ def load_checkpoint(where, encoder: str = ENCODER, llm: str = LLM, dtype=None) -
     model.tokenizer = tokenizer
     return model.eval()
 
-def find_base(folder: Path, config: BorealisConfig) -> dict:
-    """config.base with the places of today. Raises ValueError."""
+def find_base(folder: Path, config: BorealisConfig) -> dict:  # config.base as of today. ValueError
     base = dict(config.base)
     for key, value in base.items():  # folders are named as seen from this one: a run may move
         if value and (folder / value).exists():

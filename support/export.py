@@ -26,8 +26,7 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
     model, source = load_checkpoint(where, encoder, llm), find_checkpoint(where)
     lora.cast(model, model.llm.dtype)
     config, ends, seconds = model.config, model.ends, model.config.window_samples // SAMPLE_RATE
-    config.auto_map = {"AutoConfig": "model.BorealisConfig",
-                       "AutoModel": "model.BorealisForConditionalGeneration"}
+    config.auto_map = dict(TABLES["export"]["auto_map"])
     extractor = code.feature_extractor(config.encoder_config.num_mel_bins, chunk_length=seconds)
     # By hand: transformers writes no temperature beside do_sample=False, vLLM samples without one.
     greedy = dict(do_sample=False, temperature=0.0, eos_token_id=ends, pad_token_id=ends[-1])
@@ -53,7 +52,7 @@ def model_card(model, source: Path, title: str) -> str:
         if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
             settings[key] = Path(value).name  # the rest of a path is nobody's business
     settings = [(key, value) for key, value in settings.items()
-                if key not in TABLES["card"]["private"] and value not in (None, "", False)]
+                if key not in TABLES["export"]["private"] and value not in (None, "", False)]
     training = tabulate(settings, ["setting", "value"], "pipe", disable_numparse=True)
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.format(

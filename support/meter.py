@@ -101,9 +101,8 @@ def step_flops(model, tokens: float, squares: float, windows: float, labels: flo
         return sum(m.weight.numel() * (2 + backward + 2 * m.weight.requires_grad)
                    for m in module.modules() if isinstance(m, torch.nn.Linear))
     conv1 = 3 * E.d_model * E.num_mel_bins * 2 * T * (2 + learns)  # its input needs no gradient
-    conv2 = 3 * E.d_model * E.d_model * T * (2 + 2 * learns)
-    attention = (4 + 4 * learns) * T * T * E.d_model * E.encoder_layers
-    encoder = conv1 + conv2 + T * linears(model.encoder, learns) + attention
+    conv2, attention = 3 * E.d_model * E.d_model, 2 * E.d_model * T * E.encoder_layers
+    encoder = conv1 + T * ((2 + 2 * learns) * (conv2 + attention) + linears(model.encoder, learns))
     # Behind a frozen encoder, no gradient has to pass through the adapter's first matrix.
     adapter = linears(model.adapter, 2) - (2 - learns) * model.adapter.w_in.weight.numel()
     # Causal attention needs half of each square, for QK and for AV.

@@ -24,8 +24,7 @@ def longest_loop(words: list[str] | str) -> int:
         same = 0  # words in a row that equal the one a phrase earlier
         for i in range(size, len(words)):
             same = same + 1 if words[i] == words[i - size] else 0
-            stretch = (same // size + 1) * size
-            if stretch >= max(4, 3 * size):
+            if (stretch := (same // size + 1) * size) >= max(4, 3 * size):
                 longest = max(longest, stretch)
     return longest
 

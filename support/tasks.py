@@ -48,8 +48,7 @@ NUMBERS = dict(zip(f"{UNITS}|{TENS}".split("|"), [*range(20), *range(20, 100, 10
 NUMERAL = re.compile(rf"\b(?:({TENS})[- ])?({UNITS}|{TENS})\b")
 
 def extract_answer(text: str, category: str) -> str:
-    """A free answer -> one of its category's, or "": the word it begins with; else the last one
-    after "answer is", or anywhere. "not valid" is invalid, "twenty-one" is 21."""
+    """One of its category's answers or "": the first word, or else the last (after "answer is")."""
     text = text.lower().replace("’", "'")
     text = NUMERAL.sub(lambda m: str(NUMBERS.get(m[1], 0) + NUMBERS[m[2]]), text)
     text = re.sub(r"(?<=\d)\.0+\b", "", text).lstrip(" \n*\"'")
@@ -149,8 +148,7 @@ def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str,
         theirs = other.decode([j for j in jobs if cfg.baseline or j[0] in noisy], *how)
         answers |= {other.name: theirs} if cfg.baseline else {}
         if cfg.fallback:
-            mixed = ours | {key: theirs[key] for key in noisy}
-            answers[f"{name}, noisy ones by {other.name}"] = mixed
+            answers[f"{name}, noisy ones by {other.name}"] = ours | {k: theirs[k] for k in noisy}
             if RANK == 0:
                 print(f"{other.name} answers for {len(noisy)} of {len(jobs)} utterances, "
                       f"whose SNR is estimated below {cfg.fallback_snr:g} dB", file=sys.stderr)
