@@ -67,8 +67,7 @@ def normalise(text: str) -> str:
             kept.append(" " if kind[0] in "PS" else c)
     return " ".join("".join(kept).split())
 
-def normalise_as_the_post(text: str) -> str:
-    """Lower case, 32 ASCII marks deleted: кто-то is ктото; « » — … and ё stay."""
+def normalise_as_the_post(text: str) -> str:  # кто-то is ктото; « » — … and ё stay
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 # ---- Errors of each utterance
@@ -98,8 +97,7 @@ def percent(counts: np.ndarray) -> np.ndarray:
     return np.where(total[..., -1] > 0, 100 * share, np.nan)
 
 def bootstrap(counts: np.ndarray, seed: int = 0, R: int = 2000) -> np.ndarray:
-    """(n, k) -> (R,): figures of R sets of n utterances, drawn with replacement (Bisani and Ney
-    2004). Equal seeds draw the same utterances: two systems are compared on equal terms."""
+    """(n, k) -> (R,): figures of R sets of n drawn (Bisani and Ney 2004), equal for equal seeds."""
     rng, n = np.random.default_rng(seed), len(counts)
     return np.concatenate([percent(counts[rng.integers(n, size=(100, n))])  # (100, n, k) at once
                            for _ in range(R // 100)])

@@ -10,8 +10,7 @@ from support.recipes import BENCHMARK, PUBLISHED
 from support.report import NOTES, by_split, markdown, plain
 from support.tasks import TASKS, TITLES
 
-def read_run(folder: Path) -> dict[str, dict]:
-    """{name: {"step", "task", "rows"}} of the systems that were evaluated into a folder."""
+def read_run(folder: Path) -> dict[str, dict]:  # its systems: {name: {"step", "task", "rows"}}
     runs = {}
     try:
         result = json.loads((folder / "results.json").read_text())

@@ -26,8 +26,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 ROW = dict(settings="", split="", row=0, id="", reference="", hypothesis="", failed=None,
            seconds=0.0, took=0.0, tokens=0, cut=False, snr=None)  # a line of hypotheses.jsonl
 
-def join_ranks(device: str) -> torch.device:
-    """"cpu", "cuda" or "auto" -> this rank's device; the ranks are connected, for texts only."""
+def join_ranks(device: str) -> torch.device:  # this rank's; the ranks are connected, for texts only
     device = torch.device(pick_device(device))
     if WORLD > 1:
         dist.init_process_group("gloo", timeout=timedelta(hours=3))
@@ -59,14 +58,13 @@ def digest_model(where: str) -> str:  # a local one by its files, one on the hub
     return digest(storage.fingerprint(folder), [(p.name, p.read_bytes()) for p in files])
 
 def estimate_snr(wave) -> float:
-    """(samples,) at 16 kHz -> speech power over noise power in dB, within -10 to 60. Noise: the 5th
-    percentile of 20 ms frames, digital silence aside. Without a pause, speech passes for noise."""
-    frame = SAMPLE_RATE // 50
+    """(samples,) at 16 kHz -> speech power over noise power in dB, within -10 to 60."""
+    frame = SAMPLE_RATE // 50  # 20 ms
     power = wave.unfold(0, min(frame, len(wave)), frame).square().mean(1)
-    power = power[power > 1e-10]
+    power = power[power > 1e-10]  # digital silence aside
     if not len(power):
         return -10.0
-    noise = power.quantile(0.05).item()
+    noise = power.quantile(0.05).item()  # without a pause, speech passes for it
     return min(60.0, max(-10.0, 10 * math.log10(max(power.mean().item() - noise, 1e-12) / noise)))
 
 @dataclass

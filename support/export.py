@@ -1,7 +1,6 @@
 """support/export.py -- a checkpoint as a model folder that needs nothing of this project.
 
-    python -m support.export --ckpt out/ --to hf/ [--push user/name]
-"""
+    python -m support.export --ckpt out/ --to hf/ [--push user/name]"""
 import json
 import os
 import shutil
@@ -45,8 +44,7 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
         shutil.rmtree(fresh, ignore_errors=True)
     return model
 
-def model_card(model, source: Path, title: str) -> str:
-    """model_card.md filled in: sizes, results.json of eval.py, train_config.json."""
+def model_card(model, source: Path, title: str) -> str:  # model_card.md, filled in
     settings = read_json(source / "train_config.json")
     for key, value in settings.items():
         if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):

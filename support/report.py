@@ -37,8 +37,7 @@ def diagnose(rows: list[dict]) -> dict[str, int]:  # in how many of a split's ro
         found.append((len(ref) > 1.5 * len(hyp), loops, r["cut"], not ref, bool(hyp and not ref)))
     return dict(zip(kinds, map(sum, zip(*found, strict=True)), strict=True))
 
-def describe(rows: list[dict], task: str) -> dict:
-    """Rows of a split -> what its figure is made of, how many rows there are, what they took."""
+def describe(rows: list[dict], task: str) -> dict:  # what a split's figure is made of, and took
     sound, took, tokens = (sum(r[k] for r in rows) for k in ("seconds", "took", "tokens"))
     facts = {}
     if task == "asr":
@@ -82,8 +81,7 @@ def with_interval(result: dict, metric: str) -> str:
     low, high = map(plain, result[f"{metric}_ci"])
     return "-" if result[metric] is None else f"{plain(result[metric])} [{low}, {high}]"
 
-def results_table(system: dict, task: str) -> str:
-    """A system's figures by split; of transcripts also what kind of errors they are made of."""
+def results_table(system: dict, task: str) -> str:  # by split; of transcripts also kinds of errors
     counts = (["sub", "del", "ins", "words"] if task == "asr" else []) + ["samples", "failed"]
     figures, kinds = [], []
     for split, r in system["splits"].items():
@@ -122,8 +120,7 @@ def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:  # by sp
         axis.legend(frameon=False)
 
 def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: dict) -> int:
-    """{system: graded rows}, ours first; {system: assessed}; more of them, for the overview only.
-    Writes all files, prints the short version -> exit code, 1 if all failed."""
+    """{system: graded rows}, ours first; {system: assessed}, more -> exit code, 1 if all failed."""
     name, task = next(iter(rows)), cfg.task
     lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in sum(rows.values(), [])]
     write_text(out / "hypotheses.jsonl", "".join(lines))
@@ -136,8 +133,7 @@ def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: 
               for system, result in systems.items()]
     if len(systems | more) > 1 or len(systems[name]["splits"]) > 1:
         tables.append(overview(systems | more, task))
-    limits = f"At most {cfg.max_new_tokens} tokens; normaliser: {cfg.normalizer}; "
-    text = [f"# {name}", limits + NOTES["intervals"], *tables]
+    text = [f"# {name}", NOTES["how"].format(cfg.max_new_tokens, cfg.normalizer), *tables]
     failed = {system: [f"{r['id']} ({system}, {r['split']}): {r['failed']}"
                        for r in own if r["failed"]] for system, own in rows.items()}
     if lines := [f"- {line}" for line in sum(failed.values(), [])]:
@@ -147,11 +143,9 @@ def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: 
             if block := worst(some, task):
                 text.append(f"## The worst of {system}, {split}\n\n```\n{block}\n```")
     write_text(out / "report.md", "\n\n".join(text) + "\n")
-    print("\n" + "\n\n".join([*tables, examples(rows[name]), "wrote results.json, report.md (with "
-          f"the worst utterances), hypotheses.jsonl and a picture to {out}"]))
+    print("\n" + "\n\n".join([*tables, examples(rows[name]), NOTES["wrote"].format(out)]))
     for system, lines in failed.items():
         if lines:
-            first = "; ".join(lines[:5] + ["..."] * (len(lines) > 5))
-            print(f"warning: {system}: {len(lines)} of {len(rows[system])} utterances failed and "
-                  f"count as empty: {first}", file=sys.stderr)
+            counts, first = (len(lines), len(rows[system])), lines[:5] + ["..."] * (len(lines) > 5)
+            print(NOTES["failed"].format(system, *counts, "; ".join(first)), file=sys.stderr)
     return int(any(len(failed[system]) == len(own) for system, own in rows.items()))

@@ -33,8 +33,7 @@ def load_split(source: Source, data_dir: str | None, strict: bool, limit: int | 
     bad.report(len(pool), source.split)
     return samples
 
-def token_f1(reference: str, hypothesis: str) -> float:
-    """Harmonic mean of precision and recall over words, as SQuAD scores answers (1606.05250)."""
+def token_f1(reference: str, hypothesis: str) -> float:  # over words, as SQuAD has it (1606.05250)
     reference, hypothesis = reference.split(), hypothesis.split()
     common = sum((Counter(reference) & Counter(hypothesis)).values())
     if not common:
