@@ -47,8 +47,7 @@ def describe(rows: list[dict], task: str) -> dict:  # what a split's figure is m
                         seconds=round(sound, 1), rtf=round(took / sound, 5) if sound else None,
                         tokens_per_s=round(tokens / max(took, 1e-9), 1))
 
-def worst(rows: list[dict], task: str, n: int = 10) -> str:
-    """The rows with the most errors, reference above hypothesis, transcripts word by word."""
+def worst(rows: list[dict], task: str, n: int = 10) -> str:  # transcripts: aligned word by word
     def errors(r):
         return sum(r["wer"][:3]) if task == "asr" else 1 - r[TASKS[task][-1]][0]
     blocks = []

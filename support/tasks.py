@@ -142,8 +142,7 @@ def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str,
     name, how = systems[0].name, (out, cfg.batch_size, cfg.reuse)
     answers = {name: (ours := systems[0].decode(jobs, *how))}
     for other in systems[1:]:
-        snr = {key: ours[key]["snr"] for key, _ in jobs}
-        noisy = {key for key, x in snr.items() if x is not None and x < cfg.fallback_snr}
+        noisy = {k for k, _ in jobs if (x := ours[k]["snr"]) is not None and x < cfg.fallback_snr}
         theirs = other.decode([j for j in jobs if cfg.baseline or j[0] in noisy], *how)
         answers |= {other.name: theirs} if cfg.baseline else {}
         if cfg.fallback:
