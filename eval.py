@@ -58,23 +58,17 @@ class EvalConfig:
     compare: list[str] | None = flag(None, "put evaluated runs into one table", nargs="+")
 
 # ---- Text, normalised: what is compared
-IGNORED = "\u0301'’ʼ`"  # the stress mark of за́мок, apostrophes
-
 def normalise(text: str) -> str:
-    """Text as WER compares it: NFC, lower case, ё -> е (й stays), no apostrophes, punctuation to
-    spaces, so that кто-то and "кто то" are alike, two words; digits stay digits."""
+    """As WER compares it: NFC, lower case, ё -> е (й stays); digits stay; кто-то is two words."""
     kept = []
     for c in unicodedata.normalize("NFC", text).lower().replace("ё", "е"):
         kind = unicodedata.category(c)  # P: punctuation, S: symbols, Cf: invisible, as soft hyphens
-        if c not in IGNORED and kind != "Cf":
+        if kind != "Cf" and c not in "\u0301'’ʼ`":  # the stress mark of за́мок, apostrophes
             kept.append(" " if kind[0] in "PS" else c)
     return " ".join("".join(kept).split())
 
-def normalise_as_the_post(text: str) -> str:
-    """Lower case, 32 ASCII marks deleted: кто-то is ктото; « » — … and ё stay."""
+def normalise_as_the_post(text: str) -> str:  # кто-то is ктото; « » — … and ё stay
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
-
-NORMALIZERS = {"default": normalise, "post": normalise_as_the_post}
 
 # ---- Errors of each utterance
 def edits(reference: str, hypothesis: str, align=jiwer.process_words) -> list[int]:
@@ -84,7 +78,7 @@ def edits(reference: str, hypothesis: str, align=jiwer.process_words) -> list[in
 
 def grade(row: dict, task: str, normalizer: str) -> dict:
     """A row of hypotheses.jsonl -> with normalised texts, and counts: errors or points, total."""
-    clean = NORMALIZERS[normalizer]
+    clean = normalise if normalizer == "default" else normalise_as_the_post
     ref, hyp = clean(row["reference"]), clean(row["hypothesis"])
     if task == "asr":
         counts = dict(wer=edits(ref, hyp), cer=edits(ref, hyp, jiwer.process_characters))
@@ -97,21 +91,18 @@ def grade(row: dict, task: str, normalizer: str) -> dict:
 
 # ---- A figure, and how sure it is
 def percent(counts: np.ndarray) -> np.ndarray:
-    """(..., n, k) -> (...): the first columns over the last, in percent; each summed first, as WER
-    is all edits over all words. Not a number where nobody speaks."""
+    """(..., n, k) -> (...): sums, the first columns' over the last's, in %; nan: nobody speaks."""
     total = counts.sum(-2)  # (..., k)
     share = total[..., :-1].sum(-1) / np.maximum(total[..., -1], 1)
     return np.where(total[..., -1] > 0, 100 * share, np.nan)
 
 def bootstrap(counts: np.ndarray, seed: int = 0, R: int = 2000) -> np.ndarray:
-    """(n, k) -> (R,): figures of R sets of n utterances, drawn with replacement (Bisani and Ney
-    2004). Equal seeds draw the same utterances: two systems are compared on equal terms."""
+    """(n, k) -> (R,): figures of R sets of n drawn (Bisani and Ney 2004), equal for equal seeds."""
     rng, n = np.random.default_rng(seed), len(counts)
     return np.concatenate([percent(counts[rng.integers(n, size=(100, n))])  # (100, n, k) at once
                            for _ in range(R // 100)])
 
-def interval(draws: np.ndarray) -> list:
-    """(R,) -> [low, high]: between them lie 95 % of the draws."""
+def interval(draws: np.ndarray) -> list:  # (R,) -> [low, high]: between them lie 95 % of them
     known = draws[np.isfinite(draws)]
     return [rounded(x) for x in np.percentile(known, [2.5, 97.5])] if len(known) else [None, None]
 
@@ -119,16 +110,13 @@ def rounded(x: float) -> float | None:
     return None if np.isnan(x) else round(float(x), 2)
 
 def score(rows: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Graded rows -> figures by split (S + 1,), draws (S + 1, R). The last is the average: the
-    plain mean, as in the post, over the splits where somebody speaks."""
+    """Graded rows -> figures (S + 1,), draws (S + 1, R): of splits; of those not nan, the mean."""
     counts = [np.array([r[metric] for r in own]) for own in report.by_split(rows).values()]
     table = np.array([[percent(x), *bootstrap(x, seed)] for seed, x in enumerate(counts)])
-    average = np.ma.masked_invalid(table).mean(0).filled(np.nan)  # (1 + R,)
-    table = np.vstack([table, average])                           # (S + 1, 1 + R)
+    table = np.vstack([table, np.ma.masked_invalid(table).mean(0).filled(np.nan)])  # (S + 1, 1 + R)
     return table[:, 0], table[:, 1:]
 
-def assess(rows: list[dict], task: str) -> dict:
-    """Graded rows of a system -> what results.json says about it."""
+def assess(rows: list[dict], task: str) -> dict:  # graded rows of a system -> its results.json
     splits, main = report.by_split(rows), tasks.TASKS[task][0]
     results = {name: {} for name in (*splits, None)}  # None: their average, as score() has it
     for metric in tasks.TASKS[task]:
@@ -145,13 +133,12 @@ def embedded_split(lang: str, name: str, n: int, seed: int) -> list:
     clean split with noise (some of it babble of these voices) and rooms never trained on."""
     if name not in HARD:
         return embedded(lang, name, n, seed)
-    samples, made, kind = [], banks.open_banks(voices="clean"), list(HARD).index(name)
-    for i, s in enumerate(embedded(lang, "clean", n, seed)):
+    made, kind = banks.open_banks(voices="clean"), list(HARD).index(name)
+    def harder(i, s):
         rng = np.random.default_rng([seed % 2 ** 32, kind, i])
         x = augment(load_audio(s.audio[0]).numpy(), HARD[name], rng, *made)
-        pcm = (x * 32767).round().astype(np.int16)
-        samples.append(replace(s, audio=[pcm], name=f"{s.name}/{name}"))
-    return samples
+        return replace(s, audio=[(x * 32767).round().astype(np.int16)], name=f"{s.name}/{name}")
+    return [harder(i, s) for i, s in enumerate(embedded(lang, "clean", n, seed))]
 
 def load_splits(cfg, trained_on: dict) -> dict[str, list]:
     """--manifest: that file. Else, by --task, BigBenchAudio or RuASRBenchmark; for a tiny run (see
@@ -188,8 +175,7 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
     return splits
 
 # ---- Who answers: our model, greedily
-def native(model, max_new_tokens: int):
-    """-> (samples, their waves) -> [(text, tokens generated, cut by the limit?)]"""
+def native(model, max_new_tokens: int):  # -> answer(samples, their waves), see decoding.System
     def answer(samples, waves):
         messages = [s.messages(with_answer=False) for s in samples]
         ids = model.chat(messages, waves, max_new_tokens=max_new_tokens).cpu()  # (B, <= max)
@@ -237,23 +223,20 @@ def main():
     early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
     ours = tasks.open_ours(cfg, native, name, device)
     weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
-    facts = dict(step=trained_on.get("step"), weights=weights)
     splits = early or load()
     asked = [ours, *tasks.open_baseline(cfg, name, trained_on.get("lang"), device)]
     answers = tasks.answer_all(cfg, asked, splits, out)  # {system: rows}
     if decoding.RANK > 0:
         return 0
-    rows, results, more = {}, {}, {}
-    for name, own in answers.items():
-        rows[name] = [dict(run=name) | grade(r, cfg.task, cfg.normalizer) for r in own]
-        results[name] = assess(rows[name], cfg.task)
-        if cfg.task == "asr" and cfg.normalizer != "default":
-            own = [grade(r, "asr", "default") for r in own]
-            more[f"{name}, default normaliser"] = assess(own, "asr")
+    rows = {name: [dict(run=name) | grade(r, cfg.task, cfg.normalizer) for r in own]
+            for name, own in answers.items()}
+    results = {name: assess(own, cfg.task) for name, own in rows.items()}
+    more = {f"{name}, default normaliser": assess([grade(r, "asr", "default") for r in own], "asr")
+            for name, own in answers.items() if cfg.task == "asr" and cfg.normalizer != "default"}
+    facts = dict(step=trained_on.get("step"), weights=weights)
     code = report.write_results(out, rows, results, more, cfg, facts)
-    for system in asked:
-        for part in system.parts(out):
-            part.unlink()  # hypotheses.jsonl has it all
+    for part in sum((system.parts(out) for system in asked), []):
+        part.unlink()  # hypotheses.jsonl has it all
     return code
 
 if __name__ == "__main__":

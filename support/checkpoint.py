@@ -19,8 +19,7 @@ FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.py")
 
 def find_checkpoint(where: str | Path, files=FILES) -> Path:
     """A run's folder, any other folder, or owner/name on the hub -> the folder with its files."""
-    hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(where))
-    if Path(where).parent.exists() or not hub_name:
+    if Path(where).parent.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(where)):
         return storage.newest_step(where)
     try:
         return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=[*files]))
@@ -28,15 +27,13 @@ def find_checkpoint(where: str | Path, files=FILES) -> Path:
         raise ValueError(f"cannot fetch the checkpoint {where} ({type(e).__name__}): go online, "
                          "set HF_TOKEN, or name a folder") from None
 
-def read_json(path: Path) -> dict:
-    """{} if there is no such file. Raises ValueError."""
+def read_json(path: Path) -> dict:  # {} if there is no such file. Raises ValueError
     try:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
     except (ValueError, TypeError):
         raise ValueError(f"{path} is broken: fetch it again, or train again") from None
 
-def training_config(where: str | Path) -> dict:
-    """A checkpoint's train_config.json, {} if there is none. Raises UserError."""
+def training_config(where: str | Path) -> dict:  # train_config.json or {}. Raises UserError
     with as_user_error("", ValueError):
         return read_json(find_checkpoint(where) / "train_config.json")
 
@@ -48,11 +45,10 @@ def read_config(folder: Path) -> BorealisConfig | None:
         raise ValueError(f"{folder} holds a {kind} model, not a Borealis")
     return BorealisConfig.from_pretrained(folder) if "encoder_config" in settings else None
 
-def check_part(where: str, cls: type) -> None:
-    """Is there a model of this class, by its config? Raises ValueError or OSError."""
-    kind = hf.AutoConfig.from_pretrained(where).model_type
-    if kind != cls.config_class.model_type:
-        raise ValueError(f"{where} is a {kind} model, not {cls.config_class.model_type}")
+def check_part(where: str, cls: type) -> None:  # by its config. Raises ValueError or OSError
+    kind, wanted = hf.AutoConfig.from_pretrained(where).model_type, cls.config_class.model_type
+    if kind != wanted:
+        raise ValueError(f"{where} is a {kind} model, not {wanted}")
 
 def check_start(where, encoder: str, llm: str) -> None:
     """Is all there that load_checkpoint (or from_parts) loads? By configs. ValueError, OSError."""
@@ -104,8 +100,7 @@ def convert_original(folder: Path, tensors: dict, encoder: str, llm: str) -> tup
     table = tensors[EMBEDDINGS]
     source = folder if (folder / "tokenizer.json").exists() else llm
     tokenizer = hf.AutoTokenizer.from_pretrained(source)
-    known = tokenizer.get_vocab()
-    posts = AUDIO in known and END not in known  # the pair of the post's vLLM plugin
+    posts = {AUDIO, END} & tokenizer.get_vocab().keys() == {AUDIO}  # as the post's vLLM plugin
     add_audio_tokens(tokenizer, (AUDIO, MARKER) if posts else (MARKER, END, AUDIO))
     tokens = [AUDIO, MARKER, MARKER if posts else END, "<|endoftext|>"]
     audio, start, end, pad = tokenizer.convert_tokens_to_ids(tokens)
@@ -145,8 +140,7 @@ def load_checkpoint(where, encoder: str = ENCODER, llm: str = LLM, dtype=None) -
     model.tokenizer = tokenizer
     return model.eval()
 
-def find_base(folder: Path, config: BorealisConfig) -> dict:
-    """config.base with the places of today. Raises ValueError."""
+def find_base(folder: Path, config: BorealisConfig) -> dict:  # config.base as of today. ValueError
     base = dict(config.base)
     for key, value in base.items():  # folders are named as seen from this one: a run may move
         if value and (folder / value).exists():

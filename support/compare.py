@@ -6,14 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from support.cli import UserError, picture, write_text
-from support.recipes import BENCHMARK, PUBLISHED, TABLES
-from support.report import by_split, markdown, plain
+from support.recipes import BENCHMARK, PUBLISHED
+from support.report import NOTES, by_split, markdown, plain
 from support.tasks import TASKS, TITLES
 
-NOTES = TABLES["notes"]
-
-def read_run(folder: Path) -> dict[str, dict]:
-    """{name: {"step", "task", "rows"}} of the systems that were evaluated into a folder."""
+def read_run(folder: Path) -> dict[str, dict]:  # its systems: {name: {"step", "task", "rows"}}
     runs = {}
     try:
         result = json.loads((folder / "results.json").read_text())
@@ -53,24 +50,21 @@ def published(columns: list[str]) -> list[tuple]:
     """The post's runs: (name, steps, [figures in these of its splits, their average])."""
     runs = []
     for name, (steps, *figures, average) in PUBLISHED.items():
-        known = dict(zip(BENCHMARK, figures, strict=True))
-        own = [known[c] for c in columns]
+        own = [figures[list(BENCHMARK).index(c)] for c in columns]
         own.append(average if len(own) == len(BENCHMARK) else np.mean(own))
         runs.append((f"{name} (published)", steps or None, own))
     return runs
 
 def table(columns: list[str], runs: list[tuple]) -> str:
-    rows = [[name, steps, *map(plain, figures)] for name, steps, figures in runs]
-    return markdown(["Run", "Steps", *columns, "Avg"], rows)
+    return markdown(["Run", "Steps", *columns, "Avg"], [[*r[:2], *map(plain, r[2])] for r in runs])
 
 def differences(columns: list[str], scores: dict[str, tuple]) -> list[str]:
     """{name: what score() of eval.py returns} -> their differences, explained."""
     rows = []
     for a, b in combinations(scores, 2):
         gaps, draws = (x - y for x, y in zip(scores[a], scores[b], strict=True))
-        cells = [f"{x:+.2f} ({p_value(some):.3f})" if np.isfinite(x) else "-"
-                 for x, some in zip(gaps, draws, strict=True)]
-        rows.append([f"{a} - {b}", *cells])
+        rows.append([f"{a} - {b}", *(f"{x:+.2f} ({p_value(some):.3f})" if np.isfinite(x) else "-"
+                                     for x, some in zip(gaps, draws, strict=True))])
     return [NOTES["p_values"].format(len(draws.T)), markdown(["Difference", *columns, "Avg"], rows)]
 
 def compare(folders: list[str], grade, score, normalizer: str, out: Path):
@@ -83,15 +77,13 @@ def compare(folders: list[str], grade, score, normalizer: str, out: Path):
     same = metric == "wer" and set(columns) <= set(BENCHMARK)  # speech: with the post's runs
     shown = [(name, run["step"], scores[name][0]) for name, run in runs.items()]
     shown += published(columns) if same else []
-    sign = 1 if metric == "wer" else -1
-    shown.sort(key=lambda run: (np.isnan(run[2][-1]), sign * run[2][-1]))
-    text = [f"{TITLES[metric]}, %, normaliser: {normalizer}."
-            + (f" Published rows: {NOTES['published']}" if same else ""), table(columns, shown)]
+    shown.sort(key=lambda r: (np.isnan(r[2][-1]), r[2][-1] if metric == "wer" else -r[2][-1]))
+    note = f" {NOTES['same']}" if same else ""
+    text = [f"{TITLES[metric]}, %, normaliser: {normalizer}.{note}", table(columns, shown)]
     if len(scores) > 1:
         text += differences(columns, {name: scores[name] for name, *_ in shown if name in scores})
     if metric == "wer" and not same:
-        text += ["On RuASRBenchmark, which is other speech than the above: WER, %, "
-                 + NOTES["published"], table(BENCHMARK, published(BENCHMARK))]
+        text += [NOTES["other"], table(BENCHMARK, published(BENCHMARK))]
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "table.md", "\n\n".join(text) + "\n")
     plot_heatmap(shown, [*columns, "Avg"], metric, out / "heatmap.png")
@@ -102,7 +94,7 @@ def plot_heatmap(runs: list[tuple], columns: list[str], metric: str, path: Path)
     names, _, figures = zip(*runs, strict=True)
     values = np.ma.masked_invalid(np.array(figures, float))  # (runs, columns)
     shade = np.ma.log(values.clip(0.5, 100)) if metric == "wer" else -values
-    low, high = (np.log(0.5), np.log(100)) if metric == "wer" else (-100, 0)
+    low, high = np.log((0.5, 100)) if metric == "wer" else (-100, 0)
     size = (1.3 * len(columns) + 0.1 * max(map(len, names)) + 0.5, 0.5 * len(names) + 1.4)
     with picture(path, figsize=size) as (_, axis):
         axis.imshow(shade, cmap="RdYlGn_r", aspect="auto", vmin=low, vmax=high)

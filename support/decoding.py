@@ -23,12 +23,10 @@ from support.cli import digest, first_line, pick_device
 from support.rows import BadRow, load_audio
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-BLOCK = 4  # batches
 ROW = dict(settings="", split="", row=0, id="", reference="", hypothesis="", failed=None,
            seconds=0.0, took=0.0, tokens=0, cut=False, snr=None)  # a line of hypotheses.jsonl
 
-def join_ranks(device: str) -> torch.device:
-    """"cpu", "cuda" or "auto" -> this rank's device; the ranks are connected, for texts only."""
+def join_ranks(device: str) -> torch.device:  # this rank's; the ranks are connected, for texts only
     device = torch.device(pick_device(device))
     if WORLD > 1:
         dist.init_process_group("gloo", timeout=timedelta(hours=3))
@@ -46,15 +44,13 @@ def first_rank_first(call: Callable, *args):
         dist.barrier()
     return result
 
-def stamp(audio: str | bytes) -> tuple | str:
-    """A file by its name, size and time; sound in memory by what it is."""
+def stamp(audio: str | bytes) -> tuple | str:  # a file by name, size, time; sound by what it is
     if not isinstance(audio, str):
         return hashlib.sha256(audio).hexdigest()
     state = os.stat(audio) if os.path.isfile(audio) else None
     return audio, state and (state.st_size, state.st_mtime_ns)
 
-def digest_model(where: str) -> str:
-    """A local model by its files; one on the hub by its name."""
+def digest_model(where: str) -> str:  # a local one by its files, one on the hub by its name
     if not Path(where).exists():
         return where
     folder = checkpoint.find_checkpoint(where)
@@ -62,16 +58,14 @@ def digest_model(where: str) -> str:
     return digest(storage.fingerprint(folder), [(p.name, p.read_bytes()) for p in files])
 
 def estimate_snr(wave) -> float:
-    """(samples,) at 16 kHz -> speech power over noise power in dB, within -10 to 60. Noise: the 5th
-    percentile of 20 ms frames, digital silence aside. Without a pause, speech passes for noise."""
-    frame = SAMPLE_RATE // 50
+    """(samples,) at 16 kHz -> speech power over noise power in dB, within -10 to 60."""
+    frame = SAMPLE_RATE // 50  # 20 ms
     power = wave.unfold(0, min(frame, len(wave)), frame).square().mean(1)
-    power = power[power > 1e-10]
+    power = power[power > 1e-10]  # digital silence aside
     if not len(power):
         return -10.0
-    noise = power.quantile(0.05).item()
-    snr = 10 * math.log10(max(power.mean().item() - noise, 1e-12) / max(noise, 1e-12))
-    return min(60.0, max(-10.0, snr))
+    noise = power.quantile(0.05).item()  # without a pause, speech passes for it
+    return min(60.0, max(-10.0, 10 * math.log10(max(power.mean().item() - noise, 1e-12) / noise)))
 
 @dataclass
 class System:
@@ -149,7 +143,7 @@ class System:
                   file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"hypotheses.{self.settings}.{RANK}.part.jsonl"
-        size = BLOCK * batch_size
+        size = 4 * batch_size  # of a block
         blocks = [jobs[i:i + size] for i in range(0, len(jobs), size)][RANK::WORLD]
         bar = tqdm(total=sum(map(len, blocks)), desc=self.name, unit=" utterances",
                    mininterval=0.1 if sys.stderr.isatty() else 10, disable=RANK > 0)

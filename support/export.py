@@ -1,7 +1,6 @@
 """support/export.py -- a checkpoint as a model folder that needs nothing of this project.
 
-    python -m support.export --ckpt out/ --to hf/ [--push user/name]
-"""
+    python -m support.export --ckpt out/ --to hf/ [--push user/name]"""
 import json
 import os
 import shutil
@@ -16,10 +15,8 @@ from model import ENCODER, LLM, SAMPLE_RATE
 from support import lora
 from support.checkpoint import find_checkpoint, load_checkpoint, read_json
 from support.cli import ArgumentParser, UserError, as_user_error, run
+from support.recipes import TABLES
 from support.storage import fingerprint
-
-PRIVATE = {"out", "data", "data_dir", "train_manifest", "device", "workers", "save_every", "keep",
-           "log"}
 
 def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None = None):
     """Write the folder `to`, whole or not at all -> the model. Raises ValueError or OSError."""
@@ -27,11 +24,9 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
         raise ValueError(f"{to} exists already: name a new folder with --to")
     model, source = load_checkpoint(where, encoder, llm), find_checkpoint(where)
     lora.cast(model, model.llm.dtype)
-    config, ends = model.config, model.ends
-    config.auto_map = {"AutoConfig": "model.BorealisConfig",
-                       "AutoModel": "model.BorealisForConditionalGeneration"}
-    extractor = code.feature_extractor(config.encoder_config.num_mel_bins,
-                                       chunk_length=config.window_samples // SAMPLE_RATE)
+    config, ends, seconds = model.config, model.ends, model.config.window_samples // SAMPLE_RATE
+    config.auto_map = dict(TABLES["export"]["auto_map"])
+    extractor = code.feature_extractor(config.encoder_config.num_mel_bins, chunk_length=seconds)
     # By hand: transformers writes no temperature beside do_sample=False, vLLM samples without one.
     greedy = dict(do_sample=False, temperature=0.0, eos_token_id=ends, pad_token_id=ends[-1])
     fresh = Path(f"{Path(to)}.{os.getpid()}.tmp")
@@ -43,21 +38,19 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
         shutil.copy(code.__file__, fresh)
         if (source / "train_config.json").is_file():  # eval.py reads there what it was made for
             shutil.copy(source / "train_config.json", fresh)
-        card = model_card(model, source, title or Path(to).name)
-        (fresh / "README.md").write_text(card, encoding="utf-8")
+        (fresh / "README.md").write_text(model_card(model, source, title or Path(to).name), "utf-8")
         os.replace(fresh, to)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return model
 
-def model_card(model, source: Path, title: str) -> str:
-    """model_card.md filled in: sizes, results.json of eval.py, train_config.json."""
+def model_card(model, source: Path, title: str) -> str:  # model_card.md, filled in
     settings = read_json(source / "train_config.json")
     for key, value in settings.items():
         if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
             settings[key] = Path(value).name  # the rest of a path is nobody's business
     settings = [(key, value) for key, value in settings.items()
-                if key not in PRIVATE and value not in (None, "", False)]
+                if key not in TABLES["export"]["private"] and value not in (None, "", False)]
     training = tabulate(settings, ["setting", "value"], "pipe", disable_numparse=True)
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.format(
@@ -65,14 +58,12 @@ def model_card(model, source: Path, title: str) -> str:
         parameters=code.count(model), transformers=transformers.__version__, scores=scores(source),
         training=training if settings else "Not recorded.")
 
-def scores(source: Path) -> str:
-    """What eval.py found, as text: results.json beside the checkpoint, or else above it."""
+def scores(source: Path) -> str:  # what eval.py found: results.json beside the checkpoint, or above
     results = read_json(source / "results.json") or read_json(source.parent / "results.json")
     if results.get("weights") != fingerprint(source) or results["task"] != "asr":
         return "Not evaluated yet."  # but maybe another step was
     runs = {results["run"]: results} | results.get("others", {})
-    rows = [[run, *(split["wer"] for split in r["splits"].values()), r["avg_wer"]]
-            for run, r in runs.items()]
+    rows = [[k, *(s["wer"] for s in r["splits"].values()), r["avg_wer"]] for k, r in runs.items()]
     table = tabulate(rows, ["WER %", *results["splits"], "average"], "pipe", disable_numparse=True)
     return f"{table}\n\nNormaliser: {results['normalizer']}; 95 % intervals are in results.json."
 

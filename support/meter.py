@@ -9,18 +9,17 @@ from tqdm import tqdm
 
 from model import count
 from support.cli import as_user_error, picture, write_text
+from support.recipes import TABLES
 
 def read_metrics(path: Path, until: float) -> list[dict]:
     """The rows of metrics.jsonl up to a step, without a last line that a kill has cut short."""
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    rows = (json.loads(line) for line in lines if line.endswith("}"))
     return [row for row in rows if row["step"] <= until]
 
-class Silent:
+class Silent:  # the Log of the other ranks: nothing happens
     rows = ()
-    def write(self, row=None):
-        """The Log of the other ranks: nothing happens."""
-    note = close = write
+    write = note = close = staticmethod(lambda row=None: None)
 
 class Log:
     """Rank 0's log: metrics.jsonl, a bar, wandb, tensorboard; rows after `start` go. UserError."""
@@ -63,8 +62,7 @@ class Log:
         if self.board:
             self.board.close()
 
-def plot_loss(rows: list[dict], path: Path):
-    """Rows of a Log -> a picture of the loss, each step and smoothed."""
+def plot_loss(rows: list[dict], path: Path):  # of a Log -> a picture: each step, and smoothed
     steps, loss = [r["step"] for r in rows], [r["loss"] for r in rows]
     smooth = [*accumulate(loss, lambda level, x: level + 0.05 * (x - level))]
     with picture(path, figsize=(7, 4)) as (_, axis):
@@ -93,11 +91,7 @@ def memory(model, tokens: int, labels: int, checkpoint: bool, ranks: int = 1) ->
             "gradients": gradients, "AdamW": 8 * trained / ranks, "bf16 copies": bf16,
             "activations": kept, "logits": labels * D.vocab_size * (2 + 4 + 4 + 2)}
 
-# ---- MFU: FLOPs that a step needs, over those that the GPU could do (dense bf16, data sheets)
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
-        "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
-        "RTX 4090": 165e12, "RTX 3090": 71e12, "B200": 2250e12}
-
+# ---- MFU: FLOPs that a step needs, over those that the GPU could do
 def step_flops(model, tokens: float, squares: float, windows: float, labels: float) -> float:
     """FLOPs of a step, without padding and checkpointing: per weight and token 2 forward, 2 where a
     gradient passes through, 2 where the weight learns. squares: sum of the squared row lengths."""
@@ -107,9 +101,8 @@ def step_flops(model, tokens: float, squares: float, windows: float, labels: flo
         return sum(m.weight.numel() * (2 + backward + 2 * m.weight.requires_grad)
                    for m in module.modules() if isinstance(m, torch.nn.Linear))
     conv1 = 3 * E.d_model * E.num_mel_bins * 2 * T * (2 + learns)  # its input needs no gradient
-    conv2 = 3 * E.d_model * E.d_model * T * (2 + 2 * learns)
-    attention = (4 + 4 * learns) * T * T * E.d_model * E.encoder_layers
-    encoder = conv1 + conv2 + T * linears(model.encoder, learns) + attention
+    conv2, attention = 3 * E.d_model * E.d_model, 2 * E.d_model * T * E.encoder_layers
+    encoder = conv1 + T * ((2 + 2 * learns) * (conv2 + attention) + linears(model.encoder, learns))
     # Behind a frozen encoder, no gradient has to pass through the adapter's first matrix.
     adapter = linears(model.adapter, 2) - (2 - learns) * model.adapter.w_in.weight.numel()
     # Causal attention needs half of each square, for QK and for AV.
@@ -124,8 +117,8 @@ def speed(model, total: dict, took: float, world: int, device: torch.device) -> 
                audio_s_per_s=total["seconds"] / took)
     if device.type == "cuda":
         row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        name = torch.cuda.get_device_name(device)
-        if peak := next((flops for part, flops in PEAK.items() if part in name), None):
+        name, peaks = torch.cuda.get_device_name(device), TABLES["peak_tflops"]
+        if peak := next((1e12 * peak for part, peak in peaks.items() if part in name), None):
             sizes = [total[key] for key in ("tokens", "squares", "windows", "labels")]
             row["mfu"] = step_flops(model, *sizes) / took / world / peak
     return row

@@ -8,40 +8,36 @@ import numpy as np
 from tabulate import tabulate
 
 from support.cli import picture, write_text
+from support.recipes import TABLES
 from support.tasks import TASKS, TITLES
+
+NOTES, KINDS = TABLES["notes"], TABLES["kinds"]  # {kind of error: which ones, out of what}
 
 def by_split(rows: list[dict]) -> dict[str, list[dict]]:
     splits = dict.fromkeys(r["split"] for r in rows)
     return {split: [r for r in rows if r["split"] == split] for split in splits}
 
 def longest_loop(words: list[str] | str) -> int:
-    """Words, or letters, in the longest stretch, of 4 or more, that says a phrase (of up to 30)
-    three times in a row or more: "на на на на столе" -> 4."""
+    """Words or letters, 4 or more, in the longest stretch that says a phrase (up to 30) thrice."""
     longest = 0
     for size in range(1, min(30, len(words) // 3) + 1):
         same = 0  # words in a row that equal the one a phrase earlier
         for i in range(size, len(words)):
             same = same + 1 if words[i] == words[i - size] else 0
-            stretch = (same // size + 1) * size
-            if stretch >= max(4, 3 * size):
+            if (stretch := (same // size + 1) * size) >= max(4, 3 * size):
                 longest = max(longest, stretch)
     return longest
 
-def diagnose(rows: list[dict]) -> dict[str, int]:
-    """Rows of a split -> in how many utterances what went wrong."""
-    counts = dict.fromkeys(("stopped_early", "loops", "cut", "silence", "text_on_silence"), 0)
+def diagnose(rows: list[dict]) -> dict[str, int]:  # in how many of a split's rows what went wrong
+    kinds, found = ("stopped_early", "loops", "cut", "silence", "text_on_silence"), []
     for r in rows:
         ref, hyp = r["reference_normalised"].split(), r["hypothesis_normalised"].split()
         in_words = [longest_loop(max(words, key=len, default="")) for words in (ref, hyp)]
-        counts["stopped_early"] += len(ref) > 1.5 * len(hyp)
-        counts["loops"] += longest_loop(hyp) > longest_loop(ref) or in_words[1] > in_words[0]
-        counts["cut"] += r["cut"]
-        counts["silence"] += not ref
-        counts["text_on_silence"] += bool(hyp) and not ref
-    return counts
+        loops = longest_loop(hyp) > longest_loop(ref) or in_words[1] > in_words[0]
+        found.append((len(ref) > 1.5 * len(hyp), loops, r["cut"], not ref, bool(hyp and not ref)))
+    return dict(zip(kinds, map(sum, zip(*found, strict=True)), strict=True))
 
-def describe(rows: list[dict], task: str) -> dict:
-    """Rows of a split -> what its figure is made of, how many rows there are, what they took."""
+def describe(rows: list[dict], task: str) -> dict:  # what a split's figure is made of, and took
     sound, took, tokens = (sum(r[k] for r in rows) for k in ("seconds", "took", "tokens"))
     facts = {}
     if task == "asr":
@@ -51,8 +47,7 @@ def describe(rows: list[dict], task: str) -> dict:
                         seconds=round(sound, 1), rtf=round(took / sound, 5) if sound else None,
                         tokens_per_s=round(tokens / max(took, 1e-9), 1))
 
-def worst(rows: list[dict], task: str, n: int = 10) -> str:
-    """The rows with the most errors, reference above hypothesis, transcripts word by word."""
+def worst(rows: list[dict], task: str, n: int = 10) -> str:  # transcripts: aligned word by word
     def errors(r):
         return sum(r["wer"][:3]) if task == "asr" else 1 - r[TASKS[task][-1]][0]
     blocks = []
@@ -66,8 +61,7 @@ def worst(rows: list[dict], task: str, n: int = 10) -> str:
         blocks.append(f"{title}\n{text}")
     return "\n\n".join(blocks)
 
-def examples(rows: list[dict], n: int = 3) -> str:
-    """A few rows to read: the first ones that are right, and the first that are not."""
+def examples(rows: list[dict], n: int = 3) -> str:  # the first that are right, and that are not
     shown = {"✓": [], "✗": []}
     for r in rows:
         mark = "✓" if r["reference_normalised"] == r["hypothesis_normalised"] else "✗"
@@ -75,8 +69,7 @@ def examples(rows: list[dict], n: int = 3) -> str:
                            f"      HYP: {r['hypothesis'] or '(nothing)'}")
     return "\n".join(shown["✓"][:n] + shown["✗"][:n])
 
-def markdown(header: list[str], rows: list[list]) -> str:
-    """A table, names to the left, figures to the right. None becomes "-"."""
+def markdown(header: list[str], rows: list[list]) -> str:  # names left, figures right; None: "-"
     return tabulate(rows, header, tablefmt="pipe", disable_numparse=True, missingval="-",
                     colalign=("left", *["right"] * (len(header) - 1)))
 
@@ -87,17 +80,12 @@ def with_interval(result: dict, metric: str) -> str:
     low, high = map(plain, result[f"{metric}_ci"])
     return "-" if result[metric] is None else f"{plain(result[metric])} [{low}, {high}]"
 
-KINDS = {"deletions %": ("del", "words"), "insertions %": ("ins", "words"),  # which, out of what
-         "stopped early %": ("stopped_early", "samples"), "loops %": ("loops", "samples"),
-         "cut by the limit %": ("cut", "samples")}
-
-def results_table(system: dict, task: str) -> str:
-    """A system's figures by split; of transcripts also what kind of errors they are made of."""
+def results_table(system: dict, task: str) -> str:  # by split; of transcripts also kinds of errors
     counts = (["sub", "del", "ins", "words"] if task == "asr" else []) + ["samples", "failed"]
     figures, kinds = [], []
     for split, r in system["splits"].items():
-        rtf = f"{r['rtf']:.4f}" if r["rtf"] else None
         own = [with_interval(r, metric) for metric in TASKS[task]] + [r[c] for c in counts]
+        rtf = f"{r['rtf']:.4f}" if r["rtf"] else None
         figures.append([split, *own, rtf, f"{r['tokens_per_s']:.0f}"])
         if task == "asr":
             shares = [f"{100 * r[n] / max(1, r[total]):.1f}" for n, total in KINDS.values()]
@@ -107,26 +95,21 @@ def results_table(system: dict, task: str) -> str:
     table = markdown(["split", *titles, *counts, "RTF", "tokens/s"], figures)
     return table + ("\n\n" + markdown(["split", *KINDS, "text on silence"], kinds) if kinds else "")
 
-def overview(systems: dict[str, dict], task: str) -> str:
-    """One line a system, in the shape of the post's table."""
-    metric = TASKS[task][0]
+def overview(systems: dict[str, dict], task: str) -> str:  # one line a system, as in the post
+    metric, splits = TASKS[task][0], next(iter(systems.values()))["splits"]
     rows = [[name, *(plain(r[metric]) for r in system["splits"].values()),
              with_interval(system, f"avg_{metric}")] for name, system in systems.items()]
-    splits = next(iter(systems.values()))["splits"]
     return markdown([f"{TITLES[metric]} %", *splits, "average [95 %]"], rows)
 
-def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:
-    """Bars by split, one a system, with their intervals."""
+def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:  # by split, with intervals
     metric, width = TASKS[task][0], 0.7 / len(systems)
     colors = "#1f4e9c", "#e08a1e", "#4f9c5a"  # ours, the baseline, the fallback to it
     splits = [split.replace("_", "\n") for split in next(iter(systems.values()))["splits"]]
     places = np.arange(len(splits)) - 0.35 + width / 2
-    inches = max(4, (1 + 0.5 * len(systems)) * len(splits))
-    with picture(path, figsize=(inches, 4.5)) as (_, axis):
+    with picture(path, figsize=(max(4, (1 + 0.5 * len(systems)) * len(splits)), 4.5)) as (_, axis):
         for k, (name, system) in enumerate(systems.items()):
-            results = system["splits"].values()
-            values = np.array([r[metric] for r in results], float)  # None becomes nan
-            ends = np.array([r[f"{metric}_ci"] for r in results], float).T  # (2, splits)
+            table = [[r[metric], *r[f"{metric}_ci"]] for r in system["splits"].values()]
+            values, *ends = np.array(table, float).T  # (splits,), None becomes nan
             bars = axis.bar(places + k * width, values, width, yerr=abs(ends - values).tolist(),
                             capsize=3, label=name, color=colors[k], ecolor="#555555")
             axis.bar_label(bars, map(plain, values), padding=3, fontsize=8)
@@ -136,8 +119,7 @@ def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:
         axis.legend(frameon=False)
 
 def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: dict) -> int:
-    """{system: graded rows}, ours first; {system: assessed}; more of them, for the overview only.
-    Writes all files, prints the short version -> exit code, 1 if all failed."""
+    """{system: graded rows}, ours first; {system: assessed}, more -> exit code, 1 if all failed."""
     name, task = next(iter(rows)), cfg.task
     lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in sum(rows.values(), [])]
     write_text(out / "hypotheses.jsonl", "".join(lines))
@@ -150,8 +132,7 @@ def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: 
               for system, result in systems.items()]
     if len(systems | more) > 1 or len(systems[name]["splits"]) > 1:
         tables.append(overview(systems | more, task))
-    text = [f"# {name}", f"At most {cfg.max_new_tokens} tokens; normaliser: {cfg.normalizer}; "
-            "intervals: 95 %, bootstrap; RTF: seconds of one process per second of audio.", *tables]
+    text = [f"# {name}", NOTES["how"].format(cfg.max_new_tokens, cfg.normalizer), *tables]
     failed = {system: [f"{r['id']} ({system}, {r['split']}): {r['failed']}"
                        for r in own if r["failed"]] for system, own in rows.items()}
     if lines := [f"- {line}" for line in sum(failed.values(), [])]:
@@ -161,11 +142,9 @@ def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: 
             if block := worst(some, task):
                 text.append(f"## The worst of {system}, {split}\n\n```\n{block}\n```")
     write_text(out / "report.md", "\n\n".join(text) + "\n")
-    print("\n" + "\n\n".join([*tables, examples(rows[name]), "wrote results.json, report.md (with "
-          f"the worst utterances), hypotheses.jsonl and a picture to {out}"]))
+    print("\n" + "\n\n".join([*tables, examples(rows[name]), NOTES["wrote"].format(out)]))
     for system, lines in failed.items():
         if lines:
-            first = "; ".join(lines[:5] + ["..."] * (len(lines) > 5))
-            print(f"warning: {system}: {len(lines)} of {len(rows[system])} utterances failed and "
-                  f"count as empty: {first}", file=sys.stderr)
+            counts, first = (len(lines), len(rows[system])), lines[:5] + ["..."] * (len(lines) > 5)
+            print(NOTES["failed"].format(system, *counts, "; ".join(first)), file=sys.stderr)
     return int(any(len(failed[system]) == len(own) for system, own in rows.items()))

@@ -33,8 +33,7 @@ def load_split(source: Source, data_dir: str | None, strict: bool, limit: int | 
     bad.report(len(pool), source.split)
     return samples
 
-def token_f1(reference: str, hypothesis: str) -> float:
-    """Harmonic mean of precision and recall over words, as SQuAD scores answers (1606.05250)."""
+def token_f1(reference: str, hypothesis: str) -> float:  # over words, as SQuAD has it (1606.05250)
     reference, hypothesis = reference.split(), hypothesis.split()
     common = sum((Counter(reference) & Counter(hypothesis)).values())
     if not common:
@@ -42,15 +41,13 @@ def token_f1(reference: str, hypothesis: str) -> float:
     return 2 * common / (len(reference) + len(hypothesis))
 
 CATEGORIES = TABLES["categories"]  # of BigBenchAudio: how to answer, a pattern of the answers
-SAME = {"true": "yes", "correct": "yes", "false": "no", "incorrect": "no"}
-OPPOSITE = {"valid": "invalid", "invalid": "valid", "yes": "no", "no": "yes"}
+SAME, OPPOSITE = TABLES["synonyms"].values()
 UNITS, TENS = TABLES["numerals"].values()
 NUMBERS = dict(zip(f"{UNITS}|{TENS}".split("|"), [*range(20), *range(20, 100, 10)], strict=True))
 NUMERAL = re.compile(rf"\b(?:({TENS})[- ])?({UNITS}|{TENS})\b")
 
 def extract_answer(text: str, category: str) -> str:
-    """A free answer -> one of its category's, or "": the word it begins with; else the last one
-    after "answer is", or anywhere. "not valid" is invalid, "twenty-one" is 21."""
+    """One of its category's answers or "": the first word, or else the last (after "answer is")."""
     text = text.lower().replace("’", "'")
     text = NUMERAL.sub(lambda m: str(NUMBERS.get(m[1], 0) + NUMBERS[m[2]]), text)
     text = re.sub(r"(?<=\d)\.0+\b", "", text).lstrip(" \n*\"'")
@@ -89,15 +86,11 @@ def answer_one(model, path: str, prompt: str | None, max_new_tokens: int) -> Non
 # ---- Who answers: our checkpoint, a Whisper, or both
 def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int]) -> list[tuple]:
     """Answers, their ids (B, L) -> [(text, tokens up to its end token; cut, as none came?)]"""
-    answers = []
-    for text, row in zip(texts, ids.tolist(), strict=True):
-        n = next((i for i, token in enumerate(row, 1) if token in ends), None)
-        answers.append((text.strip(), n or len(row), n is None))
-    return answers
+    lengths = (next((i for i, x in enumerate(row, 1) if x in ends), None) for row in ids.tolist())
+    return [(t.strip(), n or ids.shape[1], n is None) for t, n in zip(texts, lengths, strict=True)]
 
 def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> list[System]:
-    """What --baseline or --fallback asks for: transformers' Whisper, greedy, its language forced.
-    ours: a name it must not have; lang: of training. Raises UserError."""
+    """A Whisper, greedy, in --lang or that of training, by another name than `ours`. UserError."""
     if not (cfg.baseline or cfg.fallback):
         return []
     where, language = cfg.baseline or ENCODER, (cfg.lang or lang or "ru").split(",")[0]
@@ -120,9 +113,8 @@ def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> lis
                                           return_tensors="pt").input_features
         ids = model.generate(mel.to(device, model.dtype), language=forced, task="transcribe",
                              max_new_tokens=most, do_sample=False, num_beams=1).cpu()
-        texts = processor.batch_decode(ids, skip_special_tokens=True)
-        answers = with_lengths(texts, ids, ends)  # transformers strips a batch's last end token
-        return [(text, n, endless and n >= most) for text, n, endless in answers]
+        answers = with_lengths(processor.batch_decode(ids, skip_special_tokens=True), ids, ends)
+        return [(t, n, endless and n >= most) for t, n, endless in answers]  # the last end is gone
     answer = pauses.in_pieces(answer, processor.feature_extractor.n_samples, cfg.batch_size)
     name = Path(where).name + (" (baseline)" if Path(where).name == ours else "")
     return [System(name, answer, (digest_model(where), language, cfg.max_new_tokens, device.type))]
@@ -147,17 +139,14 @@ def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str,
     for system in systems:
         system.settings = digest(system.facts, data)
     jobs = [((split, i), s) for split, own in splits.items() for i, s in enumerate(own[:cfg.limit])]
-    ours, how = systems[0].name, (out, cfg.batch_size, cfg.reuse)
-    answers = {ours: systems[0].decode(jobs, *how)}
+    name, how = systems[0].name, (out, cfg.batch_size, cfg.reuse)
+    answers = {name: (ours := systems[0].decode(jobs, *how))}
     for other in systems[1:]:
-        snr = {key: answers[ours][key]["snr"] for key, _ in jobs}
-        noisy = {key for key, x in snr.items() if x is not None and x < cfg.fallback_snr}
+        noisy = {k for k, _ in jobs if (x := ours[k]["snr"]) is not None and x < cfg.fallback_snr}
         theirs = other.decode([j for j in jobs if cfg.baseline or j[0] in noisy], *how)
-        if cfg.baseline:
-            answers[other.name] = theirs
+        answers |= {other.name: theirs} if cfg.baseline else {}
         if cfg.fallback:
-            mixed = answers[ours] | {key: theirs[key] for key in noisy}
-            answers[f"{ours}, noisy ones by {other.name}"] = mixed
+            answers[f"{name}, noisy ones by {other.name}"] = ours | {k: theirs[k] for k in noisy}
             if RANK == 0:
                 print(f"{other.name} answers for {len(noisy)} of {len(jobs)} utterances, "
                       f"whose SNR is estimated below {cfg.fallback_snr:g} dB", file=sys.stderr)
