@@ -35,14 +35,10 @@ from support.tiny import texts_of, tiny_config, train_tokenizer
 
 # ---- Models, clocks, tables
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WHISPER_TINY = WHISPER_LARGE_V3 | dict(
-    d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, num_mel_bins=80)
+WHISPER_TINY = WHISPER_LARGE_V3 | TABLES["whisper_tiny"]
 TINY = TABLES["tiny_encoder"], TABLES["tiny_llm"] | dict(vocab_size=1024)
 SIZES = {  # the encoder's shape, how the LLM differs from Qwen3-4B; seconds heard, tokens answered
-    "tiny": (*TINY, 2, 8),
-    "110m": (WHISPER_TINY, dict(
-        hidden_size=768, num_hidden_layers=16, num_attention_heads=12, num_key_value_heads=4,
-        head_dim=64, intermediate_size=2048, vocab_size=1024), 30, 128),
+    "tiny": (*TINY, 2, 8), "110m": (WHISPER_TINY, TABLES["llm_110m"], 30, 128),
     "5b": (WHISPER_LARGE_V3, {}, 30, 128)}
 
 def random_model(encoder: dict, llm: dict, dtype=torch.float32) -> Borealis:
@@ -150,9 +146,8 @@ def make_batch(model: Borealis, rows: int, micro_batch: int) -> dict:
     audio = [c.audio_start_id, *[c.audio_token_id] * c.tokens_per_window, c.audio_end_id]
     ids = [*range(TEXT - LABELS), *audio, *range(LABELS)]
     labels = [-100] * (len(ids) - LABELS) + ids[-LABELS:]
-    dataset = Dataset([], model.tokenizer, c, batch_size=micro_batch)
-    items = [((ids, labels, [torch.randn(c.window_samples) / 9], None), [])] * rows
-    return dataset.collate(items)
+    item = (ids, labels, [torch.randn(c.window_samples) / 9], None), []
+    return Dataset([], model.tokenizer, c, batch_size=micro_batch).collate([item] * rows)
 
 def make_step(cfg, model: Borealis):
     """-> a step of train.py's loop, as a function of what collate() made, and its optimizers."""
@@ -219,9 +214,8 @@ def optimizer_share(name: str) -> dict:
 def record(rows: list, what: str, batch: int | None, call, rounds: int = 0) -> float:
     """Add a row to a table, at once: what then runs out of memory has one as well. -> seconds"""
     rows.append({"what": what, "batch": batch})
-    seconds = take_turns({(what, batch): call}, rounds)[what, batch]
-    rows[-1]["ms"] = 1000 * seconds
-    return seconds
+    rows[-1]["ms"] = 1000 * take_turns({what: call}, rounds)[what]
+    return rows[-1]["ms"] / 1000
 
 def time_answers(rows: list, what: str, args, counts: tuple) -> None:
     """So many recordings at once. what: "vllm", or else as eval.py does. Raises UserError."""
