@@ -42,7 +42,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY, parse, processing
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from support.uploads import LIMIT, decode, find_recordings, listen, max_audio_seconds
+from support.uploads import LIMIT, decode, find_recordings, listen
 
 # ---- The four classes. How many tokens a recording takes is said twice: the most, for which memory
 # is set aside, in get_mm_max_tokens_per_item(); what each one takes, in _get_prompt_updates().
@@ -58,7 +58,7 @@ class BorealisProcessingInfo(processing.BaseProcessingInfo):
     def get_mm_max_tokens_per_item(self, seq_len, mm_counts=None):
         """N for each window of the longest recording that fits the context, and two markers."""
         config = self.get_hf_config()
-        windows = math.ceil(max_audio_seconds() * SAMPLE_RATE / config.window_samples)
+        windows = math.ceil(float(os.environ[LIMIT]) * SAMPLE_RATE / config.window_samples)
         fit = (seq_len - 2) // config.tokens_per_window
         return {"audio": max(1, min(windows, fit)) * config.tokens_per_window + 2}
 

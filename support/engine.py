@@ -11,14 +11,12 @@ from data import Sample
 from model import ENCODER, LLM, SAMPLE_RATE
 from support import checkpoint, decoding, export
 from support.cli import UserError, as_user_error, cache_dir, digest
+from support.recipes import TABLES
 
 INSTALLED = util.find_spec("vllm") is not None
 TRANSCRIBE = Sample("", [b""])  # the transcription prompt of training; the sound comes beside it
 
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings come once a request
-os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for results
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+os.environ.update(TABLES["vllm"] | os.environ)
 if hasattr(os, "sched_getaffinity"):  # by default it leaves a core idle
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
@@ -43,8 +41,7 @@ def servable(ckpt: str | Path, encoder: str = ENCODER, llm: str = LLM) -> Path:
     code = [Path(model.__file__), Path(__file__).with_name("chat_template.jinja")]
     texts = [path.read_bytes() for path in (*code, *sorted(folder.iterdir()))
              if path.suffix in (".py", ".txt", ".jinja")]
-    facts = decoding.digest_model(folder), encoder, llm, texts
-    place = cache_dir() / f"served-{digest(*facts)}"
+    place = cache_dir() / f"served-{digest(decoding.digest_model(folder), encoder, llm, texts)}"
     try:
         export.export(folder, place, encoder, llm)
     except (ValueError, OSError):

@@ -30,11 +30,8 @@ def resample_response(f: np.ndarray, rate: float) -> np.ndarray:
     """Down to `rate` and back: nothing above rate / 2, a slope over the last 5 % below it."""
     return np.clip((rate / 2 - f) / (0.05 * (rate / 2)), 0, 1)
 
-def telephone_response(f: np.ndarray, rate: float, low: float, high: float) -> np.ndarray:
-    return resample_response(f, rate) * band_response(f, low, high)
-
 FILTERS = {"eq": eq_response, "band_pass": band_response, "resample": resample_response,
-           "telephony": telephone_response}
+           "telephony": lambda f, rate, *band: resample_response(f, rate) * band_response(f, *band)}
 
 # ---- All that is linear, as one product of spectra
 @lru_cache
@@ -126,8 +123,7 @@ def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> 
         settings["compression_level"] = (high - np.clip(kbps, least, high)) / (high - low)
     buffer = io.BytesIO()
     soundfile.write(buffer, limit(x), rate, **settings)
-    buffer.seek(0)
-    x, _ = soundfile.read(buffer, dtype="float32")
+    x, _ = soundfile.read(io.BytesIO(buffer.getvalue()), dtype="float32")
     if rate != SAMPLE_RATE:
         x = spectral(x, SAMPLE_RATE / rate, len(wave))
     return fit(x, len(wave))

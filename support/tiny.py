@@ -4,8 +4,7 @@ from itertools import groupby, islice
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, models, trainers
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from model import AUDIO, MARKER, BorealisConfig, BorealisForConditionalGeneration, add_audio_tokens
@@ -59,8 +58,8 @@ def train_tokenizer(texts, vocab_size: int = 1024):
     """BPE over `texts`, split as Qwen3 splits -> a tokenizer with our two tokens and template."""
     bpe = Qwen2Tokenizer().backend_tokenizer
     bpe.model = models.BPE()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=ByteLevel.alphabet(), show_progress=False))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
+                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     bpe.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>")])
     return add_audio_tokens(PreTrainedTokenizerFast(
@@ -92,10 +91,8 @@ def scratch_model(samples, vocab_size: int, **changes) -> BorealisForConditional
     tokenizer = train_tokenizer(texts_of(samples), vocab_size)
     model = BorealisForConditionalGeneration(tiny_config(tokenizer, **changes))
     model.tokenizer = tokenizer
-    model.encoder.conv1.weight *= 2.5
-    model.encoder.conv2.weight *= 2
-    model.adapter.w_in.weight *= 1.5
-    model.adapter.w_out.weight *= 4
+    for name, scale in TABLES["tiny_scales"].items():
+        model.get_submodule(name).weight *= scale
     for layer in model.encoder.layers:
         layer.self_attn.q_proj.weight *= 2
         layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)

@@ -15,19 +15,15 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, audi
 from model import SAMPLE_RATE
 from support import pauses, rows
 from support.cli import UserError, as_user_error
+from support.recipes import TABLES
 
 LIMIT = "BOREALIS_MAX_AUDIO_SECONDS"  # in the environment, which reaches all of vLLM's processes
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-os.environ.setdefault("VLLM_AUDIO_FETCH_TIMEOUT", "30")  # seconds
-os.environ.setdefault("VLLM_MEDIA_CONNECTOR", "borealis")  # Recordings, below
-os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")  # an allowed host may name any other
-
-def max_audio_seconds() -> float:
-    return float(os.environ.get(LIMIT, 600))
+os.environ.update(TABLES["vllm_uploads"] | os.environ)
 
 def decode(data: bytes) -> torch.Tensor:
     """A file's bytes -> (samples,) float32 at 16 kHz. Raises ValueError."""
-    return rows.load_audio(data, silence=True, max_seconds=max_audio_seconds())
+    return rows.load_audio(data, silence=True, max_seconds=float(os.environ[LIMIT]))
 
 def listen(source: str):
     """A file, or "-": raw PCM on standard input -> arrays as they come in. UserError at once."""
