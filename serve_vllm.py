@@ -46,7 +46,6 @@ from support.uploads import LIMIT, decode, find_recordings, listen
 
 # ---- The four classes. How many tokens a recording takes is said twice: the most, for which memory
 # is set aside, in get_mm_max_tokens_per_item(); what each one takes, in _get_prompt_updates().
-
 class BorealisProcessingInfo(processing.BaseProcessingInfo):
     """Any number of recordings (--limit-mm-per-prompt caps them), mono at 16 kHz."""
     def get_data_parser(self):
@@ -84,8 +83,7 @@ class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
         mels = model.log_mel(list(chain(*cut)), config)  # (W, M, F)
         return BatchFeature(dict(input_features=mels, num_windows=torch.tensor([*map(len, cut)])))
 
-    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
-        """Which rows of these tensors belong to which recording."""
+    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):  # rows of which recording
         counts = hf_inputs.get("num_windows", torch.zeros(0, dtype=torch.long))  # none: only text
         return {"input_features": MultiModalFieldConfig.flat_from_sizes("audio", counts),
                 "num_windows": MultiModalFieldConfig.batched("audio", keep_on_cpu=True)}
@@ -100,8 +98,7 @@ class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
             return processing.PromptUpdateDetails.select_token_id(ids, config.audio_token_id)
         return [processing.PromptReplacement("audio", [config.audio_token_id], slots)]
 
-    def apply(self, inputs, *args, **kwargs):
-        """A prompt that comes as ids may have a wrong number of placeholders."""
+    def apply(self, inputs, *args, **kwargs):  # ids may come with a wrong number of placeholders
         placed = inputs.prompt.count(self.info.get_hf_config().audio_token_id)
         given = inputs.mm_data_items.get_all_counts().get("audio", 0)
         if placed != given:
@@ -161,8 +158,7 @@ class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMulti
         return {}  # those of Whisper, about which vLLM would only warn
 
     @classmethod
-    def get_generation_prompt(cls, stt_params):
-        """The transcription prompt of training, whatever the language."""
+    def get_generation_prompt(cls, stt_params):  # that of training, whatever the language
         if stt_params.task_type != "transcribe":
             raise ValueError("this model does not translate: ask /v1/audio/transcriptions")
         tokenizer = cached_tokenizer_from_config(stt_params.model_config)
@@ -224,8 +220,7 @@ def transcribe(answer, files: list[Path]) -> int:
         answers = answer([engine.TRANSCRIBE] * len(waves), list(waves.values()))
         for i, (text, _, cut) in zip(waves, answers, strict=True):
             batch[i] |= dict(text=text, cut=True) if cut else dict(text=text)
-        for row in batch:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+        print(*(json.dumps(row, ensure_ascii=False) for row in batch), sep="\n", flush=True)
     return int(all("error" in row for row in results))
 
 def main() -> int | None:

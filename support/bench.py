@@ -1,5 +1,4 @@
 """support/bench.py -- speeds of random weights, as ratios to something measured in the same run.
-
     python -m support.bench gpu       # full size on one GPU: training, saving, answers; gpu.json
     python -m support.bench memory    # what full size needs, on paper: memory and FLOPs
     python -m support.bench augment   # seconds of audio a second on a core, beside audiomentations
@@ -81,9 +80,10 @@ def theirs(c: AugmentConfig, folder: str):
         low, high = (low + low2) / 2, (high + high2) / 2
         centre, width = (low + high) / 2, 2 * (high - low) / (high + low)
         return A.BandPassFilter(centre, centre, width, width, p=p)
-    def ours(x, rate, kind):
-        return sound.codec(x, np.mean(c.codec[1:]), kind, c.codec_rate)
-    top = 160 if c.codec_rate == SAMPLE_RATE else 64  # MP3's kbit/s
+    coded, rate = c.codec[0], c.codec_rate
+    def ours(x, _, kind):
+        return sound.codec(x, np.mean(c.codec[1:]), kind, rate)
+    top = 160 if rate == SAMPLE_RATE else 64  # MP3's kbit/s
     lame = A.Mp3Compression(*(min(round(kbps), top) for kbps in c.codec[1:]), p=1)
     return A.Compose([
         A.PitchShift(*c.pitch[1:], p=c.pitch[0]),
@@ -92,18 +92,15 @@ def theirs(c: AugmentConfig, folder: str):
                    for p in (1, c.more_noise[0] * np.mean(c.more_noise[1:]))], p=c.noise[0]),
         A.Compose([A.ApplyImpulseResponse(f"{folder}/rooms", p=p)
                    for p in (1, c.more_room[0] * np.mean(c.more_room[1:]))], p=c.room[0]),
-        A.SevenBandParametricEQ(*c.eq[1:3], p=c.eq[0]),
-        band(*c.band_pass[1:], p=c.band_pass[0]),
-        A.Gain(*c.gain[1:], p=c.gain[0]),
-        A.AddGaussianNoise(*c.gaussian[1:], p=c.gaussian[0]),
+        A.SevenBandParametricEQ(*c.eq[1:3], p=c.eq[0]), band(*c.band_pass[1:], p=c.band_pass[0]),
+        A.Gain(*c.gain[1:], p=c.gain[0]), A.AddGaussianNoise(*c.gaussian[1:], p=c.gaussian[0]),
         A.ClippingDistortion(0, 5, p=c.clipping[0]),
         A.Lambda(trip, p=c.resample[0], low=c.resample[1], high=c.resample[2]),
         A.Compose([A.Lambda(trip, p=1, low=c.telephony[1], high=c.telephony[2]),
                    band(*c.telephony[3:])], p=c.telephony[0]),
-        A.Lambda(trip, c.codec[0] * (1 - c.opus - c.gsm), low=c.codec_rate, high=c.codec_rate,
-                 there=lame),
-        A.Lambda(ours, p=c.codec[0] * c.opus, kind="opus"),
-        A.Lambda(ours, p=c.codec[0] * c.gsm, kind="gsm")], p=c.touched)
+        A.Lambda(trip, coded * (1 - c.opus - c.gsm), low=rate, high=rate, there=lame),
+        A.Lambda(ours, coded * c.opus, kind="opus"),
+        A.Lambda(ours, coded * c.gsm, kind="gsm")], p=c.touched)
 
 def bench_augment(args):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -124,10 +121,9 @@ def bench_augment(args):
             for i, wave in enumerate(waves):
                 soundfile.write(f"{folder}/{kind}/{i}.wav", wave, SAMPLE_RATE)
         for name, c in effects.items():
-            chain = theirs(c, folder)
-            took = take_turns({name: partial(all_clips, ours, c),
-                               "theirs": partial(all_clips, chain, SAMPLE_RATE)},
-                              rounds=24 if "stage" in name else 2)
+            calls = {"ours": partial(all_clips, ours, c),
+                     "theirs": partial(all_clips, theirs(c, folder), SAMPLE_RATE)}
+            took = take_turns(calls, rounds=24 if "stage" in name else 2)
             a, b = (10 * len(clips) / seconds for seconds in took.values())
             table.append({"effect": name, "x real time": a, "audiomentations": b, "ratio": a / b})
     print_rows(table)
@@ -159,12 +155,10 @@ def make_step(cfg, model: Borealis):
         optim.update(optimizers, cfg.lr, forget=True)
     return step, optimizers
 
-def loss_of_all(outputs, labels, num_items_in_batch):
-    """The loss as the original computes it, from logits at every position."""
+def loss_of_all(outputs, labels, num_items_in_batch):  # as the original: of all logits
     return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
-def climb(rung: int) -> dict:
-    """Some steps with the first `rung` savings -> a row of the table."""
+def climb(rung: int) -> dict:  # some steps with the first `rung` savings -> a row of the table
     model = lora.prepare(random_model(WHISPER_TINY, LLM).cpu(), "lora", LORA)
     batch, stamps = make_batch(model, ACCUMULATION, 1), []
     row = batch["micro"][0]
@@ -174,10 +168,8 @@ def climb(rung: int) -> dict:
             row[name] = F.pad(row[name], (0, MAX_TEXT - TEXT), value=value)
     register_optimizer_step_post_hook(lambda *_: stamps.append(time.perf_counter()))
     if rung < 3:
-        settings = hf.TrainingArguments(
-            tempfile.gettempdir(), per_device_train_batch_size=1, max_steps=STEPS, use_cpu=True,
-            gradient_accumulation_steps=ACCUMULATION, save_strategy="no", logging_strategy="no",
-            remove_unused_columns=False)
+        settings = hf.TrainingArguments(tempfile.gettempdir(), max_steps=STEPS, **TABLES["trainer"],
+                                        gradient_accumulation_steps=ACCUMULATION)
         hf.Trainer(model, settings, lambda _: dict(row), range(ACCUMULATION * STEPS),
                    compute_loss_func=loss_of_all if rung < 2 else None).train()
     else:
@@ -198,8 +190,7 @@ def bench_train(args):
     print_rows(table)
     print_rows([optimizer_share(name) for name in ("adamw", "muon")])
 
-def optimizer_share(name: str) -> dict:
-    """What a step of the tiny model is made of -> a row of the table."""
+def optimizer_share(name: str) -> dict:  # what a tiny model's step is made of: a row of the table
     model = random_model(*TINY)
     step, optimizers = make_step(train.TrainConfig(optimizer=name), model)
     batch = make_batch(model, 16, 16)

@@ -89,8 +89,7 @@ class ArgumentParser(argparse.ArgumentParser):
         program = f"python {self.prog}" if self.prog.endswith(".py") else self.prog
         raise UserError(f"{message.removeprefix('argument ')}; see {program} --help")
 
-def ranged(kind: type, low: float, high: float):
-    """An argparse type: an int or float within [low, high]."""
+def ranged(kind: type, low: float, high: float):  # -> an argparse type: within [low, high]
     def number(text):  # where it raises ValueError, argparse says "invalid number value"
         value = kind(text)
         if not low <= value <= high:  # nan lies in no range
@@ -127,8 +126,7 @@ def replace_file(path: str | Path, write, *args) -> None:
     finally:
         tmp.unlink(missing_ok=True)
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+def write_text(path: str | Path, text: str) -> None:  # whole or not at all
     replace_file(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import soundfile
 
 from model import SAMPLE_RATE
 from support.cli import picture, replace_file
+from support.recipes import TABLES
 
 GUARD = 2048  # zeros after a clip: what a filter rings on lands here, not at the clip's start
 
@@ -102,8 +103,7 @@ def stretch(wave: np.ndarray, factor: float) -> np.ndarray:
     out = frames[1:, :H] * fade + frames[:-1, H:] * fade[::-1]                       # (count-1, H)
     return out.reshape(-1)[:length]
 
-def limit(wave: np.ndarray) -> np.ndarray:
-    """Scaled down as a whole if its peak passes 1; nothing is cut."""
+def limit(wave: np.ndarray) -> np.ndarray:  # scaled as a whole if its peak passes 1; nothing is cut
     return wave / max(np.float32(1), np.abs(wave).max())
 
 def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> np.ndarray:
@@ -113,13 +113,11 @@ def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> 
     x = fit(wave, max(len(wave), SAMPLE_RATE // 10))       # MP3 wants a few frames at least
     if rate != SAMPLE_RATE:
         x = spectral(x, rate / SAMPLE_RATE)
-    settings = dict(format="WAV", subtype="GSM610")
-    if kind != "gsm":
-        settings, least, low, high = dict(format="OGG", subtype="OPUS"), 6, 6, 256
+    settings = dict(TABLES["codecs"][kind])
+    if kind != "gsm":  # libsndfile's level: 1 is `low` kbit/s
+        least, low, high = 6, 6, 256
         if kind == "mp3":  # below `least` its frames have no room for the note about the delay
-            settings = dict(format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="CONSTANT")
             least, low, high = (40, 8, 160) if rate == SAMPLE_RATE else (32, 8, 64)
-        # libsndfile's level: 1 is `low` kbit/s
         settings["compression_level"] = (high - np.clip(kbps, least, high)) / (high - low)
     buffer = io.BytesIO()
     soundfile.write(buffer, limit(x), rate, **settings)

@@ -11,21 +11,18 @@ from model import AUDIO, MARKER, BorealisConfig, BorealisForConditionalGeneratio
 from support.corpus import QUESTIONS, embedded_rows, held_out, sentence
 from support.recipes import TABLES
 
-def task(lang: str, text: str, rng: random.Random) -> dict:
-    """A question about a text, and its answer."""
+def task(lang: str, text: str, rng: random.Random) -> dict:  # question, answer
     k, words = rng.randrange(3), text.split()
     answers = words[0], words[-1], str(len(words))
     return {"question": QUESTIONS[lang][k], "answer": answers[k]}
 
-def text_row(rng: random.Random, name: str) -> dict:
-    """A task about a sentence that is read, not heard."""
+def text_row(rng: random.Random, name: str) -> dict:  # about a sentence that is read, not heard
     while held_out(text := sentence("ru", rng)):
         pass
     repeat = {"question": "Повтори.", "answer": text}
     asked = task("ru", text, rng) if rng.random() < 0.7 else repeat
-    turns = [{"role": "user", "content": f"{asked['question']}\n{text}"},
-             {"role": "assistant", "content": asked["answer"]}]
-    return {"conversation": turns, "name": name}
+    return {"conversation": [{"role": "user", "content": f"{asked['question']}\n{text}"},
+                             {"role": "assistant", "content": asked["answer"]}], "name": name}
 
 def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict]:
     """The tiny counterpart of a pool, from n utterances or texts. languages: of "pretrain"."""
@@ -42,9 +39,8 @@ def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict
     if name == "long_audio":  # up to twelve utterances in a row as one recording
         long, rest = [], iter(rows)
         while group := list(islice(rest, rng.randint(2, 12))):
-            text = " ".join(row["text"] for row in group)
-            audio = np.concatenate([row["audio"] for row in group])
-            long.append({"audio": audio, "text": text, "name": f"long/{len(long)}"})
+            long.append({"audio": np.concatenate([r["audio"] for r in group]),
+                         "text": " ".join(r["text"] for r in group), "name": f"long/{len(long)}"})
         return long
     return [{"audio": row["audio"], "name": row["name"], **task(lang, row["text"], rng)}
             if rng.random() < 0.25 else row for row in rows]
@@ -62,12 +58,10 @@ def train_tokenizer(texts, vocab_size: int = 1024):
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     bpe.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>")])
-    return add_audio_tokens(PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        clean_up_tokenization_spaces=False))
+    settings = TABLES["tiny_tokenizer"]
+    return add_audio_tokens(PreTrainedTokenizerFast(tokenizer_object=bpe, **settings))
 
-def print_tokens(tokenizer, ids: list[int], labels: list[int]) -> None:
-    """A sample as the model sees it, equal tokens on one line."""
+def print_tokens(tokenizer, ids: list[int], labels: list[int]) -> None:  # as the model sees them
     print("tokens (* has a label):")
     for (token, label), run in groupby(zip(ids, labels, strict=True)):
         n, mark = len(list(run)), " " if label == -100 else "*"
@@ -86,14 +80,13 @@ def tiny_config(tokenizer, **changes) -> BorealisConfig:
 
 @torch.no_grad()
 def scratch_model(samples, vocab_size: int, **changes) -> BorealisForConditionalGeneration:
-    """A tiny model, its tokenizer trained on the samples. Plain random weights leave sound faint;
-    equal query and key weights let frames find their like (arXiv:2305.09828; docs/NEGATIVE.md)."""
+    """A tiny model, its tokenizer trained on the samples."""
     tokenizer = train_tokenizer(texts_of(samples), vocab_size)
     model = BorealisForConditionalGeneration(tiny_config(tokenizer, **changes))
     model.tokenizer = tokenizer
     for name, scale in TABLES["tiny_scales"].items():
         model.get_submodule(name).weight *= scale
-    for layer in model.encoder.layers:
+    for layer in model.encoder.layers:  # equal queries and keys: frames find their like
         layer.self_attn.q_proj.weight *= 2
-        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)  # arXiv:2305.09828
     return model

@@ -21,8 +21,7 @@ LIMIT = "BOREALIS_MAX_AUDIO_SECONDS"  # in the environment, which reaches all of
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 os.environ.update(TABLES["vllm_uploads"] | os.environ)
 
-def decode(data: bytes) -> torch.Tensor:
-    """A file's bytes -> (samples,) float32 at 16 kHz. Raises ValueError."""
+def decode(data: bytes) -> torch.Tensor:  # (samples,) float32 at 16 kHz, or ValueError
     return rows.load_audio(data, silence=True, max_seconds=float(os.environ[LIMIT]))
 
 def listen(source: str):
@@ -32,8 +31,7 @@ def listen(source: str):
             return pauses.from_pcm(open(0, "rb", closefd=False))
         return pauses.in_real_time(decode(Path(source).read_bytes()))
 
-def find_recordings(places: list[str]) -> list[Path]:
-    """Files, and folders of files -> files. Raises UserError."""
+def find_recordings(places: list[str]) -> list[Path]:  # in folders, too; or UserError
     files = []
     for place in map(Path, places):
         if not place.exists():
