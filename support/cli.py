@@ -39,8 +39,7 @@ def run(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
-def first_line(e: Exception) -> str:
-    """The first line of an exception's message, or its type where it has none."""
+def first_line(e: Exception) -> str:  # of its message, or its type where it has none
     message = e.errors()[0]["msg"] if callable(getattr(e, "errors", None)) else str(e)  # pydantic's
     return (message.strip() or type(e).__name__).splitlines()[0]
 
@@ -98,8 +97,7 @@ def ranged(kind: type, low: float, high: float):  # -> an argparse type: within 
         return value
     return number
 
-def pick_device(name: str) -> str:
-    """"cpu", "cuda" or "auto" -> "cpu" or "cuda". Raises UserError."""
+def pick_device(name: str) -> str:  # "cpu", "cuda" or "auto" -> "cpu" or "cuda", or UserError
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but no GPU is visible: use --device cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"

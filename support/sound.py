@@ -122,9 +122,7 @@ def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> 
     buffer = io.BytesIO()
     soundfile.write(buffer, limit(x), rate, **settings)
     x, _ = soundfile.read(io.BytesIO(buffer.getvalue()), dtype="float32")
-    if rate != SAMPLE_RATE:
-        x = spectral(x, SAMPLE_RATE / rate, len(wave))
-    return fit(x, len(wave))
+    return fit(x, len(wave)) if rate == SAMPLE_RATE else spectral(x, SAMPLE_RATE / rate, len(wave))
 
 def plot_mels(mels: dict, path: str) -> None:
     """{name: log-mel (M, F)} -> one picture of them all, small enough for a README."""

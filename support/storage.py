@@ -179,7 +179,6 @@ def load_stored(model: torch.nn.Module, tensors: dict, where: Path) -> None:
 def check_state_dict(where: str | Path, **kinds) -> None:
     """ValueError if there are any. kinds: missing_keys, ..., as in transformers' loading info."""
     for kind, keys in kinds.items():
-        names = sorted(key[0] if isinstance(key, tuple) else key for key in keys)
-        if names:
+        if names := sorted(key[0] if isinstance(key, tuple) else key for key in keys):
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
             raise ValueError(f"the weights in {where} do not fit: {kind.replace('_', ' ')} {some}")

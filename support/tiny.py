@@ -13,8 +13,7 @@ from support.recipes import TABLES
 
 def task(lang: str, text: str, rng: random.Random) -> dict:  # question, answer
     k, words = rng.randrange(3), text.split()
-    answers = words[0], words[-1], str(len(words))
-    return {"question": QUESTIONS[lang][k], "answer": answers[k]}
+    return {"question": QUESTIONS[lang][k], "answer": (words[0], words[-1], str(len(words)))[k]}
 
 def text_row(rng: random.Random, name: str) -> dict:  # about a sentence that is read, not heard
     while held_out(text := sentence("ru", rng)):
