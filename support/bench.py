@@ -67,9 +67,8 @@ def print_rows(rows: list[dict]) -> None:
     print(tabulate(rows, "keys", "pipe", floatfmt=",.2f", missingval="-"), flush=True)
 
 # ---- augment
-def theirs(c: AugmentConfig, folder: str):
-    """The same chain of audiomentations; Opus and GSM, which it lacks, are ours, resampling soxr's.
-    Speed is a time stretch; a second noise or room comes on average."""
+def theirs(c: AugmentConfig, folder: str):  # a second noise or room comes on average
+    """The same by audiomentations; Opus and GSM, which it lacks, are ours, resampling is soxr's."""
     import audiomentations as A
     import soxr
     rng = np.random.default_rng(0)

@@ -43,8 +43,7 @@ def find_recordings(places: list[str]) -> list[Path]:  # in folders, too; or Use
     return files
 
 def load_audio_for_vllm(file, **_) -> tuple[np.ndarray, int]:
-    data = file.read_bytes() if isinstance(file, Path) else file.read()
-    return decode(data).numpy(), SAMPLE_RATE
+    return decode(file.read_bytes() if isinstance(file, Path) else file.read()).numpy(), SAMPLE_RATE
 
 audio.load_audio = serving.load_audio = load_audio_for_vllm  # in messages; in transcriptions
 
