@@ -38,8 +38,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from vllm import ModelRegistry
 from vllm.config.speech_to_text import SpeechToTextConfig
 from vllm.model_executor.models import interfaces, utils
-from vllm.multimodal import MULTIMODAL_REGISTRY, parse, processing
-from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY, inputs, parse, processing
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from support.uploads import LIMIT, decode, find_recordings, listen
@@ -85,8 +84,8 @@ class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):  # rows of which recording
         counts = hf_inputs.get("num_windows", torch.zeros(0, dtype=torch.long))  # none: only text
-        return {"input_features": MultiModalFieldConfig.flat_from_sizes("audio", counts),
-                "num_windows": MultiModalFieldConfig.batched("audio", keep_on_cpu=True)}
+        return {"input_features": inputs.MultiModalFieldConfig.flat_from_sizes("audio", counts),
+                "num_windows": inputs.MultiModalFieldConfig.batched("audio", keep_on_cpu=True)}
 
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
         """select_token_id: only the slots take embeddings of sound, the markers stay text."""
