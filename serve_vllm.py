@@ -38,15 +38,13 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from vllm import ModelRegistry
 from vllm.config.speech_to_text import SpeechToTextConfig
 from vllm.model_executor.models import interfaces, utils
-from vllm.multimodal import MULTIMODAL_REGISTRY, parse, processing
-from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY, inputs, parse, processing
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from support.uploads import LIMIT, decode, find_recordings, listen, max_audio_seconds
+from support.uploads import LIMIT, decode, find_recordings, listen
 
 # ---- The four classes. How many tokens a recording takes is said twice: the most, for which memory
 # is set aside, in get_mm_max_tokens_per_item(); what each one takes, in _get_prompt_updates().
-
 class BorealisProcessingInfo(processing.BaseProcessingInfo):
     """Any number of recordings (--limit-mm-per-prompt caps them), mono at 16 kHz."""
     def get_data_parser(self):
@@ -58,7 +56,7 @@ class BorealisProcessingInfo(processing.BaseProcessingInfo):
     def get_mm_max_tokens_per_item(self, seq_len, mm_counts=None):
         """N for each window of the longest recording that fits the context, and two markers."""
         config = self.get_hf_config()
-        windows = math.ceil(max_audio_seconds() * SAMPLE_RATE / config.window_samples)
+        windows = math.ceil(float(os.environ[LIMIT]) * SAMPLE_RATE / config.window_samples)
         fit = (seq_len - 2) // config.tokens_per_window
         return {"audio": max(1, min(windows, fit)) * config.tokens_per_window + 2}
 
@@ -84,11 +82,10 @@ class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
         mels = model.log_mel(list(chain(*cut)), config)  # (W, M, F)
         return BatchFeature(dict(input_features=mels, num_windows=torch.tensor([*map(len, cut)])))
 
-    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
-        """Which rows of these tensors belong to which recording."""
+    def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):  # rows of which recording
         counts = hf_inputs.get("num_windows", torch.zeros(0, dtype=torch.long))  # none: only text
-        return {"input_features": MultiModalFieldConfig.flat_from_sizes("audio", counts),
-                "num_windows": MultiModalFieldConfig.batched("audio", keep_on_cpu=True)}
+        return {"input_features": inputs.MultiModalFieldConfig.flat_from_sizes("audio", counts),
+                "num_windows": inputs.MultiModalFieldConfig.batched("audio", keep_on_cpu=True)}
 
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
         """select_token_id: only the slots take embeddings of sound, the markers stay text."""
@@ -100,8 +97,7 @@ class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
             return processing.PromptUpdateDetails.select_token_id(ids, config.audio_token_id)
         return [processing.PromptReplacement("audio", [config.audio_token_id], slots)]
 
-    def apply(self, inputs, *args, **kwargs):
-        """A prompt that comes as ids may have a wrong number of placeholders."""
+    def apply(self, inputs, *args, **kwargs):  # ids may come with a wrong number of placeholders
         placed = inputs.prompt.count(self.info.get_hf_config().audio_token_id)
         given = inputs.mm_data_items.get_all_counts().get("audio", 0)
         if placed != given:
@@ -161,8 +157,7 @@ class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMulti
         return {}  # those of Whisper, about which vLLM would only warn
 
     @classmethod
-    def get_generation_prompt(cls, stt_params):
-        """The transcription prompt of training, whatever the language."""
+    def get_generation_prompt(cls, stt_params):  # that of training, whatever the language
         if stt_params.task_type != "transcribe":
             raise ValueError("this model does not translate: ask /v1/audio/transcriptions")
         tokenizer = cached_tokenizer_from_config(stt_params.model_config)
@@ -224,8 +219,7 @@ def transcribe(answer, files: list[Path]) -> int:
         answers = answer([engine.TRANSCRIBE] * len(waves), list(waves.values()))
         for i, (text, _, cut) in zip(waves, answers, strict=True):
             batch[i] |= dict(text=text, cut=True) if cut else dict(text=text)
-        for row in batch:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+        print(*(json.dumps(row, ensure_ascii=False) for row in batch), sep="\n", flush=True)
     return int(all("error" in row for row in results))
 
 def main() -> int | None:

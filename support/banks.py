@@ -92,8 +92,7 @@ def make_noises(voices: str, rng: np.random.Generator) -> list[np.ndarray]:
     return clips
 
 def make_rooms(rng: np.random.Generator) -> list[np.ndarray]:
-    """Polack's model: 2 to 10 ms after the direct sound, noise with 0 to 10 dB less energy that
-    decays by 60 dB in 0.15 to 0.8 s."""
+    """Polack's model: 2-10 ms after the direct sound noise, 0-10 dB less, -60 dB in 0.15-0.8 s."""
     clips, t = [], np.arange(SAMPLE_RATE) / SAMPLE_RATE
     for _ in range(MADE):
         tail = rng.standard_normal(len(t)) * 10 ** (-3 * t / rng.uniform(0.15, 0.8))

@@ -1,5 +1,4 @@
 """support/bench.py -- speeds of random weights, as ratios to something measured in the same run.
-
     python -m support.bench gpu       # full size on one GPU: training, saving, answers; gpu.json
     python -m support.bench memory    # what full size needs, on paper: memory and FLOPs
     python -m support.bench augment   # seconds of audio a second on a core, beside audiomentations
@@ -35,14 +34,10 @@ from support.tiny import texts_of, tiny_config, train_tokenizer
 
 # ---- Models, clocks, tables
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WHISPER_TINY = WHISPER_LARGE_V3 | dict(
-    d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, num_mel_bins=80)
+WHISPER_TINY = WHISPER_LARGE_V3 | TABLES["whisper_tiny"]
 TINY = TABLES["tiny_encoder"], TABLES["tiny_llm"] | dict(vocab_size=1024)
 SIZES = {  # the encoder's shape, how the LLM differs from Qwen3-4B; seconds heard, tokens answered
-    "tiny": (*TINY, 2, 8),
-    "110m": (WHISPER_TINY, dict(
-        hidden_size=768, num_hidden_layers=16, num_attention_heads=12, num_key_value_heads=4,
-        head_dim=64, intermediate_size=2048, vocab_size=1024), 30, 128),
+    "tiny": (*TINY, 2, 8), "110m": (WHISPER_TINY, TABLES["llm_110m"], 30, 128),
     "5b": (WHISPER_LARGE_V3, {}, 30, 128)}
 
 def random_model(encoder: dict, llm: dict, dtype=torch.float32) -> Borealis:
@@ -72,9 +67,8 @@ def print_rows(rows: list[dict]) -> None:
     print(tabulate(rows, "keys", "pipe", floatfmt=",.2f", missingval="-"), flush=True)
 
 # ---- augment
-def theirs(c: AugmentConfig, folder: str):
-    """The same chain of audiomentations; Codecs that it lacks are ours, resampling soxr's.
-    Speed is a time stretch; a second noise or room comes on average."""
+def theirs(c: AugmentConfig, folder: str):  # a second noise or room comes on average
+    """The same by audiomentations; the codecs that it lacks are ours, resampling is soxr's."""
     import audiomentations as A
     import soxr
     rng = np.random.default_rng(0)
@@ -85,9 +79,10 @@ def theirs(c: AugmentConfig, folder: str):
         low, high = (low + low2) / 2, (high + high2) / 2
         centre, width = (low + high) / 2, 2 * (high - low) / (high + low)
         return A.BandPassFilter(centre, centre, width, width, p=p)
-    def ours(x, rate, kind):
-        return sound.codec(x, np.mean(c.codec[1:]), kind, c.codec_rate)
-    top = 160 if c.codec_rate == SAMPLE_RATE else 64  # MP3's kbit/s
+    coded, rate = c.codec[0], c.codec_rate
+    def ours(x, _, kind):
+        return sound.codec(x, np.mean(c.codec[1:]), kind, rate)
+    top = 160 if rate == SAMPLE_RATE else 64  # MP3's kbit/s
     lame = A.Mp3Compression(*(min(round(kbps), top) for kbps in c.codec[1:]), p=1)
     return A.Compose([
         A.PitchShift(*c.pitch[1:], p=c.pitch[0]),
@@ -96,17 +91,14 @@ def theirs(c: AugmentConfig, folder: str):
                    for p in (1, c.more_noise[0] * np.mean(c.more_noise[1:]))], p=c.noise[0]),
         A.Compose([A.ApplyImpulseResponse(f"{folder}/rooms", p=p)
                    for p in (1, c.more_room[0] * np.mean(c.more_room[1:]))], p=c.room[0]),
-        A.SevenBandParametricEQ(*c.eq[1:3], p=c.eq[0]),
-        band(*c.band_pass[1:], p=c.band_pass[0]),
-        A.Gain(*c.gain[1:], p=c.gain[0]),
-        A.AddGaussianNoise(*c.gaussian[1:], p=c.gaussian[0]),
+        A.SevenBandParametricEQ(*c.eq[1:3], p=c.eq[0]), band(*c.band_pass[1:], p=c.band_pass[0]),
+        A.Gain(*c.gain[1:], p=c.gain[0]), A.AddGaussianNoise(*c.gaussian[1:], p=c.gaussian[0]),
         A.ClippingDistortion(0, 5, p=c.clipping[0]),
         A.Lambda(trip, p=c.resample[0], low=c.resample[1], high=c.resample[2]),
         A.Compose([A.Lambda(trip, p=1, low=c.telephony[1], high=c.telephony[2]),
                    band(*c.telephony[3:])], p=c.telephony[0]),
-        A.Lambda(trip, c.codec[0] * (1 - c.opus - c.phone), low=c.codec_rate, high=c.codec_rate,
-                 there=lame),
-        *(A.Lambda(ours, p=c.codec[0] * share, kind=kind) for kind, share in (
+        A.Lambda(trip, coded * (1 - c.opus - c.phone), low=rate, high=rate, there=lame),
+        *(A.Lambda(ours, p=coded * share, kind=kind) for kind, share in (
             ("opus", c.opus), ("gsm", c.phone / 2), ("mu-law", c.phone / 2)))], p=c.touched)
 
 def bench_augment(args):
@@ -128,10 +120,9 @@ def bench_augment(args):
             for i, wave in enumerate(waves):
                 soundfile.write(f"{folder}/{kind}/{i}.wav", wave, SAMPLE_RATE)
         for name, c in effects.items():
-            chain = theirs(c, folder)
-            took = take_turns({name: partial(all_clips, ours, c),
-                               "theirs": partial(all_clips, chain, SAMPLE_RATE)},
-                              rounds=24 if "stage" in name else 2)
+            calls = {"ours": partial(all_clips, ours, c),
+                     "theirs": partial(all_clips, theirs(c, folder), SAMPLE_RATE)}
+            took = take_turns(calls, rounds=24 if "stage" in name else 2)
             a, b = (10 * len(clips) / seconds for seconds in took.values())
             table.append({"effect": name, "x real time": a, "audiomentations": b, "ratio": a / b})
     print_rows(table)
@@ -150,9 +141,8 @@ def make_batch(model: Borealis, rows: int, micro_batch: int) -> dict:
     audio = [c.audio_start_id, *[c.audio_token_id] * c.tokens_per_window, c.audio_end_id]
     ids = [*range(TEXT - LABELS), *audio, *range(LABELS)]
     labels = [-100] * (len(ids) - LABELS) + ids[-LABELS:]
-    dataset = Dataset([], model.tokenizer, c, batch_size=micro_batch)
-    items = [((ids, labels, [torch.randn(c.window_samples) / 9], None), [])] * rows
-    return dataset.collate(items)
+    item = (ids, labels, [torch.randn(c.window_samples) / 9], None), []
+    return Dataset([], model.tokenizer, c, batch_size=micro_batch).collate([item] * rows)
 
 def make_step(cfg, model: Borealis):
     """-> a step of train.py's loop, as a function of what collate() made, and its optimizers."""
@@ -164,12 +154,10 @@ def make_step(cfg, model: Borealis):
         optim.update(optimizers, cfg.lr, forget=True)
     return step, optimizers
 
-def loss_of_all(outputs, labels, num_items_in_batch):
-    """The loss as the original computes it, from logits at every position."""
+def loss_of_all(outputs, labels, num_items_in_batch):  # as the original: of all logits
     return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
-def climb(rung: int) -> dict:
-    """Some steps with the first `rung` savings -> a row of the table."""
+def climb(rung: int) -> dict:  # some steps with the first `rung` savings -> a row of the table
     model = lora.prepare(random_model(WHISPER_TINY, LLM).cpu(), "lora", LORA)
     batch, stamps = make_batch(model, ACCUMULATION, 1), []
     row = batch["micro"][0]
@@ -179,10 +167,8 @@ def climb(rung: int) -> dict:
             row[name] = F.pad(row[name], (0, MAX_TEXT - TEXT), value=value)
     register_optimizer_step_post_hook(lambda *_: stamps.append(time.perf_counter()))
     if rung < 3:
-        settings = hf.TrainingArguments(
-            tempfile.gettempdir(), per_device_train_batch_size=1, max_steps=STEPS, use_cpu=True,
-            gradient_accumulation_steps=ACCUMULATION, save_strategy="no", logging_strategy="no",
-            remove_unused_columns=False)
+        settings = hf.TrainingArguments(tempfile.gettempdir(), max_steps=STEPS, **TABLES["trainer"],
+                                        gradient_accumulation_steps=ACCUMULATION)
         hf.Trainer(model, settings, lambda _: dict(row), range(ACCUMULATION * STEPS),
                    compute_loss_func=loss_of_all if rung < 2 else None).train()
     else:
@@ -203,8 +189,7 @@ def bench_train(args):
     print_rows(table)
     print_rows([optimizer_share(name) for name in ("adamw", "muon")])
 
-def optimizer_share(name: str) -> dict:
-    """What a step of the tiny model is made of -> a row of the table."""
+def optimizer_share(name: str) -> dict:  # what a tiny model's step is made of: a row of the table
     model = random_model(*TINY)
     step, optimizers = make_step(train.TrainConfig(optimizer=name), model)
     batch = make_batch(model, 16, 16)
@@ -219,9 +204,8 @@ def optimizer_share(name: str) -> dict:
 def record(rows: list, what: str, batch: int | None, call, rounds: int = 0) -> float:
     """Add a row to a table, at once: what then runs out of memory has one as well. -> seconds"""
     rows.append({"what": what, "batch": batch})
-    seconds = take_turns({(what, batch): call}, rounds)[what, batch]
-    rows[-1]["ms"] = 1000 * seconds
-    return seconds
+    rows[-1]["ms"] = 1000 * take_turns({what: call}, rounds)[what]
+    return rows[-1]["ms"] / 1000
 
 def time_answers(rows: list, what: str, args, counts: tuple) -> None:
     """So many recordings at once. what: "vllm", or else as eval.py does. Raises UserError."""

@@ -39,8 +39,7 @@ def run(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
-def first_line(e: Exception) -> str:
-    """The first line of an exception's message, or its type where it has none."""
+def first_line(e: Exception) -> str:  # of its message, or its type where it has none
     message = e.errors()[0]["msg"] if callable(getattr(e, "errors", None)) else str(e)  # pydantic's
     return (message.strip() or type(e).__name__).splitlines()[0]
 
@@ -89,8 +88,7 @@ class ArgumentParser(argparse.ArgumentParser):
         program = f"python {self.prog}" if self.prog.endswith(".py") else self.prog
         raise UserError(f"{message.removeprefix('argument ')}; see {program} --help")
 
-def ranged(kind: type, low: float, high: float):
-    """An argparse type: an int or float within [low, high]."""
+def ranged(kind: type, low: float, high: float):  # -> an argparse type: within [low, high]
     def number(text):  # where it raises ValueError, argparse says "invalid number value"
         value = kind(text)
         if not low <= value <= high:  # nan lies in no range
@@ -99,8 +97,7 @@ def ranged(kind: type, low: float, high: float):
         return value
     return number
 
-def pick_device(name: str) -> str:
-    """"cpu", "cuda" or "auto" -> "cpu" or "cuda". Raises UserError."""
+def pick_device(name: str) -> str:  # "cpu", "cuda" or "auto" -> "cpu" or "cuda", or UserError
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but no GPU is visible: use --device cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
@@ -127,8 +124,7 @@ def replace_file(path: str | Path, write, *args) -> None:
     finally:
         tmp.unlink(missing_ok=True)
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+def write_text(path: str | Path, text: str) -> None:  # whole or not at all
     replace_file(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
 @contextlib.contextmanager

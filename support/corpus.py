@@ -35,13 +35,11 @@ def sentence(lang: str, rng: random.Random) -> str:
     return text
 
 @lru_cache
-def vocabulary(lang: str) -> list[str]:
-    """All words of a grammar, sorted."""
+def vocabulary(lang: str) -> list[str]:  # all words of a grammar, sorted
     lines = " ".join(" ".join(alternatives) for alternatives in GRAMMAR[lang].values())
     return sorted(set(re.sub(r"\{\w+\}", "", lines).split()))
 
-def held_out(text: str) -> bool:
-    """Is it for evaluation only? One text in six is, whoever draws it."""
+def held_out(text: str) -> bool:  # for evaluation only: one text in six, whoever draws it
     return zlib.crc32(text.encode()) % 6 == 0
 
 def fresh(lang: str, split: str, rng: random.Random, said: set) -> str:
@@ -68,8 +66,7 @@ def script(lang: str, split: str, rng: random.Random, said: set) -> list[str]:
     return [text]
 
 def espeak(seed: int) -> tuple:
-    """espeak-ng, of the package espeakng-loader -> (its sample rate, 22,050 Hz; a function: text,
-    voice, words per minute, pitch -> int16 samples)."""
+    """espeakng-loader's -> (rate: 22,050 Hz; say: text, voice, words a minute, pitch -> int16)."""
     import espeakng_loader
     RATE, PITCH, UTF8, SYNCHRONOUS = 1, 3, 1, 2
     lib, pcm = CDLL(espeakng_loader.get_library_path()), []

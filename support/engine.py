@@ -8,17 +8,13 @@ import torch
 
 import model
 from data import Sample
-from model import ENCODER, LLM, SAMPLE_RATE
 from support import checkpoint, decoding, export
 from support.cli import UserError, as_user_error, cache_dir, digest
+from support.recipes import TABLES
 
 INSTALLED = util.find_spec("vllm") is not None
 TRANSCRIBE = Sample("", [b""])  # the transcription prompt of training; the sound comes beside it
-
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings come once a request
-os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for results
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+os.environ.update(TABLES["vllm"] | os.environ)
 if hasattr(os, "sched_getaffinity"):  # by default it leaves a core idle
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
@@ -27,11 +23,10 @@ def check_installed() -> None:
     if not INSTALLED:
         raise UserError("no vLLM: make vllm (into .venv), or, for a GPU, pip install vllm==0.32.0")
 
-def loading(ckpt: str | Path):
-    """with loading(ckpt): what goes wrong while it is loaded into vLLM is a UserError."""
+def loading(ckpt: str | Path):  # "with loading(ckpt):" what goes wrong is a UserError
     return as_user_error(f"cannot load {ckpt} into vLLM: ", ValueError, OSError, RuntimeError)
 
-def servable(ckpt: str | Path, encoder: str = ENCODER, llm: str = LLM) -> Path:
+def servable(ckpt: str | Path, encoder=model.ENCODER, llm=model.LLM) -> Path:
     """Any checkpoint -> itself if exported, or an up-to-date export. ValueError or OSError."""
     folder = checkpoint.find_checkpoint(ckpt)
     if not folder.is_dir():
@@ -43,8 +38,7 @@ def servable(ckpt: str | Path, encoder: str = ENCODER, llm: str = LLM) -> Path:
     code = [Path(model.__file__), Path(__file__).with_name("chat_template.jinja")]
     texts = [path.read_bytes() for path in (*code, *sorted(folder.iterdir()))
              if path.suffix in (".py", ".txt", ".jinja")]
-    facts = decoding.digest_model(folder), encoder, llm, texts
-    place = cache_dir() / f"served-{digest(*facts)}"
+    place = cache_dir() / f"served-{digest(decoding.digest_model(folder), encoder, llm, texts)}"
     try:
         export.export(folder, place, encoder, llm)
     except (ValueError, OSError):
@@ -52,21 +46,19 @@ def servable(ckpt: str | Path, encoder: str = ENCODER, llm: str = LLM) -> Path:
             raise
     return place
 
-def careful_settings() -> dict:
-    """On a CPU: training's dtype, prefill that fits the caches, no compiling, context as fits."""
-    return {} if torch.cuda.is_available() else dict(
-        dtype="float32", max_num_batched_tokens=512, enforce_eager=True, max_model_len=-1)
+def careful_settings() -> dict:  # of vLLM, on a CPU
+    return {} if torch.cuda.is_available() else TABLES["vllm_cpu"]
 
 def prompt(tokenizer, sample: Sample, waves: list) -> dict:
     """A request: waves at 16 kHz; ids with one <|AUDIO|> a wave, for our MultiModalProcessor."""
     ids = tokenizer.apply_chat_template(sample.messages(with_answer=False), return_dict=False,
                                         add_generation_prompt=True)
-    audio = [(np.asarray(wave), SAMPLE_RATE) for wave in waves]
+    audio = [(np.asarray(wave), model.SAMPLE_RATE) for wave in waves]
     return dict(prompt_token_ids=ids, multi_modal_data={"audio": audio} if audio else {})
 
 class Offline:
     """A system as eval.py's, which batches by itself. settings: more of vllm.LLM's. UserError."""
-    def __init__(self, ckpt, max_new_tokens=256, encoder=ENCODER, llm=LLM, **settings):
+    def __init__(self, ckpt, max_new_tokens=256, encoder=model.ENCODER, llm=model.LLM, **settings):
         check_installed()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a second process imports it all again
         with loading(ckpt):

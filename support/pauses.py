@@ -27,8 +27,7 @@ def cut_at_pauses(wave: torch.Tensor, longest: int) -> list[torch.Tensor]:
         wave = wave[cut:]
     return [*pieces, wave]
 
-def without_thoughts(text: str) -> str:
-    """Other people's checkpoints may think aloud."""
+def without_thoughts(text: str) -> str:  # other people's checkpoints may think aloud
     return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL).strip()
 
 def in_pieces(answer: Callable, longest: int, batch_size: int) -> Callable:
@@ -59,8 +58,7 @@ def from_pcm(file) -> Iterator[np.ndarray]:
     while len(data := file.read(2 * STEP * FRAME)) > 1:
         yield np.frombuffer(data[:len(data) // 2 * 2], "<i2").astype(np.float32) / 32768
 
-def in_real_time(wave: torch.Tensor) -> Iterator[np.ndarray]:
-    """A recording, half a second at a time, as fast as it was spoken."""
+def in_real_time(wave: torch.Tensor) -> Iterator[np.ndarray]:  # as fast as it was spoken
     for piece in wave.split(STEP * FRAME):
         time.sleep(len(piece) / SAMPLE_RATE)
         yield piece.numpy()
@@ -87,8 +85,7 @@ def arriving(pieces: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, bool]]:
     if piece:
         raise piece
 
-def loudness(wave: np.ndarray) -> np.ndarray:
-    """dB of full scale, one a frame."""
+def loudness(wave: np.ndarray) -> np.ndarray:  # dB of full scale, one a frame
     frames = wave[:len(wave) // FRAME * FRAME].reshape(-1, FRAME)
     return 10 * np.log10(np.square(frames).mean(1) + 1e-10)
 
@@ -116,9 +113,8 @@ class Live:
 
     def find_end(self) -> int:
         """Drop the quiet before the phrase -> samples of the phrase if it is over, else 0."""
-        quiet, voice = np.maximum(np.percentile(self.levels, (2, 95)), -70)
-        threshold = quiet + max(9, (voice - quiet) / 3)  # dB
-        loud = np.flatnonzero(loudness(self.phrase) > threshold)  # frames
+        quiet, voice = np.maximum(np.percentile(self.levels, (2, 95)), -70)  # dB
+        loud = np.flatnonzero(loudness(self.phrase) > quiet + max(9, (voice - quiet) / 3))  # frames
         frames = len(self.phrase) // FRAME
         if not self.begun:
             first = max(0, loud[0] - LEAD if len(loud) else frames - UNSURE)

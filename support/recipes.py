@@ -45,19 +45,14 @@ class Source:
             return {"audio": audio, "text": row[self.answer]}
         return {"audio": audio, "question": row[self.question], "answer": row[self.answer]}
 
-def source(entry: dict, **settings) -> Source:
-    """A line of recipes.toml. Where there are questions, the text column is called answer."""
-    answer = {"answer": "answer"} if "question" in entry else {}
-    return Source(**answer | entry | settings)
-
-POOLS = {name: [source(entry) for entry in entries] for name, entries in TABLES["pools"].items()}
+POOLS = {name: [Source(**{"answer": "answer" if "question" in entry else "text"} | entry)
+                for entry in entries] for name, entries in TABLES["pools"].items()}
 MIXES = TABLES["mixes"]  # {mix: {pool: how often its turn comes}}
 SPLITS = TABLES["evaluation"].pop("splits")
-BENCHMARK = {split: source(TABLES["evaluation"], split=split, evaluation=True) for split in SPLITS}
-BIG_BENCH_AUDIO = source(TABLES["big_bench_audio"], evaluation=True)
+BENCHMARK = {s: Source(**TABLES["evaluation"], split=s, evaluation=True) for s in SPLITS}
+BIG_BENCH_AUDIO = Source(**TABLES["big_bench_audio"], evaluation=True)
 NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (rooms)
 PUBLISHED = TABLES["published"]
-
 # Presets: what differs from the defaults of train.py.
 PRESETS, TINY = dict(TABLES["presets"]), TABLES["tiny"]
 TWIN = TINY | TABLES["twin"]
@@ -83,8 +78,7 @@ def find_copy(source: Source, data_dir: str | Path) -> Path:
         return config if config.is_dir() else place
     raise UserError(f"--data_dir {data_dir} has no {source.hub}: put its files into {places[0]}")
 
-def read_copy(source: Source, place: Path):
-    """A dataset on disk, in any of its layouts -> datasets table."""
+def read_copy(source: Source, place: Path):  # in any of its layouts -> datasets table
     from datasets import load_dataset, load_from_disk
     def read(path):
         return load_dataset(KINDS[path.suffix], data_files=str(path), split="train")

@@ -56,8 +56,7 @@ class BadRows:
         reasons = self.reasons.most_common()
         return ", ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in reasons)
 
-def read_lines(path: str) -> list[tuple[str, bytes]]:
-    """JSONL -> [(name, line)], without empty lines. Raises UserError."""
+def read_lines(path: str) -> list[tuple[str, bytes]]:  # [(name, line)], or UserError
     if not os.path.isfile(path):
         raise UserError(f"no manifest at {path}: give a JSONL file, one object a line")
     name = os.path.basename(path)
@@ -67,8 +66,7 @@ def read_lines(path: str) -> list[tuple[str, bytes]]:
         raise UserError(f"{path} is empty: a manifest has one JSON object a line")
     return lines
 
-def parse_json(line: bytes) -> dict:
-    """One line -> dict. Raises BadRow."""
+def parse_json(line: bytes) -> dict:  # raises BadRow
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except ValueError:
@@ -155,9 +153,8 @@ class OneWay(soundfile.SoundFile):
         return False
 
 def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_SECONDS):
-    """A path, the bytes of a file, or int16 samples at 16 kHz -> (samples,) float32 at 16 kHz,
-    channels averaged, peak at most 1. Raises BadRow, for silence too, unless it is wanted. A file
-    is decoded up to max_seconds; memory follows what it holds, not what its header claims."""
+    """A path, a file's bytes or int16 at 16 kHz -> (samples,) float32 at 16 kHz, mono, peak <= 1.
+    Raises BadRow, for silence too if unwanted. Memory follows what a file holds, not its header."""
     if isinstance(source, np.ndarray):
         return torch.from_numpy(source.astype(np.float32) / 32768)
     if isinstance(source, str) and not os.path.isfile(source):

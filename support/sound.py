@@ -9,6 +9,7 @@ import torch
 
 from model import SAMPLE_RATE
 from support.cli import picture, replace_file
+from support.recipes import TABLES
 from support.rows import resampler
 
 GUARD = 2048  # zeros after a clip: what a filter rings on lands here, not at the clip's start
@@ -33,11 +34,8 @@ def resample_response(f: np.ndarray, rate: float) -> np.ndarray:
     """Down to `rate` and back: nothing above rate / 2, a slope over the last 5 % below it."""
     return np.clip((rate / 2 - f) / (0.05 * (rate / 2)), 0, 1)
 
-def telephone_response(f: np.ndarray, rate: float, low: float, high: float) -> np.ndarray:
-    return resample_response(f, rate) * band_response(f, low, high)
-
 FILTERS = {"eq": eq_response, "band_pass": band_response, "resample": resample_response,
-           "telephony": telephone_response}
+           "telephony": lambda f, rate, *band: resample_response(f, rate) * band_response(f, *band)}
 
 # ---- All that is linear, as one product of spectra
 @lru_cache
@@ -109,11 +107,10 @@ def stretch(wave: np.ndarray, factor: float) -> np.ndarray:
     out = frames[1:, :H] * fade + frames[:-1, H:] * fade[::-1]                       # (count-1, H)
     return out.reshape(-1)[:length]
 
-def limit(wave: np.ndarray) -> np.ndarray:
-    """Scaled down as a whole if its peak passes 1; nothing is cut."""
+def limit(wave: np.ndarray) -> np.ndarray:  # scaled as a whole if its peak passes 1; nothing is cut
     return wave / max(np.float32(1), np.abs(wave).max())
 
-PHONE = {"gsm": "GSM610", "mu-law": "ULAW"}  # libsndfile's names
+PHONE = "gsm", "mu-law"  # codecs of phones
 
 def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> np.ndarray:
     """Through a real codec at `rate` (8000, 12000 or 16000 Hz), not delayed. kind: "mp3" (40 to
@@ -122,18 +119,15 @@ def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> 
     x = fit(wave, max(len(wave), SAMPLE_RATE // 10))       # MP3 wants a few frames at least
     if rate != SAMPLE_RATE:
         x = resampler(SAMPLE_RATE, rate)(torch.from_numpy(x)).numpy()
-    settings = dict(format="WAV", subtype=PHONE.get(kind))
-    if kind not in PHONE:
-        settings, least, low, high = dict(format="OGG", subtype="OPUS"), 6, 6, 256
+    settings = dict(TABLES["codecs"][kind])
+    if kind not in PHONE:  # libsndfile's level: 1 is `low` kbit/s
+        least, low, high = 6, 6, 256
         if kind == "mp3":  # below `least` its frames have no room for the note about the delay
-            settings = dict(format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="CONSTANT")
             least, low, high = (40, 8, 160) if rate == SAMPLE_RATE else (32, 8, 64)
-        # libsndfile's level: 1 is `low` kbit/s
         settings["compression_level"] = (high - np.clip(kbps, least, high)) / (high - low)
     buffer = io.BytesIO()
     soundfile.write(buffer, limit(x), rate, **settings)
-    buffer.seek(0)
-    x, _ = soundfile.read(buffer, dtype="float32")
+    x, _ = soundfile.read(io.BytesIO(buffer.getvalue()), dtype="float32")
     if rate != SAMPLE_RATE:
         x = resampler(rate, SAMPLE_RATE)(torch.from_numpy(x)).numpy()
     return fit(x, len(wave))

@@ -19,14 +19,12 @@ from support import lora
 from support.cli import UserError, as_user_error
 
 def steps_in(out: str | Path) -> list[Path]:
-    """A run's checkpoints, oldest first: real folders, named step- and digits. What else lies in
-    --out (step-best, step-0000400.tar, a link) is the user's, and never deleted."""
+    """A run's, oldest first: real folders, named step- and digits; all else is the user's."""
     steps = [p for p in Path(out).glob("step-*") if re.fullmatch("step-[0-9]+", p.name)
              and p.is_dir() and not p.is_symlink()]
     return sorted(steps, key=lambda p: int(p.name[5:]))
 
-def newest_step(folder: str | Path) -> Path:
-    """A run's folder -> its newest step; any other folder -> itself."""
+def newest_step(folder: str | Path) -> Path:  # of a run; any other folder: itself
     steps = [] if (Path(folder) / "config.json").exists() else steps_in(folder)
     return steps[-1] if steps else Path(folder)
 
@@ -50,15 +48,13 @@ class Saver:
                                 "choose another --out") from None
             os.write(self.lock, f"{os.getpid():<20}".encode())
 
-    def clear(self) -> None:
-        """Delete what an earlier run and its evaluation have left, and nothing else."""
+    def clear(self) -> None:  # of what an earlier run and its evaluation left, and nothing else
         prune(steps_in(self.out))
         for name in RESULTS:
             (self.out / name).unlink(missing_ok=True)
 
     def copy(self, key, x: torch.Tensor) -> torch.Tensor | None:
-        """All ranks gather what is sharded; rank 0 copies it, each time to the same memory (pinned,
-        which is slow to get, but makes copies from a GPU fast)."""
+        """All ranks gather what is sharded; rank 0 copies it, to memory kept: pinning is slow."""
         x = x.full_tensor() if isinstance(x, DTensor) else x.detach().contiguous()
         if self.rank > 0:
             return None
@@ -114,13 +110,11 @@ def sync(path: Path) -> None:  # to disk: a file, or a folder's list of files
     os.fsync(file)
     os.close(file)
 
-def prune(folders: list[Path]) -> None:
-    """Delete checkpoints; half deleted, none looks like one."""
+def prune(folders: list[Path]) -> None:  # half deleted, none looks like a checkpoint
     for old in folders:
         doomed = old.with_name(".old-step")
         shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(old, doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(old.replace(doomed))
 
 # ---- Reading
 def restore_weights(out: str | Path, model: torch.nn.Module) -> None:
@@ -155,15 +149,13 @@ def fingerprint(folder: Path) -> str:
                 digest.update(f.read(4096))
     return digest.hexdigest()[:16]
 
-def weight_files(folder: Path) -> list[Path]:
-    """safetensors or else .bin, one or several. Raises ValueError."""
+def weight_files(folder: Path) -> list[Path]:  # safetensors or else .bin; raises ValueError
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise ValueError(f"no checkpoint in {folder}: train one with train.py --preset tiny")
     return files
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder. Raises ValueError."""
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:  # all; raises ValueError
     tensors = {}
     for file in weight_files(folder):
         try:
@@ -187,7 +179,6 @@ def load_stored(model: torch.nn.Module, tensors: dict, where: Path) -> None:
 def check_state_dict(where: str | Path, **kinds) -> None:
     """ValueError if there are any. kinds: missing_keys, ..., as in transformers' loading info."""
     for kind, keys in kinds.items():
-        names = sorted(key[0] if isinstance(key, tuple) else key for key in keys)
-        if names:
+        if names := sorted(key[0] if isinstance(key, tuple) else key for key in keys):
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
             raise ValueError(f"the weights in {where} do not fit: {kind.replace('_', ' ')} {some}")

@@ -4,29 +4,24 @@ from itertools import groupby, islice
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, models, trainers
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from model import AUDIO, MARKER, BorealisConfig, BorealisForConditionalGeneration, add_audio_tokens
 from support.corpus import QUESTIONS, embedded_rows, held_out, sentence
 from support.recipes import TABLES
 
-def task(lang: str, text: str, rng: random.Random) -> dict:
-    """A question about a text, and its answer."""
+def task(lang: str, text: str, rng: random.Random) -> dict:  # question, answer
     k, words = rng.randrange(3), text.split()
-    answers = words[0], words[-1], str(len(words))
-    return {"question": QUESTIONS[lang][k], "answer": answers[k]}
+    return {"question": QUESTIONS[lang][k], "answer": (words[0], words[-1], str(len(words)))[k]}
 
-def text_row(rng: random.Random, name: str) -> dict:
-    """A task about a sentence that is read, not heard."""
+def text_row(rng: random.Random, name: str) -> dict:  # about a sentence that is read, not heard
     while held_out(text := sentence("ru", rng)):
         pass
     repeat = {"question": "Повтори.", "answer": text}
     asked = task("ru", text, rng) if rng.random() < 0.7 else repeat
-    turns = [{"role": "user", "content": f"{asked['question']}\n{text}"},
-             {"role": "assistant", "content": asked["answer"]}]
-    return {"conversation": turns, "name": name}
+    return {"conversation": [{"role": "user", "content": f"{asked['question']}\n{text}"},
+                             {"role": "assistant", "content": asked["answer"]}], "name": name}
 
 def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict]:
     """The tiny counterpart of a pool, from n utterances or texts. languages: of "pretrain"."""
@@ -43,9 +38,8 @@ def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict
     if name == "long_audio":  # up to twelve utterances in a row as one recording
         long, rest = [], iter(rows)
         while group := list(islice(rest, rng.randint(2, 12))):
-            text = " ".join(row["text"] for row in group)
-            audio = np.concatenate([row["audio"] for row in group])
-            long.append({"audio": audio, "text": text, "name": f"long/{len(long)}"})
+            long.append({"audio": np.concatenate([r["audio"] for r in group]),
+                         "text": " ".join(r["text"] for r in group), "name": f"long/{len(long)}"})
         return long
     return [{"audio": row["audio"], "name": row["name"], **task(lang, row["text"], rng)}
             if rng.random() < 0.25 else row for row in rows]
@@ -59,16 +53,14 @@ def train_tokenizer(texts, vocab_size: int = 1024):
     """BPE over `texts`, split as Qwen3 splits -> a tokenizer with our two tokens and template."""
     bpe = Qwen2Tokenizer().backend_tokenizer
     bpe.model = models.BPE()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=ByteLevel.alphabet(), show_progress=False))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
+                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     bpe.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>")])
-    return add_audio_tokens(PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        clean_up_tokenization_spaces=False))
+    settings = TABLES["tiny_tokenizer"]
+    return add_audio_tokens(PreTrainedTokenizerFast(tokenizer_object=bpe, **settings))
 
-def print_tokens(tokenizer, ids: list[int], labels: list[int]) -> None:
-    """A sample as the model sees it, equal tokens on one line."""
+def print_tokens(tokenizer, ids: list[int], labels: list[int]) -> None:  # as the model sees them
     print("tokens (* has a label):")
     for (token, label), run in groupby(zip(ids, labels, strict=True)):
         n, mark = len(list(run)), " " if label == -100 else "*"
@@ -87,16 +79,13 @@ def tiny_config(tokenizer, **changes) -> BorealisConfig:
 
 @torch.no_grad()
 def scratch_model(samples, vocab_size: int, **changes) -> BorealisForConditionalGeneration:
-    """A tiny model, its tokenizer trained on the samples. Plain random weights leave sound faint;
-    equal query and key weights let frames find their like (arXiv:2305.09828; docs/NEGATIVE.md)."""
+    """A tiny model, its tokenizer trained on the samples."""
     tokenizer = train_tokenizer(texts_of(samples), vocab_size)
     model = BorealisForConditionalGeneration(tiny_config(tokenizer, **changes))
     model.tokenizer = tokenizer
-    model.encoder.conv1.weight *= 2.5
-    model.encoder.conv2.weight *= 2
-    model.adapter.w_in.weight *= 1.5
-    model.adapter.w_out.weight *= 4
-    for layer in model.encoder.layers:
+    for name, scale in TABLES["tiny_scales"].items():
+        model.get_submodule(name).weight *= scale
+    for layer in model.encoder.layers:  # equal queries and keys: frames find their like
         layer.self_attn.q_proj.weight *= 2
-        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)  # arXiv:2305.09828
     return model

@@ -15,19 +15,14 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, audi
 from model import SAMPLE_RATE
 from support import pauses, rows
 from support.cli import UserError, as_user_error
+from support.recipes import TABLES
 
 LIMIT = "BOREALIS_MAX_AUDIO_SECONDS"  # in the environment, which reaches all of vLLM's processes
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-os.environ.setdefault("VLLM_AUDIO_FETCH_TIMEOUT", "30")  # seconds
-os.environ.setdefault("VLLM_MEDIA_CONNECTOR", "borealis")  # Recordings, below
-os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")  # an allowed host may name any other
+os.environ.update(TABLES["vllm_uploads"] | os.environ)
 
-def max_audio_seconds() -> float:
-    return float(os.environ.get(LIMIT, 600))
-
-def decode(data: bytes) -> torch.Tensor:
-    """A file's bytes -> (samples,) float32 at 16 kHz. Raises ValueError."""
-    return rows.load_audio(data, silence=True, max_seconds=max_audio_seconds())
+def decode(data: bytes) -> torch.Tensor:  # (samples,) float32 at 16 kHz, or ValueError
+    return rows.load_audio(data, silence=True, max_seconds=float(os.environ[LIMIT]))
 
 def listen(source: str):
     """A file, or "-": raw PCM on standard input -> arrays as they come in. UserError at once."""
@@ -36,8 +31,7 @@ def listen(source: str):
             return pauses.from_pcm(open(0, "rb", closefd=False))
         return pauses.in_real_time(decode(Path(source).read_bytes()))
 
-def find_recordings(places: list[str]) -> list[Path]:
-    """Files, and folders of files -> files. Raises UserError."""
+def find_recordings(places: list[str]) -> list[Path]:  # in folders, too; or UserError
     files = []
     for place in map(Path, places):
         if not place.exists():
@@ -49,8 +43,7 @@ def find_recordings(places: list[str]) -> list[Path]:
     return files
 
 def load_audio_for_vllm(file, **_) -> tuple[np.ndarray, int]:
-    data = file.read_bytes() if isinstance(file, Path) else file.read()
-    return decode(data).numpy(), SAMPLE_RATE
+    return decode(file.read_bytes() if isinstance(file, Path) else file.read()).numpy(), SAMPLE_RATE
 
 audio.load_audio = serving.load_audio = load_audio_for_vllm  # in messages; in transcriptions
 
