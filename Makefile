@@ -20,7 +20,7 @@ RUNS := ru_only en_only mixed_large ru_text_10pct ru_text_25pct it_fresh
 
 .PHONY: demo test lint vllm ablations study bench pictures clean
 demo: $(READY)
-	$(PY) train.py --preset tiny --out out $(if $(wildcard out/step-*),--resume)
+	$(PY) train.py --preset tiny --bf16 --out out $(if $(wildcard out/step-*),--resume)
 	$(PY) eval.py --ckpt out
 
 test: lint vllm
@@ -51,7 +51,7 @@ study: $(RUNS:%=out_tiny_%$S/results.json) out_tiny_pretrain$S/results.json
 	$(PY) eval.py --compare $(RUNS:%=out_tiny_%$S) out_tiny_pretrain$S --out out_ablations$S
 
 # $(call fit,preset,more flags)
-fit = $(PY) train.py --preset tiny_$1 --seed $(SEED) --out out_tiny_$1$S $2 \
+fit = $(PY) train.py --preset tiny_$1 --bf16 --seed $(SEED) --out out_tiny_$1$S $2 \
   $(if $(wildcard out_tiny_$1$S/step-*),--resume)
 
 out_tiny_pretrain$S/results.json: $(READY)

@@ -710,11 +710,12 @@ def test_every_split_of_a_batch_is_the_same_step(manifest, tmp_path, monkeypatch
         _, rows = train_now(monkeypatch, *flags, *more, "--batch_size", b, "--overwrite",
                             "--out", tmp_path / "one")
         return losses(rows)
-    exact = [run(b, "--no-bf16") for b in ("16", "5", "1")]
-    torchrun(2, *flags, "--no-bf16", "--batch_size", 2, "--out", tmp_path / "two")
+    exact = [run(b) for b in ("16", "5", "1")]
+    torchrun(2, *flags, "--batch_size", 2, "--out", tmp_path / "two")
     exact.append(losses(rows_in(tmp_path / "two")))
     assert np.ptp(exact, axis=0).max() < 1e-5
-    assert abs(run("16") - run("5")).max() < 0.02 and abs(run("16") - exact[0]).max() < 0.02
+    rounded = [run(b, "--bf16") for b in ("16", "5")]
+    assert 0 < np.ptp([*rounded, exact[0]], axis=0).max() < 0.02 or not optim.use_bf16("cpu", True)
 
 class Waits(TorchDispatchMode):
     """Counts ops whose result the CPU must know to go on: on a GPU, each is a wait."""
@@ -738,7 +739,7 @@ def test_no_micro_batch_waits_for_the_gpu(net, corpus, tokenizer):
     del batch["label_positions"]  # as transformers' Trainer would call the model
     assert net(**batch, num_items_in_batch=7).loss.item() == one  # to the bit, with any mask
 
-@pytest.mark.parametrize("more", [["--adapter", "deep"], NOISY])  # deep has dropout
+@pytest.mark.parametrize("more", [["--adapter", "deep", "--bf16"], NOISY])  # deep has dropout
 def test_resume_is_bit_for_bit(manifest, tmp_path, monkeypatch, more):
     log = "tensorboard" if find_spec("tensorboard") else "none"
     flags = [*FAST, "--train_manifest", manifest, "--steps", 6, "--save_every", 3, "--log", log]

@@ -59,7 +59,7 @@ TWIN = TINY | TABLES["twin"]
 for name, preset in TABLES["presets"].items():
     start = TINY if preset.get("init_from") == "none" else TWIN  # TWIN: LoRA on tiny_pretrain
     mix = preset.get("mix", name)
-    PRESETS[f"tiny_{name}"] = start | dict(mix=mix, steps=500, out=f"out_tiny_{name}")
+    PRESETS[f"tiny_{name}"] = start | dict(mix=mix, steps=400, out=f"out_tiny_{name}")
 PRESETS["tiny"] = TINY | dict(mix="none")  # Russian transcription
 PRESETS["tiny_pretrain"] |= dict(lang="ru,en", steps=TINY["steps"])
 PRESETS["tiny_long_audio"] |= dict(max_windows=8)
