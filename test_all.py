@@ -752,6 +752,22 @@ def test_resume_is_bit_for_bit(manifest, tmp_path, monkeypatch, more):
     assert losses(rest).tolist() == losses(whole).tolist() and equal(weights_in(tmp_path), weights)
     assert log == "none" or len([*tmp_path.glob("events.out.tfevents.*")]) == 2
 
+def test_runs_of_before_muon_go_on(manifest, tmp_path, monkeypatch):
+    """Their state is AdamW's alone, and their settings lack what came later, whatever the preset."""
+    flags = [*FAST, "--train_manifest", manifest, "--steps", 4, "--save_every", 2, "--ctc", 0,
+             "--optimizer", "adamw", "--curriculum", "none", "--out", tmp_path]
+    _, whole = train_now(monkeypatch, *flags)
+    weights = weights_in(tmp_path)
+    storage.prune(storage.steps_in(tmp_path)[1:])
+    state, settings = newest(tmp_path) / "state.pt", newest(tmp_path) / "train_config.json"
+    saved, old = torch.load(state, weights_only=True), json.loads(settings.read_text())
+    torch.save(saved | dict(optimizer=saved["optimizer"][0]), state)
+    for later in ("optimizer", "muon_lr", "ctc", "bf16"):
+        del old[later]
+    settings.write_text(json.dumps(old))
+    _, rest = train_now(monkeypatch, "--resume", "--out", tmp_path)
+    assert losses(rest).tolist() == losses(whole).tolist() and equal(weights_in(tmp_path), weights)
+
 @pytest.mark.parametrize("number, code, workers", [
     (signal.SIGTERM, 0, 0), (signal.SIGTERM, 0, 2), (signal.SIGINT, 130, 2)])
 def test_signals_save_first(manifest, tmp_path, number, code, workers):

@@ -29,7 +29,7 @@ def parse_config(config: type, argv: list[str]):
         if not (newest_step(first.out) / "state.pt").is_file():
             raise UserError(f"nothing to resume in {first.out}: leave out --resume to start")
         saved = checkpoint.training_config(first.out) | dict(out=first.out)
-        parser.set_defaults(**{name: saved[name] for name in names if name in saved})
+        parser.set_defaults(**{f.name: saved.get(f.name, f.default) for f in fields(config)})
     cfg = config(**vars(parser.parse_args(argv)))
     for f in fields(config):
         if type(None) in typing.get_args(f.type) and getattr(cfg, f.name) in ("none", ""):
