@@ -753,7 +753,7 @@ def test_resume_is_bit_for_bit(manifest, tmp_path, monkeypatch, more):
     assert log == "none" or len([*tmp_path.glob("events.out.tfevents.*")]) == 2
 
 def test_runs_of_before_muon_go_on(manifest, tmp_path, monkeypatch):
-    """Their state is AdamW's alone, and their settings lack what came later, whatever the preset."""
+    """Their state is AdamW's alone, their settings lack what came later, whatever the preset."""
     flags = [*FAST, "--train_manifest", manifest, "--steps", 4, "--save_every", 2, "--ctc", 0,
              "--optimizer", "adamw", "--curriculum", "none", "--out", tmp_path]
     _, whole = train_now(monkeypatch, *flags)
