@@ -137,8 +137,9 @@ def plot_mels(mels: dict, path: str) -> None:
     from PIL import Image
     rows = math.ceil(len(mels) / 3)
     with picture(path, rows, 3, dpi=100, figsize=(9, 0.9 * rows)) as (_, axes):
-        for axis, (name, mel) in zip(axes.flat, mels.items(), strict=False):
+        for axis in axes.flat:
             axis.axis("off")
+        for axis, (name, mel) in zip(axes.flat, mels.items(), strict=False):
             axis.imshow(mel.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-1, vmax=1.5)
             axis.set_title(name, loc="left", fontsize=9, pad=2)
     few = Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE)  # a third as large
