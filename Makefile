@@ -1,7 +1,7 @@
 # make demo       train the tiny preset, evaluate it, show transcripts   (minutes, two CPU cores)
 # make test       ruff and the test suite
 # make lint       ruff alone
-# make ablations  the post's six runs, small, on two seeds: 14 trainings, two tables  (half an hour)
+# make ablations  the post's six runs, small, on two seeds: 14 trainings, two tables  (20 minutes)
 # make vllm       vLLM, for serve_vllm.py; make test installs it too
 # make bench      speeds, beside other libraries
 # make pictures   the README's two pictures, from the demo's results
