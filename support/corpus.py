@@ -128,6 +128,8 @@ def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
         with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
             list(tqdm(pool.imap_unordered(synthesise, jobs), f"speaking {lang} {split}", len(jobs),
                       unit_scale=CHUNK, unit=" utterances"))
+            pool.close()  # or the end of the block would kill its processes, which may not listen
+            pool.join()
     spoken = []
     for path in paths:
         with np.load(path) as chunk:  # allow_pickle stays False
