@@ -170,7 +170,7 @@ class Augmenter:
         return Generator(SFC64([self.seed, int(epoch), index, purpose]))
 
     def touches(self, epoch: float, index: int) -> bool:
-        """Does the sound of this sample change? If not, what was computed from it still holds."""
+        """Does the sound of this sample change in this epoch?"""
         return self.rng(epoch, index, 0).random() < self.stage(epoch).config.touched
 
     def wave(self, epoch: float, index: int, wave: torch.Tensor, part: int) -> torch.Tensor:

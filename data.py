@@ -147,8 +147,8 @@ class Dataset(torch.utils.data.Dataset):
     """Items: (ids, labels, windows of sound, key), an unusable one replaced by the next. A key is
     (index, epoch), as Schedule deals them. limits: those of encode."""
     def __init__(self, samples, tokenizer, config, augment=None, batch_size=1, **limits):
-        self.samples, self.config, self.augment = samples, config, augment
-        self.batch_size = batch_size
+        self.samples, self.config = samples, config
+        self.augment, self.batch_size = augment, batch_size
         self.encode = partial(encode, tokenizer=tokenizer, config=config, **limits)
 
     def item(self, i: int, epoch: float = 0.0) -> tuple:
