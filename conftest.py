@@ -1,11 +1,14 @@
 """What the tests share: a random model, recordings, stand-ins of what the hub has."""
+import contextlib
 import copy
 import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the hub; a wrong name shall fail at once
@@ -21,8 +24,12 @@ import transformers as hf
 import data
 import model as nb
 import train
-from support import cli, meter, recipes, storage, tiny
+from support import cli, engine, meter, recipes, storage, tiny
 from support.rows import load_audio
+
+openai = None
+with contextlib.suppress(ImportError):  # vLLM brings it
+    import openai
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"  # real data beside the project; users do not have it
@@ -343,3 +350,41 @@ def hub(tmp_path_factory, corpus):
         write("RuASRBenchmark", split, audio=clips[:3], text=texts[:3])
     return root
 
+# ---- The real server
+needs_vllm = pytest.mark.skipif(not engine.INSTALLED, reason="vLLM is not installed: make vllm")
+def begin(place, script, *argv, out=subprocess.PIPE):
+    env = dict(os.environ, VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH="",
+               NANOBOREALIS_CACHE=str(place / "cache"))
+    command = [sys.executable, HERE / script, *map(str, argv)]
+    return subprocess.Popen(command, cwd=place, env=env, stdout=out, stderr=out)
+
+def start(place, *argv):
+    argv += "--limit-mm-per-prompt", '{"audio": 2}'
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    with open(place / "log", "w") as log:
+        process = begin(place, "serve_vllm.py", "--port", port, *argv, out=log)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
+    return process, place / "log", client
+
+@pytest.fixture(scope="session")
+def clients(tmp_path_factory, checkpoint, original, parts):
+    if not engine.INSTALLED:
+        pytest.skip("vLLM is not installed: make vllm")
+    flags = [["--ckpt", checkpoint, "--max_audio_seconds", 20],
+             ["--ckpt", original, "--encoder", parts["encoder"], "--llm", parts["plain"],
+              "--allowed-media-domains", "localhost"]]
+    started = [start(tmp_path_factory.mktemp("server"), *argv) for argv in flags]
+    try:
+        for process, log, client in started:
+            for _ in range(180):
+                assert process.poll() is None, log.read_text()[-3000:]
+                with contextlib.suppress(openai.APIConnectionError):
+                    client.models.list()
+                    break
+                time.sleep(1)
+        yield [client for *_, client in started]
+    finally:
+        for process, *_ in started:
+            process.terminate()
+            process.wait(60)

@@ -1,7 +1,6 @@
 """test_all.py -- what the six chapters promise: one property a test, literal numbers where a number
 is claimed, equality to a reference where there is one: make test, pytest -k labels."""
 import base64
-import contextlib
 import copy
 import http.server
 import itertools
@@ -42,7 +41,10 @@ import train
 from conftest import HERE, SHARED, A, M, clip, exit_of, is_one_line, losses, needs_shared, newest
 
 # isort: split
-from conftest import flac, pcm, rows_in, tone, torchrun, train_now, wav_bytes, write_manifest
+from conftest import begin, flac, needs_vllm, openai, pcm, rows_in, tone, torchrun, train_now
+
+# isort: split
+from conftest import wav_bytes, write_manifest
 from model import BorealisForConditionalGeneration as Borealis
 from support import align, banks, compare, engine, export, launch, lora, optim, pauses
 
@@ -1568,46 +1570,6 @@ def test_wrong_evaluation_flags(ev, checkpoint, bad_files, monkeypatch, argv, sa
     assert is_one_line(e.code, e.err, says)
 
 # ---- serve_vllm.py: the real server, the real client
-needs_vllm = pytest.mark.skipif(not engine.INSTALLED, reason="vLLM is not installed: make vllm")
-with contextlib.suppress(ImportError):  # vLLM brings it
-    import openai
-def begin(place, script, *argv, out=subprocess.PIPE):
-    env = dict(os.environ, VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH="",
-               NANOBOREALIS_CACHE=str(place / "cache"))
-    command = [sys.executable, HERE / script, *map(str, argv)]
-    return subprocess.Popen(command, cwd=place, env=env, stdout=out, stderr=out)
-
-def start(place, *argv):
-    argv += "--limit-mm-per-prompt", '{"audio": 2}'
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port = s.getsockname()[1]
-    with open(place / "log", "w") as log:
-        process = begin(place, "serve_vllm.py", "--port", port, *argv, out=log)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
-    return process, place / "log", client
-
-@pytest.fixture(scope="session")
-def clients(tmp_path_factory, checkpoint, original, parts):
-    if not engine.INSTALLED:
-        pytest.skip("vLLM is not installed: make vllm")
-    flags = [["--ckpt", checkpoint, "--max_audio_seconds", 20],
-             ["--ckpt", original, "--encoder", parts["encoder"], "--llm", parts["plain"],
-              "--allowed-media-domains", "localhost"]]
-    started = [start(tmp_path_factory.mktemp("server"), *argv) for argv in flags]
-    try:
-        for process, log, client in started:
-            for _ in range(180):
-                assert process.poll() is None, log.read_text()[-3000:]
-                with contextlib.suppress(openai.APIConnectionError):
-                    client.models.list()
-                    break
-                time.sleep(1)
-        yield [client for *_, client in started]
-    finally:
-        for process, *_ in started:
-            process.terminate()
-            process.wait(60)
-
 def part(content):
     """Of a message: text, a wave, a file's bytes, or a link as (url,)."""
     if isinstance(content, str):
