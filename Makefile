@@ -1,5 +1,7 @@
 # make demo       train the tiny preset, evaluate it, show transcripts   (minutes, two CPU cores)
 # make test       ruff and the test suite
+# make test-all   and what takes longer: a page in a real browser, the notebook
+# make page       talk to the model in a browser
 # make lint       ruff alone
 # make ablations  the post's six runs, small, on two seeds: 14 trainings, two tables  (20 minutes)
 # make vllm       vLLM, for serve_vllm.py; make test installs it too
@@ -18,18 +20,28 @@ READY  := $(VENV)/.ready
 SEED ?= 0
 RUNS := ru_only en_only mixed_large ru_text_10pct ru_text_25pct it_fresh
 
-.PHONY: demo test lint vllm ablations study bench pictures clean
+.PHONY: demo test test-all page lint vllm ablations study bench pictures clean
 demo: $(READY)
 	$(PY) train.py --preset tiny --bf16 --out out $(if $(wildcard out/step-*),--resume)
 	$(PY) eval.py --ckpt out
 
 test: lint vllm
-	$(PY) -m pytest -q --durations=8 test_all.py support
+	$(PY) -m pytest -q --durations=8 -m "not heavy" test_all.py support
+
+test-all: test
+	$(PY) -m pytest -q -m heavy support
+
+page: $(VENV)/.page
+	$(PY) -m support.page --ckpt out
+
+$(VENV)/.page: $(READY) support/requirements-page.txt
+	$(PIP) -r support/requirements-page.txt
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
 
-$(VENV)/.dev: $(READY) support/requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.page support/requirements-dev.txt
 	$(PIP) -r support/requirements-dev.txt
 	@touch $@
 

@@ -285,9 +285,10 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         return self.chat(chats, groups, **settings)
 
     @torch.no_grad()
-    def chat(self, conversations, recordings, max_new_tokens=256, do_sample=False, **sampling):
+    def chat(self, conversations, recordings, max_new_tokens=256, do_sample=False, streamer=None,
+             **sampling):
         """B lists of messages and B lists of recordings for their AUDIO -> new ids, see generate().
-        Greedy unless do_sample; then temperature, top_p, ... go to transformers."""
+        Greedy unless do_sample; then temperature, top_p, ... go to transformers, as a streamer."""
         rows, pieces = [], []
         for messages, waves in zip(conversations, recordings, strict=True):
             windows = [cut_windows(check_wave(wave), self.config) for wave in waves]
@@ -301,7 +302,8 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         embeds = self.embed(ids, log_mel(pieces, self.config))  # (B, L, D)
         settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=do_sample,
                                     eos_token_id=[end, pad], pad_token_id=pad, **sampling)
-        return self.llm.generate(None, settings, inputs_embeds=embeds, attention_mask=mask)
+        return self.llm.generate(None, settings, streamer=streamer, inputs_embeds=embeds,
+                                 attention_mask=mask)
 
     @property
     def ends(self) -> list[int]:  # tokens that end an answer; the second is Qwen3's padding, too
