@@ -174,14 +174,6 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
         raise UserError(f"the split {empty[0]} has no utterances: nothing to measure")
     return splits
 
-# ---- Who answers: our model, greedily
-def native(model, max_new_tokens: int):  # -> answer(samples, their waves), see decoding.System
-    def answer(samples, waves):
-        messages = [s.messages(with_answer=False) for s in samples]
-        ids = model.chat(messages, waves, max_new_tokens=max_new_tokens).cpu()  # (B, <= max)
-        return tasks.with_lengths(model.decode(ids), ids, model.ends)
-    return answer
-
 def parse_config() -> EvalConfig:
     parser = ArgumentParser(prog="eval.py", description="Measure a checkpoint or ask it.")
     cfg = EvalConfig(**vars(parser.add_flags(EvalConfig).parse_args()))
@@ -221,7 +213,7 @@ def main():
     name = trained_on.get("preset", Path(cfg.ckpt).resolve().name)
     load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)
     early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
-    ours = tasks.open_ours(cfg, native, name, device)
+    ours = tasks.open_ours(cfg, tasks.native, name, device)
     weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
     splits = early or load()
     asked = [ours, *tasks.open_baseline(cfg, name, trained_on.get("lang"), device)]

@@ -3,7 +3,7 @@ encoder and adapter in front. The last chapter; what it serves, train.py wrote.
 
     python serve_vllm.py --ckpt out/           # an OpenAI server on 127.0.0.1:8000
     python serve_vllm.py --ckpt out/ --max_audio_seconds 60 --limit-mm-per-prompt '{"audio": 4}'
-    python serve_vllm.py --ckpt out/ --transcribe a.wav b.mp3 folder/ > texts.jsonl    # no server
+    python serve_vllm.py --ckpt out/ --transcribe a.wav folder/ --format srt --out_dir texts/
     arecord -t raw -f S16_LE -r 16000 | python serve_vllm.py --ckpt out/ --live -      # as spoken
 
 vLLM does not know our model. Four classes tell it what it must know:
@@ -14,25 +14,22 @@ vLLM does not know our model. Four classes tell it what it must know:
 
 A recording of 70 s is three windows of one chat prompt. For /v1/audio/transcriptions (by vLLM) and
 --transcribe (by support/pauses.py) it is cut at quiet places, each piece a prompt, texts joined."""
-import json
 import math
 import os
 import sys
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import model
-from model import AUDIO, ENCODER, LLM, SAMPLE_RATE
-from support import engine, pauses, rows  # engine before vllm, which reads what it sets
-from support.cli import ArgumentParser, UserError, as_user_error, first_line, flag, run
+from model import AUDIO, SAMPLE_RATE
+from support import engine, live, rows, transcripts  # before vllm, which reads what engine sets
+from support.cli import ArgumentParser, UserError, flag, run
 
 if __name__ == "__main__" and not engine.INSTALLED:  # one line of error, not vLLM's ImportError
     run(engine.check_installed)
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import BatchFeature
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from vllm import ModelRegistry
@@ -41,7 +38,8 @@ from vllm.model_executor.models import interfaces, utils
 from vllm.multimodal import MULTIMODAL_REGISTRY, inputs, parse, processing
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from support.uploads import LIMIT, decode, find_recordings, listen
+from support import realtime  # noqa: F401  (its route)
+from support.uploads import LIMIT
 
 # ---- The four classes. How many tokens a recording takes is said twice: the most, for which memory
 # is set aside, in get_mm_max_tokens_per_item(); what each one takes, in _get_prompt_updates().
@@ -177,17 +175,11 @@ register()  # here, not in main(): the processes that vLLM starts run this file 
 BATCH = 64  # recordings, and pieces of them
 
 @dataclass
-class ServeConfig:
-    ckpt: str = flag("out", "a run, an exported folder, an original checkpoint, or a hub name")
-    encoder: str = flag(ENCODER, "what a checkpoint in the original's layout was made of")
-    llm: str = flag(LLM, "the same")
-    max_audio_seconds: float = flag(600.0, "longest recording accepted", rows.MIN_SECONDS, 1e6)
+class ServeConfig(transcripts.Config):
     host: str = flag("127.0.0.1", "address of the server")
     port: int = flag(8000, "port of the server")
-    transcribe: list[str] | None = flag(
-        None, "recordings, or folders of them; JSON lines, no server", nargs="+", metavar="FILE")
     live: str | None = flag(None, "a recording as if it came in now; -: raw PCM on standard input")
-    max_new_tokens: int = flag(256, "for each window, with --transcribe or --live", low=1)
+    server: str | None = flag(None, "address of one that runs, for --live; default: start one")
 
 def serve(args, vllm_flags: list[str]) -> None:
     """vLLM's own server; of a flag given twice the last counts: our defaults, then the user's."""
@@ -205,43 +197,29 @@ def serve(args, vllm_flags: list[str]) -> None:
     print(f"loading {folder}; then http://{args.host}:{args.port}/v1", file=sys.stderr)
     entry.main()
 
-def transcribe(answer, files: list[Path]) -> int:
-    """Print a line of JSON a file: "audio", "text" and, if --max_new_tokens was too small, "cut";
-    or "audio", "error". Returns the exit code: 1 if no file was usable."""
-    results = [dict(audio=str(file)) for file in files]
-    for start in tqdm(range(0, len(results), BATCH), unit=f" x {BATCH} recordings"):
-        batch, waves = results[start:start + BATCH], {}  # of the usable: place in the batch -> wave
-        for i, row in enumerate(batch):
-            try:
-                waves[i] = [decode(Path(row["audio"]).read_bytes())]
-            except (ValueError, OSError) as e:
-                row["error"] = first_line(e)
-        answers = answer([engine.TRANSCRIBE] * len(waves), list(waves.values()))
-        for i, (text, _, cut) in zip(waves, answers, strict=True):
-            batch[i] |= dict(text=text, cut=True) if cut else dict(text=text)
-        print(*(json.dumps(row, ensure_ascii=False) for row in batch), sep="\n", flush=True)
-    return int(all("error" in row for row in results))
-
 def main() -> int | None:
     parser = ArgumentParser(description="Our model in vLLM. Any other flag is for vLLM's server.")
     args, vllm_flags = parser.add_flags(ServeConfig).parse_known_args()
     if args.transcribe and args.live:
         raise UserError("--transcribe or --live, not both")
-    os.environ[LIMIT] = str(args.max_audio_seconds)  # which vLLM's worker processes inherit
+    os.environ[LIMIT] = str(args.max_audio_seconds or 600)  # which vLLM's processes inherit
     if not args.transcribe and not args.live:
         with engine.loading(args.ckpt):
             return serve(args, vllm_flags)
-    if vllm_flags:
+    if args.transcribe and vllm_flags:
         raise UserError(f"unknown flag {vllm_flags[0]}; vLLM's own flags are for the server")
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # file names may be bytes
-    sound = find_recordings(args.transcribe) if args.transcribe else listen(args.live)
-    vllm = engine.Offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm)
-    window = vllm.config.window_samples
-    answer = pauses.in_pieces(vllm, window, BATCH)
     if args.transcribe:
-        return transcribe(answer, sound)
-    with as_user_error(f"--live {args.live}: ", ValueError, OSError):
-        pauses.Live(answer, engine.TRANSCRIBE, max(window, 10 * SAMPLE_RATE)).run(sound)
+        transcripts.plan(args)  # wrong ones show before vLLM has loaded the model
+        vllm = engine.Offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm)
+        return transcripts.transcribe(vllm, vllm.config.window_samples, BATCH, args)
+    sound = live.open_sound(args.live, args.max_audio_seconds or rows.MAX_SECONDS)
+    if args.server:
+        return live.follow(sound, args.server)
+    command = [__file__, "--ckpt", args.ckpt, "--encoder", args.encoder, "--llm", args.llm]
+    with live.own_server([*command, *vllm_flags]) as address:
+        print(f"listening at {address}", file=sys.stderr)
+        live.follow(sound, address)
 
 if __name__ == "__main__":
     run(main)

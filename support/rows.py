@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 import soundfile
@@ -22,6 +23,8 @@ MIN_SECONDS = 0.1        # shorter recordings hold no word
 MAX_SECONDS = 86_400     # where decoding stops, if nobody says otherwise; train.py says 3600
 MAX_BAD_SHARE = 0.05     # more unusable rows than this: the manifest is wrong, not a few files
 BLOCK = 1 << 14          # samples decoded at once, of all channels
+PYAV = find_spec("av") is not None
+CONTAINERS = {b"ftyp": "mov", b"\x1aE\xdf\xa3": "matroska"}  # how such files begin
 
 class BadRow(ValueError):
     """One unusable row or recording. The message is the reason it is counted under."""
@@ -84,7 +87,7 @@ def cached(name: str, *facts):
 def usable(samples: list, dataset, bad: BadRows, manifest: str) -> list:
     """The samples that dataset.encode takes; the others go to `bad`. How long a file is, or what is
     wrong with it, stays in the cache: threads decode only those that are new or have changed."""
-    decoder = 1, soundfile.__libsndfile_version__  # 1: of load_audio
+    decoder = 1, soundfile.__libsndfile_version__, PYAV  # 1: of load_audio
     cache, verdicts = cached("verdicts.json", os.path.abspath(manifest), decoder), {}
     with contextlib.suppress(OSError, ValueError):
         verdicts = json.loads(cache.read_bytes())
@@ -152,6 +155,39 @@ class OneWay(soundfile.SoundFile):
     def seekable(self):  # or soundfile seeks after each read: a FLAC of unknown length cannot
         return False
 
+def sound_blocks(file):
+    """A path or an open file -> its sample rate, then mono float32 blocks as they are decoded."""
+    with OneWay(file) as sound:
+        yield sound.samplerate
+        sound.seek(0)  # as soundfile.read: without it, the last bits of some MP3 differ
+        while len(block := sound.read(BLOCK // sound.channels, "float32", True)):
+            yield block.mean(axis=1)
+
+def container_blocks(file, kind: str):
+    """The same of m4a, mp4 and webm; kind, FFmpeg's name, keeps it from reading playlists."""
+    if not PYAV:
+        raise BadRow("m4a, mp4 or webm: needs PyAV, pip install av")
+    import av
+    try:
+        with av.open(file, format=kind) as container:
+            stream = container.streams.audio[0]
+            yield stream.rate
+            mono = av.AudioResampler("fltp", "mono", stream.rate)
+            for frame in container.decode(stream):
+                yield from (part.to_ndarray()[0] for part in mono.resample(frame))
+    except (av.FFmpegError, IndexError) as e:
+        raise ValueError(str(e)) from None
+
+def open_blocks(source):  # a path or a file's bytes -> the generator for it
+    head, file = source[:8], source
+    if isinstance(source, bytes):
+        file = io.BytesIO(source)
+    else:
+        with open(source, "rb") as opened:
+            head = opened.read(8)
+    kind = CONTAINERS.get(head[4:]) or CONTAINERS.get(head[:4])
+    return container_blocks(file, kind) if kind else sound_blocks(file)
+
 def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_SECONDS):
     """A path, a file's bytes or int16 at 16 kHz -> (samples,) float32 at 16 kHz, mono, peak <= 1.
     Raises BadRow, for silence too if unwanted. Memory follows what a file holds, not its header."""
@@ -160,13 +196,14 @@ def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_S
     if isinstance(source, str) and not os.path.isfile(source):
         raise BadRow("missing file")
     try:
-        with OneWay(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-            n, rate, blocks = 0, file.samplerate, [np.zeros(0, np.float32)]
-            most = max_seconds * min(rate, 96_000)  # of higher rates, memory takes less
-            file.seek(0)  # as soundfile.read: without it, the last bits of some MP3 differ
-            while n <= most and len(block := file.read(BLOCK // file.channels, "float32", True)):
-                blocks.append(block.mean(axis=1))
-                n += len(block)
+        sound = open_blocks(source)
+        n, rate, blocks = 0, next(sound), [np.zeros(0, np.float32)]
+        most = max_seconds * min(rate, 96_000)  # of higher rates, memory takes less
+        while n <= most and (block := next(sound, None)) is not None:
+            blocks.append(block)
+            n += len(block)
+    except BadRow:
+        raise
     except (soundfile.LibsndfileError, TypeError, ValueError):
         raise BadRow("not audio") from None
     if not 1000 <= rate <= 1_000_000:

@@ -71,6 +71,13 @@ def load_bigbench(category: str, data_dir: str | None, strict: bool) -> list:
     own, question = CATEGORIES[category][0], "Listen carefully and answer the question."
     return [replace(s, system=own, question=question) for s in samples if s.question == category]
 
+def native(model, max_new_tokens: int):  # our model, greedily, as decoding.System wants it
+    def answer(samples, waves):
+        messages = [s.messages(with_answer=False) for s in samples]
+        ids = model.chat(messages, waves, max_new_tokens=max_new_tokens).cpu()  # (B, <= max)
+        return with_lengths(model.decode(ids), ids, model.ends)
+    return answer
+
 def answer_one(model, path: str, prompt: str | None, max_new_tokens: int) -> None:
     """Print the answer to a question about one file; without a question, its transcript."""
     if prompt is not None and not prompt.strip():

@@ -1,51 +1,43 @@
 """support/uploads.py -- what clients of serve_vllm.py send. A ValueError is a 400."""
+import asyncio
 import json
+import math
 import os
+import zlib
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-from fastapi import Form, Request
-from fastapi.responses import PlainTextResponse
+from fastapi import Form, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.entrypoints.speech_to_text.base import serving
+from vllm.entrypoints.speech_to_text.base.utils import read_upload_with_limit
 from vllm.entrypoints.speech_to_text.transcription import api_router
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, audio
+from vllm.renderers.inputs.preprocess import parse_model_prompt
+from vllm.tokenizers import cached_tokenizer_from_config
 
 from model import SAMPLE_RATE
-from support import pauses, rows
-from support.cli import UserError, as_user_error
+from support import engine, pauses, rows, subtitles
 from support.recipes import TABLES
 
 LIMIT = "BOREALIS_MAX_AUDIO_SECONDS"  # in the environment, which reaches all of vLLM's processes
-AUDIO_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 os.environ.update(TABLES["vllm_uploads"] | os.environ)
 
 def decode(data: bytes) -> torch.Tensor:  # (samples,) float32 at 16 kHz, or ValueError
     return rows.load_audio(data, silence=True, max_seconds=float(os.environ[LIMIT]))
 
-def listen(source: str):
-    """A file, or "-": raw PCM on standard input -> arrays as they come in. UserError at once."""
-    with as_user_error(f"--live {source}: ", ValueError, OSError):
-        if source == "-":  # Python cannot exit while a thread reads sys.stdin
-            return pauses.from_pcm(open(0, "rb", closefd=False))
-        return pauses.in_real_time(decode(Path(source).read_bytes()))
-
-def find_recordings(places: list[str]) -> list[Path]:  # in folders, too; or UserError
-    files = []
-    for place in map(Path, places):
-        if not place.exists():
-            raise UserError(f"no file or folder at {place}")
-        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in AUDIO_FILES)
-        files += inside if place.is_dir() else [place]
-    if not files:
-        raise UserError(f"no {', '.join(AUDIO_FILES)} files in {' '.join(places)}")
-    return files
-
 def load_audio_for_vllm(file, **_) -> tuple[np.ndarray, int]:
     return decode(file.read_bytes() if isinstance(file, Path) else file.read()).numpy(), SAMPLE_RATE
 
+def split_audio_for_vllm(audio_data, sample_rate, max_clip_duration_s, **_) -> list[np.ndarray]:
+    longest = int(max_clip_duration_s * sample_rate)
+    return [p.numpy() for p in pauses.cut_at_pauses(torch.from_numpy(audio_data), longest)]
+
 audio.load_audio = serving.load_audio = load_audio_for_vllm  # in messages; in transcriptions
+serving.split_audio = split_audio_for_vllm  # as --transcribe cuts, so that all texts are the same
 
 @MEDIA_CONNECTOR_REGISTRY.register("borealis")
 class Recordings(MediaConnector):
@@ -62,10 +54,57 @@ class Recordings(MediaConnector):
         except Exception as e:  # file://, an unreachable host, ...
             raise ValueError(f"cannot fetch the recording: {type(e).__name__}: {e}") from None
 
+async def answer(server, wave: torch.Tensor, params, name: str):
+    """One fresh request: the transcription prompt with this wave -> vLLM's RequestOutput."""
+    config = server.model_config
+    prompt = engine.prompt(cached_tokenizer_from_config(config), engine.TRANSCRIBE, [wave])
+    inputs = await server.renderer.render_cmpl_async([parse_model_prompt(config, prompt)])
+    async for output in server.engine_client.generate(inputs[0], params, name):
+        last = output
+    return last
+
+@with_cancellation
+async def with_times(raw_request: Request, request) -> Response:
+    """verbose_json, srt and vtt: each piece between two pauses is a request, and a segment."""
+    server, form = raw_request.app.state.openai_serving_transcription, request
+    if form.stream or "word" in form.timestamp_granularities:
+        raise ValueError("times are told of segments only: no stream, no word granularity")
+    if error := await server._check_model(form):
+        return JSONResponse(error.model_dump(), error.error.code)
+    server.model_cls.validate_language(form.language)
+    wave = await asyncio.to_thread(decode, await read_upload_with_limit(form.file))
+    pieces = pauses.cut_at_pauses(wave, server.model_config.hf_config.window_samples)
+    most = form.max_completion_tokens or server.model_config.max_model_len
+    params = form.to_sampling_params(most)
+    params.logprobs, name = 1, f"transcribe-{server._base_request_id(raw_request)}"
+    outputs = await asyncio.gather(
+        *(answer(server, piece, params, f"{name}-{i}") for i, piece in enumerate(pieces)))
+    segments, facts, at = [], [], 0.0
+    for piece, output in zip(pieces, outputs, strict=True):
+        said = output.outputs[0]
+        if words := subtitles.word_times(piece, pauses.without_thoughts(said.text), at):
+            segments.append(words)
+            facts.append(whisper_facts(said, form.temperature, at))
+        at += len(piece) / SAMPLE_RATE
+    if form.response_format != "verbose_json":
+        return PlainTextResponse(subtitles.FORMATS[form.response_format](segments, at))
+    body = subtitles.to_json(segments, at)
+    body["segments"] = [a | b for a, b in zip(body["segments"], facts, strict=True)]
+    return JSONResponse(body | dict(usage=dict(type="duration", seconds=math.ceil(at))))
+
+def whisper_facts(said, temperature: float, at: float) -> dict:
+    """What else OpenAI's clients expect of a segment; no_speech_prob is Whisper's alone."""
+    data, tokens = said.text.encode(), list(said.token_ids)
+    return dict(seek=int(at), tokens=tokens, temperature=temperature, no_speech_prob=None,
+                avg_logprob=said.cumulative_logprob / len(tokens),
+                compression_ratio=len(data) / len(zlib.compress(data)))
+
 api_router.router.routes.clear()
 @api_router.router.post("/v1/audio/transcriptions")
 async def transcriptions(raw: Request, form: Annotated[api_router.TranscriptionRequest, Form()]):
-    """vLLM's route, but response_format=text is plain text: vLLM 0.32 answers with JSON."""
+    """vLLM's route; it has no times, and where plain text is asked for, it answers with JSON."""
+    if form.response_format in ("verbose_json", "srt", "vtt"):
+        return await with_times(raw_request=raw, request=form)
     answer = await api_router.create_transcriptions(raw_request=raw, request=form)
     plain = form.response_format == "text" and not form.stream
     if not plain or not answer or answer.status_code != 200:  # no answer: the client has left

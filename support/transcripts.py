@@ -1,0 +1,154 @@
+"""support/transcripts.py -- recordings -> texts and subtitles, by our model without vLLM:
+
+    python -m support.transcripts --ckpt out/ --transcribe a.mp3 folder/ > texts.jsonl
+    python -m support.transcripts --ckpt out/ --transcribe folder/ --format srt,vtt --out_dir texts/
+
+The same flags of serve_vllm.py do it in vLLM. A recording is cut at pauses into pieces of at most a
+window, the segments, see support/subtitles.py; with PyAV, m4a, mp4 and webm are read too."""
+import json
+import sys
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+import torch
+from tqdm import tqdm
+
+from data import Sample
+from model import ENCODER, LLM, SAMPLE_RATE
+from support import checkpoint, cli, pauses, rows, tasks
+from support.cli import UserError, check_out, first_line, flag, write_text
+from support.subtitles import FORMATS, spoken, word_times
+
+TRANSCRIBE = Sample("", [b""])  # the transcription prompt of training; the sound comes beside it
+FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm")
+
+@dataclass
+class Config:
+    ckpt: str = flag("out", "a run, an exported folder, an original checkpoint, or a hub name")
+    encoder: str = flag(ENCODER, "what a checkpoint in the original's layout was made of")
+    llm: str = flag(LLM, "the same")
+    transcribe: list[str] | None = flag(
+        None, "recordings, or folders of them: JSON lines, or files in --out_dir", nargs="+",
+        metavar="FILE")
+    format: str | None = flag(None, "of these files: txt,srt,vtt,json,tsv; default: txt")
+    out_dir: str | None = flag(None, "where they go; what is there already is not done again")
+    max_audio_seconds: float | None = flag(
+        None, "longest recording accepted; default: a day, 600 by the server", 1, 1e6)
+    max_new_tokens: int = flag(256, "for each window", low=1)
+
+# ---- Files
+def decode(source: str | bytes, max_seconds: float) -> torch.Tensor:  # or ValueError
+    return rows.load_audio(source, silence=True, max_seconds=max_seconds)
+
+def find_recordings(places: list[str]) -> list[tuple[Path, Path]]:
+    """Files, in folders too, and what each is called in --out_dir, without an ending. UserError."""
+    found = {}
+    for place in map(Path, places):
+        if not place.exists():
+            raise UserError(f"no file or folder at {place}")
+        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in FILES)
+        found |= {p: p.relative_to(place) for p in inside} if place.is_dir() else {
+            place: Path(place.name)}
+    if not found:
+        raise UserError(f"no {', '.join(FILES)} files in {' '.join(places)}")
+    stems = Counter(name.with_suffix("") for name in found.values())  # beside a.wav: a.mp3.srt
+    return [(p, name if stems[name.with_suffix("")] > 1 else name.with_suffix(""))
+            for p, name in found.items()]
+
+def plan(cfg: Config) -> list[tuple[Path, dict]]:
+    """[(recording, {format: its file in --out_dir})] of --transcribe, or UserError."""
+    if cfg.format and not cfg.out_dir:
+        raise UserError("--format is of files: name a folder for them with --out_dir")
+    formats = (cfg.format or "txt").split(",") if cfg.out_dir else []
+    if unknown := set(formats) - set(FORMATS):
+        raise UserError(f"--format {unknown.pop()}: choose from {','.join(FORMATS)}")
+    found = find_recordings(cfg.transcribe)
+    if cfg.out_dir:
+        check_out(cfg.out_dir)
+    return [(file, {kind: Path(cfg.out_dir, f"{name}.{kind}") for kind in formats})
+            for file, name in found]
+
+def is_done(file: Path, paths: dict) -> bool:  # are all there, and newer than the recording?
+    since = file.stat().st_mtime
+    return bool(paths) and all(p.exists() and p.stat().st_mtime >= since for p in paths.values())
+
+def deliver(row: dict, paths: dict, segments: list, duration: float) -> None:
+    """Print the row as JSON, or write the files."""
+    if not paths:
+        return print(json.dumps(row, ensure_ascii=False), flush=True)
+    problem = row.get("error") or "the text is cut off: try more --max_new_tokens"
+    if "error" in row or "cut" in row:
+        tqdm.write(f"{row['audio']}: {problem}", sys.stderr)
+    for kind, path in paths.items() if "text" in row else ():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, FORMATS[kind](segments, duration))
+
+def length(file: Path) -> float:  # in seconds, as far as its header tells
+    with suppress(RuntimeError, OSError):
+        return min(soundfile.info(str(file)).duration, rows.MAX_SECONDS)
+    return 0.0
+
+def open_all(todo: list, window: int, batch_size: int, max_seconds: float):
+    """Groups of (row, paths, pieces), each of a batch of pieces or one long recording."""
+    group, n = [], 0
+    for file, paths in todo:
+        row, pieces = dict(audio=str(file)), []
+        try:
+            pieces = pauses.cut_at_pauses(decode(str(file), max_seconds), window)
+        except (ValueError, OSError) as e:
+            row["error"] = first_line(e)
+        group.append((row, paths, pieces))
+        n += len(pieces)
+        if n >= batch_size:
+            yield group
+            group, n = [], 0
+    yield group
+
+def transcribe(answer, window: int, batch_size: int, cfg: Config) -> None:
+    """The texts of all recordings of cfg.transcribe, in pieces of <= `window` samples, so many at
+    once, by a system as eval.py's. Raises UserError if none is usable."""
+    planned = plan(cfg)
+    todo = [(file, paths) for file, paths in planned if not is_done(file, paths)]
+    if len(todo) < len(planned):
+        print(f"{len(planned) - len(todo)} of {len(planned)} are done already", file=sys.stderr)
+    bar, failed = tqdm(total=sum(length(file) for file, _ in todo), unit=" s", unit_scale=True), []
+    for group in open_all(todo, window, batch_size, cfg.max_audio_seconds or rows.MAX_SECONDS):
+        jobs = [(TRANSCRIBE, [piece]) for *_, pieces in group for piece in pieces]
+        parts = pauses.in_batches(answer, jobs, batch_size)
+        for row, paths, pieces in group:
+            segments, at = [], 0.0
+            for piece, (text, _, cut) in zip(pieces, parts, strict=False):
+                segments.append(word_times(piece, pauses.without_thoughts(text), at))
+                at += len(piece) / SAMPLE_RATE
+                bar.update(len(piece) / SAMPLE_RATE)
+                row |= {"cut": True} if cut else {}
+            segments = [words for words in segments if words]
+            if "error" in row:
+                failed.append(row)
+            else:
+                row["text"] = " ".join(spoken(segments))
+            deliver(row, paths, segments, at)
+    bar.close()
+    if len(failed) == len(planned):
+        raise UserError(f"no recording is usable: {failed[0]['audio']}: {failed[0]['error']}")
+
+@dataclass
+class NativeConfig(Config):
+    device: str = flag("auto", "where", choices=("auto", "cpu", "cuda"))
+    batch_size: int = flag(16, "windows at once", low=1)
+
+def main() -> None:
+    cfg = NativeConfig(**vars(cli.ArgumentParser(prog="python -m support.transcripts").add_flags(
+        NativeConfig).parse_args()))
+    if not cfg.transcribe:
+        raise UserError("name recordings, or folders of them: --transcribe a.mp3 folder/")
+    plan(cfg)  # wrong flags show before the model is loaded
+    model = checkpoint.load_model(cfg.ckpt, cli.pick_device(cfg.device), cfg.encoder, cfg.llm)
+    answer = tasks.native(model, cfg.max_new_tokens)
+    transcribe(answer, model.config.window_samples, cfg.batch_size, cfg)
+
+if __name__ == "__main__":
+    cli.run(main)
