@@ -367,6 +367,13 @@ def start(place, *argv):
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
     return process, place / "log", client
 
+def wait_for(process, log, client):
+    for _ in range(180):
+        assert process.poll() is None, log.read_text()[-3000:]
+        with contextlib.suppress(openai.APIConnectionError):
+            return client.models.list()
+        time.sleep(1)
+
 @pytest.fixture(scope="session")
 def clients(tmp_path_factory, checkpoint, original, parts):
     if not engine.INSTALLED:
@@ -376,13 +383,8 @@ def clients(tmp_path_factory, checkpoint, original, parts):
               "--allowed-media-domains", "localhost"]]
     started = [start(tmp_path_factory.mktemp("server"), *argv) for argv in flags]
     try:
-        for process, log, client in started:
-            for _ in range(180):
-                assert process.poll() is None, log.read_text()[-3000:]
-                with contextlib.suppress(openai.APIConnectionError):
-                    client.models.list()
-                    break
-                time.sleep(1)
+        for server in started:
+            wait_for(*server)
         yield [client for *_, client in started]
     finally:
         for process, *_ in started:

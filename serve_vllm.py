@@ -23,7 +23,7 @@ from itertools import chain
 import model
 from model import AUDIO, SAMPLE_RATE
 from support import engine, live, rows, transcripts  # before vllm, which reads what engine sets
-from support.cli import ArgumentParser, UserError, flag, run
+from support.cli import ArgumentParser, UserError, check_port, flag, run
 
 if __name__ == "__main__" and not engine.INSTALLED:  # one line of error, not vLLM's ImportError
     run(engine.check_installed)
@@ -189,6 +189,7 @@ def serve(args, vllm_flags: list[str]) -> None:
     named = "--model" in [f.split("=")[0] for f in vllm_flags]
     if named or (vllm_flags and not vllm_flags[0].startswith("-")):
         raise UserError("the model to serve is named by --ckpt")
+    check_port(args.host, args.port)
     folder = engine.servable(args.ckpt, args.encoder, args.llm)
     defaults = dict(model=folder, host=args.host, port=args.port, served_model_name="borealis",
                     limit_mm_per_prompt='{"audio": 1}') | engine.careful_settings()
@@ -206,7 +207,7 @@ def main() -> int | None:
     if not args.transcribe and not args.live:
         with engine.loading(args.ckpt):
             return serve(args, vllm_flags)
-    if args.transcribe and vllm_flags:
+    if vllm_flags and (args.transcribe or args.server):
         raise UserError(f"unknown flag {vllm_flags[0]}; vLLM's own flags are for the server")
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # file names may be bytes
     if args.transcribe:

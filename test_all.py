@@ -1705,16 +1705,20 @@ def test_offline_in_vllm(checkpoint, net, manifest, tmp_path, monkeypatch, capsy
 
 @needs_vllm
 @pytest.mark.parametrize("argv, says", [
-    ("--max_audio_seconds nan", "between"), ("--live nowhere.wav", "No such file"),
+    ("--max_audio_seconds nan", "between"), ("--live nowhere.wav", "no such file"),
     ("--transcribe nowhere.wav", "no file or folder"), ("--transcribe .", "files in ."),
-    ("--live - --transcribe a.wav", "not both"), ("--live .", "Is a directory"),
-    ("--live - --nonsense 1", "--nonsense"), ("--live - --ckpt nowhere", "no checkpoint in"),
+    ("--live - --transcribe a.wav", "not both"), ("--live .", "no such file"),
+    ("--live - --server x --y 1", "flag --y"), ("--live - --ckpt nowhere", "no checkpoint in"),
     ("--ckpt nowhere", "no checkpoint in"), ("--ckpt no/where", "cannot fetch"),
+    ("--live - --server http://127.0.0.1:9", "refused"), ("--transcribe . --x 1", "flag --x"),
+    ("--live - --server nowhere", "nowhere"), ("--port TAKEN", "already in use"),
     ("--live - --max_new_tokens 0", "at least 1"), ("--model x", "named by"), ("x", "named by")])
 def test_wrong_serving_flags(tmp_path, monkeypatch, capsys, argv, says):
     import serve_vllm
     monkeypatch.chdir(tmp_path)
-    code, _, err = exit_of(serve_vllm.main, monkeypatch, capsys, *argv.split())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        argv = argv.replace("TAKEN", str(taken.getsockname()[1]))
+        code, _, err = exit_of(serve_vllm.main, monkeypatch, capsys, *argv.split())
     assert is_one_line(code, err, says) and len(err.splitlines()) == 1
 
 def test_the_checkpoint_of_now_is_served(checkpoint, original, parts, tmp_path, monkeypatch):

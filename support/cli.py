@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import signal
+import socket
 import sys
 import time
 import typing
@@ -114,6 +115,10 @@ def check_out(folder: str | Path) -> None:
     place = next(p for p in Path(folder, "any").absolute().parents if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{place} is a file or not writable: choose another folder for results")
+
+def check_port(host: str, port: int) -> None:
+    with as_user_error(f"{host}:{port}: ", OSError, suffix="; choose another with --port"):
+        socket.create_server((host, port)).close()
 
 def replace_file(path: str | Path, write, *args) -> None:
     """write(temporary path, *args), then rename: there is the old file or the new, never half."""

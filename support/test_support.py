@@ -5,11 +5,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 import tracemalloc
 import weakref
 from dataclasses import replace
@@ -42,6 +40,7 @@ from conftest import HERE, PUBLISHED, A, M, exit_of, is_one_line, losses, newest
 from conftest import clip, flac, train_now, wav_bytes, write_manifest
 from support import banks, bench, compare, decoding, export, lora, meter, pauses, ranks, recipes
 
+from support import live as live_client  # isort: skip
 from support import report, tasks, tiny  # isort: skip
 from support import checkpoint as ckpt
 from support import corpus as spoken
@@ -895,13 +894,21 @@ def test_cuts_at_pauses(longest, n):
 
 WORDS = [f"слово{i}" for i in range(30)]
 
-def live(pieces, heard=lambda: None):
-    """A system listens that hears a word a tone; before it answers, it calls heard()."""
-    def answer(samples, waves):
-        heard()
-        loud = (waves[0][0].unfold(0, 800, 800).square().mean(1) > 1e-3).int()
-        return [(" ".join(WORDS[:(loud.diff() == 1).sum() + loud[0]]), 1, False)]
-    pauses.Live(answer, data.Sample("", [b""]), 160_000).run(pieces)
+def live(wave) -> list[str]:
+    """What a system says to it that hears a word a tone, as support/realtime.py asks it."""
+    phrases, said = pauses.Phrases(160_000), []
+    def decode(n, over=False):
+        loud = (phrases.phrase[:n // 800 * 800].reshape(-1, 800) ** 2).mean(1) > 1e-3
+        words = WORDS[:(np.diff(loud.astype(int)) == 1).sum() + loud[0]]
+        said.append(phrases.take(" ".join(words), n, over))
+    pieces = np.split(np.float32(wave), range(pauses.PIECE, len(wave), pauses.PIECE))
+    for i, piece in enumerate(pieces, 1):
+        phrases.add(piece)
+        while end := phrases.find_end(last=i == len(pieces)):
+            decode(end, over=True)
+        if phrases.due():
+            decode(len(phrases.phrase))
+    return said
 
 BEEP, GAP, REST = 0.3 * np.sin(np.arange(9600) * 0.2), np.zeros(2400), np.zeros(12800)
 @pytest.mark.parametrize("sounds, noise, lines", [
@@ -911,34 +918,15 @@ BEEP, GAP, REST = 0.3 * np.sin(np.arange(9600) * 0.2), np.zeros(2400), np.zeros(
     ([0.12 * BEEP, GAP, 0.12 * BEEP, GAP, BEEP, GAP, BEEP, REST], 0.0, [2]),
     ([REST, REST], 0.02, []), ([REST, BEEP], 0.001, [1]),
     ([REST, *[BEEP] * 20], 0.001, [1, 1])])  # longer than a phrase may be
-def test_live_prints_only_what_it_keeps(monkeypatch, capsys, sounds, noise, lines):
+def test_phrases_say_only_what_they_keep(sounds, noise, lines):
     """Nothing is taken back, each phrase ends with its pause, and a quiet room says nothing."""
-    wave, printed = np.concatenate(sounds), []
-    wave = wave + noise * np.random.default_rng(0).standard_normal(len(wave))
-    monkeypatch.setattr(pauses.time, "sleep", lambda _: threading.Event().wait(0.02))
-    live(pauses.in_real_time(torch.from_numpy(wave).float()),
-         lambda: printed.append(capsys.readouterr().out))
-    printed.append(capsys.readouterr().out)
-    assert "".join(printed) == "".join(" ".join(WORDS[:n]) + " \n" for n in lines)
-    early = [text for text in printed if text.strip() and "\n" not in text]
+    wave = np.concatenate(sounds)
+    said = live(wave + noise * np.random.default_rng(0).standard_normal(len(wave)))
+    assert "".join(said) == "".join(" ".join(WORDS[:n]) + "\n" for n in lines)
+    early = [text for text in said if text and "\n" not in text]
     assert early or len(sounds) < 9  # words before the phrase is over
 
-def test_live_ends_on_ctrl_c_with_all_that_was_heard(capsys):
-    """In the middle of a pass; what comes during that is decoded at once. The microphone is on."""
-    before, passes = signal.getsignal(signal.SIGINT), []
-    def microphone():
-        yield from np.tile(np.float32([*BEEP, *GAP]), 10).reshape(15, 8000)
-        threading.Event().wait()
-    def interrupt():
-        passes.append(1)
-        if len(passes) == 1:
-            time.sleep(0.3)
-            os.kill(os.getpid(), signal.SIGINT)
-    live(microphone(), interrupt)
-    assert capsys.readouterr().out.split() == WORDS[:10] and len(passes) <= 4
-    assert signal.getsignal(signal.SIGINT) == before
-
-def test_live_reads_raw_samples_as_they_drip_in():
+def test_raw_samples_as_they_drip_in(monkeypatch):
     samples, (read, write) = np.arange(-10000, 10001, dtype="<i2"), os.pipe()
     sent = samples.tobytes() + b"x"
     def drip():
@@ -946,10 +934,8 @@ def test_live_reads_raw_samples_as_they_drip_in():
             os.write(write, sent[i:i + 3001])
         os.close(write)
     threading.Thread(target=drip).start()
-    with open(read, "rb") as file:
-        heard = list(pauses.from_pcm(file))
-    assert [len(p) for p in heard] == [8000, 8000, 4001]
-    assert np.array_equal(np.concatenate(heard) * 32768, samples.astype(np.float32))
+    heard = list(live_client.from_pcm(read))
+    assert [len(p) for p in heard] == [3200] * 12 + [1602] and b"".join(heard) == samples.tobytes()
 
 def test_the_walk_names_what_exists():
     walk = (HERE / "docs" / "WALK.md").read_text()

@@ -122,8 +122,9 @@ def transcribe(answer, window: int, batch_size: int, cfg: Config) -> None:
             segments, at = [], 0.0
             for piece, (text, _, cut) in zip(pieces, parts, strict=False):
                 segments.append(word_times(piece, pauses.without_thoughts(text), at))
-                at += len(piece) / SAMPLE_RATE
-                bar.update(len(piece) / SAMPLE_RATE)
+                seconds = len(piece) / SAMPLE_RATE
+                bar.total, at = max(bar.total, bar.n + seconds), at + seconds
+                bar.update(seconds)
                 row |= {"cut": True} if cut else {}
             segments = [words for words in segments if words]
             if "error" in row:
