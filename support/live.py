@@ -2,8 +2,6 @@
 import base64
 import json
 import os
-import queue
-import signal
 import socket
 import subprocess
 import sys
@@ -45,21 +43,6 @@ def in_real_time(samples: np.ndarray) -> Iterator[bytes]:
         time.sleep(max(0, start + min(i + CHUNK, len(samples)) / SAMPLE_RATE - time.monotonic()))
         yield samples[i:i + CHUNK].tobytes()
 
-def until_interrupted(pieces: Iterable[bytes], waiting: queue.SimpleQueue) -> Iterator[bytes]:
-    """Pieces read by a thread, until None waits: after the last, or at Ctrl-C, which is how a
-    microphone ends (a second one stops). SimpleQueue: a signal may interrupt put() with put()."""
-    def read():
-        for piece in pieces:
-            waiting.put(piece)
-        waiting.put(None)
-    def stop(*_):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        waiting.put(None)
-    before = signal.signal(signal.SIGINT, stop)
-    threading.Thread(target=read, daemon=True).start()
-    yield from iter(waiting.get, None)
-    signal.signal(signal.SIGINT, before)
-
 @contextmanager
 def own_server(command: list[str]):
     """Runs it on a free port -> its address, once it is ready; UserError where it ends."""
@@ -89,11 +72,11 @@ def follow(pieces: Iterable[bytes], url: str, model: str = "borealis") -> None:
     """Print what the server at `url` hears, a line a phrase. Raises UserError."""
     from websockets.exceptions import WebSocketException
     from websockets.sync.client import connect
-    key, address = os.environ.get("OPENAI_API_KEY"), "ws" + url.removeprefix("http").rstrip("/")
-    headers, failed = {"Authorization": f"Bearer {key}"} if key else {}, []
-    waiting = queue.SimpleQueue()
-    with as_user_error(f"{url}: ", WebSocketException, OSError, ValueError), connect(
-            f"{address.removesuffix('/v1')}/v1/realtime", additional_headers=headers) as server:
+    address = "ws" + url.rstrip("/").removesuffix("/v1").removeprefix("http") + "/v1/realtime"
+    key, failed = os.environ.get("OPENAI_API_KEY"), []
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with (as_user_error(f"{url}: ", WebSocketException, OSError, ValueError),
+          connect(address, additional_headers=headers) as server):
         def send(**event):
             server.send(json.dumps(event))
         def listen():
@@ -104,15 +87,16 @@ def follow(pieces: Iterable[bytes], url: str, model: str = "borealis") -> None:
                         raise ValueError(event["error"])
             except (ValueError, WebSocketException, BrokenPipeError) as e:
                 failed.append(e)
-            waiting.put(None)
         listener = threading.Thread(target=listen)
         listener.start()
         send(type="session.update", model=model)
         send(type="input_audio_buffer.commit")
-        for piece in until_interrupted(pieces, waiting):
-            send(type="input_audio_buffer.append", audio=base64.b64encode(piece).decode())
-        if not failed:
-            send(type="input_audio_buffer.commit", final=True)
+        with suppress(KeyboardInterrupt):  # which is how a microphone ends
+            for piece in pieces:
+                if failed:
+                    break
+                send(type="input_audio_buffer.append", audio=base64.b64encode(piece).decode())
+        send(type="input_audio_buffer.commit", final=True)
         listener.join()
         if failed:
             raise failed[0]

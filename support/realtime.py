@@ -14,38 +14,21 @@ from vllm.entrypoints.speech_to_text.realtime import connection, protocol
 from vllm.entrypoints.speech_to_text.transcription.api_router import router
 from vllm.sampling_params import RequestOutputKind
 
-from model import SAMPLE_RATE
 from support import pauses, uploads
 from support.cli import first_line
 
 GREEDY = dict(temperature=0, max_tokens=256, output_kind=RequestOutputKind.FINAL_ONLY)
-AHEAD = 60 * SAMPLE_RATE    # samples that may wait; who sends more is read no faster than heard
-
-class Sound(asyncio.Queue):
-    """Of arrays; None ends a session. asyncio lets subclasses replace _put() and _get()."""
-    samples = 0
-    def _put(self, item):
-        super()._put(item)
-        self.samples += 0 if item is None else len(item)
-
-    def _get(self):
-        item = super()._get()
-        self.samples -= 0 if item is None else len(item)
-        return item
+AHEAD = 1000  # pieces of sound that may wait; who sends more is read no faster than heard
 
 class Connection(connection.RealtimeConnection):
     """vLLM's, which reads the events into a queue; all that is ours is what becomes of them."""
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.audio_queue = Sound()
-
     async def handle_event(self, event) -> None:
         if not isinstance(event, dict):
             return await self.send_error("an event is a JSON object", "invalid_event")
-        if self.audio_queue.samples > AHEAD and not self.generation_task:
-            return await self.send_error("too much audio before a commit", "invalid_event")
+        if self.audio_queue.qsize() >= AHEAD and not self.generation_task:
+            return await self.send_error("audio waits for a first commit", "invalid_event")
         await super().handle_event(event)
-        while self.audio_queue.samples > AHEAD and not self.generation_task.done():
+        while self.audio_queue.qsize() >= AHEAD and not self.generation_task.done():
             await asyncio.sleep(0.05)
 
     async def start_generation(self) -> None:
