@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import data
+import eval as evaluation
 import model as nb
 from conftest import HERE, exit_of, is_one_line, needs_vllm, start, tone, wait_for, wav_bytes
 from support import pauses, rows, subtitles, tiny, transcripts
@@ -372,3 +373,32 @@ def test_live_is_a_client_of_the_socket(heard, sentences, tmp_path):
     out, _ = microphone.communicate(timeout=60)
     assert out.decode() == lines(sentences[2:3]) and microphone.returncode == 0
     assert file.communicate(timeout=60)[0].decode() == lines(sentences[:1])
+
+@needs_vllm
+@pytest.mark.heavy
+@pytest.mark.skipif(not (HERE / "out" / "results.json").exists(), reason="make demo comes first")
+def test_books_are_heard_live_as_well_as_in_files(tmp_path):
+    """WER of 150 sentences in real time, eight at once, and of the same as files: within 10 %."""
+    server = process, *_, client = start(tmp_path, "--ckpt", HERE / "out")
+    samples = evaluation.embedded_split("ru", "books", 150, 0)
+    address = f"ws://127.0.0.1:{client.base_url.port}/v1/realtime"
+    def live(sample):
+        speaker = Speaker(address)
+        speaker.say(sample.audio[0], pace=1)
+        return speaker.end()
+    def as_file(sample):
+        file = "a.wav", wav_bytes(sample.audio[0])
+        return client.audio.transcriptions.create(model="borealis", file=file).text
+    def wer(hear):
+        with ThreadPoolExecutor(8) as pool:
+            pairs = zip(samples, pool.map(hear, samples), strict=True)
+        counts = [evaluation.edits(*map(evaluation.normalise, (s.answer, h))) for s, h in pairs]
+        return float(evaluation.percent(np.array(counts)))
+    try:
+        wait_for(*server)
+        files, lives = wer(as_file), wer(live)
+    finally:
+        process.terminate()
+        process.wait(60)
+    print(f"WER of files {files:.2f}, live {lives:.2f}")
+    assert lives <= 1.1 * files
