@@ -55,13 +55,12 @@ def from_table(effects: dict) -> AugmentConfig:
     return AugmentConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in effects.items()})
 
 STAGES = TABLES["stages"]  # the original's: {effect: [light, intense, heavy]}
-COLUMNS = [dict(zip(STAGES, column, strict=True)) for column in zip(*STAGES.values(), strict=True)]
-LIGHT, INTENSE, HEAVY = map(from_table, COLUMNS)
+LIGHT, INTENSE, HEAVY = (from_table(dict(zip(STAGES, column, strict=True)))
+                         for column in zip(*STAGES.values(), strict=True))
 # The curriculum changes at these epochs, or where train.py --curriculum says.
-CURRICULUM = [AugmentationStage(0, AugmentConfig(touched=0), "clean"),
-              AugmentationStage(1, LIGHT, "light"),
-              AugmentationStage(3, INTENSE, "intense"),
-              AugmentationStage(4, HEAVY, "heavy")]
+CURRICULUM = [AugmentationStage(*stage) for stage in (
+    (0, AugmentConfig(touched=0), "clean"), (1, LIGHT, "light"), (3, INTENSE, "intense"),
+    (4, HEAVY, "heavy"))]
 # What makes two of the six evaluation splits out of clean speech, with noises of their own.
 HARD = {name: from_table(effects) for name, effects in TABLES["hard"].items()}
 
@@ -134,9 +133,8 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
         top = share[0] * np.abs(x).max()
         x = np.clip(x, -top, top) / np.float32(share[0])
     if kbps := draw(config.codec, rng):
-        which, half = rng.random() - config.opus, config.phone / 2
-        kind = ("opus" if which < 0 else "gsm" if which < half else
-                "mu-law" if which < config.phone else "mp3")
+        shares = config.opus, config.phone / 2, config.phone / 2
+        kind = rng.choice(["opus", "gsm", "mu-law", "mp3"], p=[*shares, max(0, 1 - sum(shares))])
         x = sound.codec(x, *kbps, kind, line_rate(config, filters))
     return sound.limit(x)
 

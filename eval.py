@@ -20,6 +20,7 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import transformers
+from transformers.data.metrics.squad_metrics import compute_f1
 
 from augment import HARD, augment
 from data import embedded, read_manifest
@@ -83,7 +84,7 @@ def grade(row: dict, task: str, normalizer: str) -> dict:
     if task == "asr":
         counts = dict(wer=edits(ref, hyp), cer=edits(ref, hyp, jiwer.process_characters))
     elif task == "qa":
-        counts = dict(em=[float(ref == hyp), 1], f1=[tasks.token_f1(ref, hyp), 1])
+        counts = dict(em=[float(ref == hyp), 1], f1=[compute_f1(ref, hyp), 1])
     else:
         answer = tasks.extract_answer(row["hypothesis"], row["split"])
         counts = dict(accuracy=[float(answer == row["reference"].lower()), 1])
