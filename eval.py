@@ -220,11 +220,9 @@ def main():
         return tasks.answer_one(model, cfg.audio, cfg.prompt, cfg.max_new_tokens)
     trained_on = checkpoint.training_config(cfg.ckpt)
     name = trained_on.get("preset", Path(cfg.ckpt).resolve().name)
-    load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)
-    early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
+    splits = decoding.first_rank_first(load_splits, cfg, trained_on)
     ours = tasks.open_ours(cfg, native, name, device)
     weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
-    splits = early or load()
     asked = [ours, *tasks.open_baseline(cfg, name, trained_on.get("lang"), device)]
     answers = tasks.answer_all(cfg, asked, splits, out)  # {system: rows}
     if decoding.RANK > 0:
