@@ -67,8 +67,7 @@ def noise_at(noise: np.ndarray, power: float, snr_db: float) -> np.ndarray:
 
 def draw_noise(speech: np.ndarray, n: int, config: AugmentConfig, rng: Generator, noises: list):
     """One source or several, each at an SNR of its own below the speech -> (n,), or None."""
-    snr = draw(config.noise, rng)
-    if not snr:
+    if not (snr := draw(config.noise, rng)):
         return None
     total, power = 0, np.mean(np.square(speech))
     for _ in range(1 + extra(config.more_noise, rng)):
