@@ -22,9 +22,8 @@ from support.recipes import TABLES
 
 # ---- What may happen
 class AugmentConfig(SimpleNamespace):
-    """Of each effect (probability, from, to, from, to, ...): noise=(0.75, 10, 25) is an SNR of 10
-    to 25 dB in three clips of four. The rest is as in [effects] of support/recipes.toml, which
-    lists all with their units: the post's ranges, but off."""
+    """Of each effect (probability, from, to, from, to, ...). What is not given is as in [effects]
+    of support/recipes.toml, which lists all of them, with units: the post's ranges, but off."""
     def __init__(self, **given):
         assert given.keys() <= TABLES["effects"].keys(), f"no such effects in {[*given]}"
         effects = TABLES["effects"] | given

@@ -200,16 +200,14 @@ def record(rows: list, what: str, batch: int | None, call, rounds: int = 0) -> f
 def time_answers(rows: list, what: str, args, counts: tuple) -> None:
     """So many recordings at once. what: "vllm", or else as eval.py does. Raises UserError."""
     *shapes, seconds, tokens = SIZES[args.size]
+    model, one = random_model(*shapes, args.dtype), None
+    answer = evaluation.native(model, tokens)
     if what == "vllm":
         engine.check_installed()
-    model, one = random_model(*shapes, args.dtype), None
-    if what != "vllm":
-        answer = evaluation.native(model, tokens)
-    else:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(f"{folder}/ckpt")
             model.tokenizer.save_pretrained(f"{folder}/ckpt")
-            del model  # vLLM collects the garbage
+            del model, answer  # vLLM collects the garbage
             export.export(f"{folder}/ckpt", f"{folder}/hf")
             answer = engine.Offline(f"{folder}/hf", tokens, max_num_seqs=counts[-1],
                                     max_model_len=2048, dtype=args.dtype)

@@ -116,17 +116,14 @@ def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> 
     settings = dict(TABLES["codecs"][kind])
     rate, levels = settings.pop("rate", rate), settings.pop("levels", None)
     x = fit(wave, max(len(wave), SAMPLE_RATE // 10))       # MP3 wants a few frames at least
-    if rate != SAMPLE_RATE:
-        x = resampler(SAMPLE_RATE, rate)(torch.from_numpy(x)).numpy()
+    x = resampler(SAMPLE_RATE, rate)(torch.from_numpy(x)).numpy()  # at the same rate: as it was
     if levels:  # [at 16 kHz, below it]; libsndfile's level 1 is `low` kbit/s, its 0 is `high`
         least, low, high = levels[rate < SAMPLE_RATE]
         settings["compression_level"] = (high - np.clip(kbps, least, high)) / (high - low)
     buffer = io.BytesIO()
     soundfile.write(buffer, limit(x), rate, **settings)
     x, _ = soundfile.read(io.BytesIO(buffer.getvalue()), dtype="float32")
-    if rate != SAMPLE_RATE:
-        x = resampler(rate, SAMPLE_RATE)(torch.from_numpy(x)).numpy()
-    return fit(x, len(wave))
+    return fit(resampler(rate, SAMPLE_RATE)(torch.from_numpy(x)).numpy(), len(wave))
 
 def plot_mels(mels: dict, path: str) -> None:
     """{name: log-mel (M, F)} -> one picture of them all, small enough for a README."""
