@@ -185,7 +185,9 @@ def optimizer_share(name: str) -> dict:  # what a tiny model's step is made of: 
     model = random_model(*TINY)
     step, optimizers = make_step(train.TrainConfig(optimizer=name), model)
     batch = make_batch(model, 16, 16)
-    parts = {"step": partial(step, batch), "optimizer": lambda: [o.step() for o in optimizers]}
+    parts = {"step": partial(step, batch),
+             "gradients": partial(train.backward, model, batch["micro"], 1, 1, model.device),
+             "optimizer": lambda: [optimizer.step() for optimizer in optimizers]}
     row = {f"{key}, ms": 1000 * s for key, s in take_turns(parts, 20).items()}
     share = 100 * row["optimizer, ms"] / row["step, ms"]
     return {"tiny, batch 16": name} | row | {"optimizer's share, %": share}
