@@ -6,8 +6,9 @@
 Thirteen effects, in nearly the world's order: the speaker (pitch, speed), noise, the room, filters
 (EQ to telephony), gain, Gaussian noise, clipping, the codec; and on the mel, SpecAugment."""
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import soundfile
@@ -20,29 +21,13 @@ from support.cli import ArgumentParser, UserError, as_user_error, check_out, rep
 from support.recipes import TABLES
 
 # ---- What may happen
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Of each effect (probability, from, to, from, to, ...): the post's ranges, but all off."""
-    touched: float = 1.0                           # share of clips with effects on the sound
-    pitch: tuple = (0, -4, 4)                      # semitones; the length stays
-    speed: tuple = (0, 0.8, 1.2)                   # a rate change: the pitch moves along
-    noise: tuple = (0, 18, 28)                     # SNR in dB, by mean power over the whole clip
-    more_noise: tuple = (0, 1, 1)                  # so many more sources, if there is noise
-    room: tuple = (0,)                             # convolution with an impulse response
-    more_room: tuple = (0, 1, 1)
-    eq: tuple = (0,) + 7 * (-6, 6)                 # dB in each of seven bands
-    band_pass: tuple = (0, 150, 350, 3200, 5200)   # Hz: lower edge, upper edge
-    gain: tuple = (0, -3, 3)                       # dB
-    gaussian: tuple = (0, 0.001, 0.015)            # std of the microphone's noise; full scale is 1
-    clipping: tuple = (0, 0.82, 0.95)              # share of the peak
-    resample: tuple = (0, 14000, 16000)            # Hz, there and back; the post says up to 20 kHz
-    telephony: tuple = (0, 8000, 12000, 180, 180, 4200, 4200)  # Hz: rate, lower edge, upper edge
-    codec: tuple = (0, 96, 160)                    # kbit/s
-    codec_rate: int = SAMPLE_RATE                  # Hz; 8000 or 12000 where the line has no more
-    opus: float = 0.5                              # share of Opus among codecs
-    phone: float = 0.0                             # of phones': GSM, as often mu-law; the rest: MP3
-    mask: tuple = (0, 0, 2, 0, 2)                  # SpecAugment, on any clip: bands, stretches
-    mask_width: tuple = (27, 100)                  # at most so many mel bins, so many frames
+class AugmentConfig(SimpleNamespace):
+    """Of each effect (probability, from, to, from, to, ...). What is not given is as in [effects]
+    of support/recipes.toml, which lists all of them, with units: the post's ranges, but off."""
+    def __init__(self, **given):
+        assert given.keys() <= TABLES["effects"].keys(), f"no such effects in {[*given]}"
+        effects = TABLES["effects"] | given
+        super().__init__(**{k: tuple(v) if isinstance(v, list) else v for k, v in effects.items()})
 
 @dataclass(frozen=True)
 class AugmentationStage:
@@ -50,20 +35,15 @@ class AugmentationStage:
     config: AugmentConfig
     name: str = ""
 
-def from_table(effects: dict) -> AugmentConfig:
-    """Effects of recipes.toml, where tuples are lists."""
-    return AugmentConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in effects.items()})
-
 STAGES = TABLES["stages"]  # the original's: {effect: [light, intense, heavy]}
-COLUMNS = [dict(zip(STAGES, column, strict=True)) for column in zip(*STAGES.values(), strict=True)]
-LIGHT, INTENSE, HEAVY = map(from_table, COLUMNS)
+LIGHT, INTENSE, HEAVY = (AugmentConfig(**dict(zip(STAGES, column, strict=True)))
+                         for column in zip(*STAGES.values(), strict=True))
 # The curriculum changes at these epochs, or where train.py --curriculum says.
-CURRICULUM = [AugmentationStage(0, AugmentConfig(touched=0), "clean"),
-              AugmentationStage(1, LIGHT, "light"),
-              AugmentationStage(3, INTENSE, "intense"),
-              AugmentationStage(4, HEAVY, "heavy")]
+CURRICULUM = [AugmentationStage(*stage) for stage in (
+    (0, AugmentConfig(touched=0), "clean"), (1, LIGHT, "light"), (3, INTENSE, "intense"),
+    (4, HEAVY, "heavy"))]
 # What makes two of the six evaluation splits out of clean speech, with noises of their own.
-HARD = {name: from_table(effects) for name, effects in TABLES["hard"].items()}
+HARD = {name: AugmentConfig(**effects) for name, effects in TABLES["hard"].items()}
 
 def draw(effect: tuple, rng: Generator) -> list[float] | None:
     """(p, from, to, ...) -> the drawn parameters with probability p, else None."""
@@ -86,8 +66,7 @@ def noise_at(noise: np.ndarray, power: float, snr_db: float) -> np.ndarray:
 
 def draw_noise(speech: np.ndarray, n: int, config: AugmentConfig, rng: Generator, noises: list):
     """One source or several, each at an SNR of its own below the speech -> (n,), or None."""
-    snr = draw(config.noise, rng)
-    if not snr:
+    if not (snr := draw(config.noise, rng)):
         return None
     total, power = 0, np.mean(np.square(speech))
     for _ in range(1 + extra(config.more_noise, rng)):
@@ -134,9 +113,8 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
         top = share[0] * np.abs(x).max()
         x = np.clip(x, -top, top) / np.float32(share[0])
     if kbps := draw(config.codec, rng):
-        which, half = rng.random() - config.opus, config.phone / 2
-        kind = ("opus" if which < 0 else "gsm" if which < half else
-                "mu-law" if which < config.phone else "mp3")
+        shares = config.opus, config.phone / 2, config.phone / 2
+        kind = rng.choice(["opus", "gsm", "mu-law", "mp3"], p=[*shares, max(0, 1 - sum(shares))])
         x = sound.codec(x, *kbps, kind, line_rate(config, filters))
     return sound.limit(x)
 
@@ -188,8 +166,8 @@ class Augmenter:
 # ---- Listen
 def examples() -> dict[str, AugmentConfig]:
     """{name: config} of all there is to hear: each effect alone, each stage, each hard split."""
-    alone = {f.name: (1, *f.default[1:]) for f in fields(AugmentConfig)
-             if f.type is tuple and f.name not in ("more_noise", "more_room", "mask_width")}
+    alone = {name: (1, *effect[1:]) for name, effect in vars(AugmentConfig()).items()
+             if isinstance(effect, tuple) and name not in ("more_noise", "more_room", "mask_width")}
     kbps = alone.pop("codec")
     return {
         "before": AugmentConfig(),

@@ -19,7 +19,9 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
+import regex
 import transformers
+from transformers.data.metrics.squad_metrics import compute_f1
 
 from augment import HARD, augment
 from data import embedded, read_manifest
@@ -60,12 +62,10 @@ class EvalConfig:
 # ---- Text, normalised: what is compared
 def normalise(text: str) -> str:
     """As WER compares it: NFC, lower case, ё -> е (й stays); digits stay; кто-то is two words."""
-    kept = []
-    for c in unicodedata.normalize("NFC", text).lower().replace("ё", "е"):
-        kind = unicodedata.category(c)  # P: punctuation, S: symbols, Cf: invisible, as soft hyphens
-        if kind != "Cf" and c not in "\u0301'’ʼ`":  # the stress mark of за́мок, apostrophes
-            kept.append(" " if kind[0] in "PS" else c)
-    return " ".join("".join(kept).split())
+    text = unicodedata.normalize("NFC", text).lower().replace("ё", "е")
+    # Gone are the invisible, as soft hyphens, the stress mark of за́мок, and apostrophes.
+    text = regex.sub(r"[\p{Cf}\u0301'’ʼ`]", "", text)
+    return " ".join(regex.sub(r"[\p{P}\p{S}]", " ", text).split())
 
 def normalise_as_the_post(text: str) -> str:  # кто-то is ктото; « » — … and ё stay
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
@@ -83,7 +83,7 @@ def grade(row: dict, task: str, normalizer: str) -> dict:
     if task == "asr":
         counts = dict(wer=edits(ref, hyp), cer=edits(ref, hyp, jiwer.process_characters))
     elif task == "qa":
-        counts = dict(em=[float(ref == hyp), 1], f1=[tasks.token_f1(ref, hyp), 1])
+        counts = dict(em=[float(ref == hyp), 1], f1=[compute_f1(ref, hyp), 1])
     else:
         answer = tasks.extract_answer(row["hypothesis"], row["split"])
         counts = dict(accuracy=[float(answer == row["reference"].lower()), 1])

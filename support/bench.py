@@ -1,11 +1,5 @@
-"""support/bench.py -- speeds of random weights, as ratios to something measured in the same run.
-    python -m support.bench gpu       # full size on one GPU: training, saving, answers; gpu.json
-    python -m support.bench memory    # what full size needs, on paper: memory and FLOPs
-    python -m support.bench augment   # seconds of audio a second on a core, beside audiomentations
-    python -m support.bench train     # a training step, beside transformers' Trainer
-    python -m support.bench generate  # answers in batches, beside one by one
-    python -m support.bench serve     # vLLM, beside our own generation
-"""
+"""support/bench.py -- speeds of random weights, as ratios to something measured in the same run:
+python -m support.bench gpu, memory, augment, train, generate or serve; --help says what each is."""
 import gc
 import json
 import os
@@ -71,35 +65,34 @@ def theirs(c: AugmentConfig, folder: str):  # a second noise or room comes on av
     """The same by audiomentations; the codecs that it lacks are ours, resampling is soxr's."""
     import audiomentations as A
     import soxr
-    rng = np.random.default_rng(0)
+    mean, rate, rng = np.mean, c.codec_rate, np.random.default_rng(0)
     def trip(x, rate, low, high, there=lambda x, rate: x):
         other = round(rng.uniform(low, high))
         return soxr.resample(there(soxr.resample(x, rate, other), other), other, rate)
-    def band(low, low2, high, high2, p=1.0):
-        low, high = (low + low2) / 2, (high + high2) / 2
+    def band(p, *edges):  # Hz: of the lower one from, to, of the upper one
+        low, high = mean(edges[:2]), mean(edges[2:])
         centre, width = (low + high) / 2, 2 * (high - low) / (high + low)
         return A.BandPassFilter(centre, centre, width, width, p=p)
-    coded, rate = c.codec[0], c.codec_rate
     def ours(x, _, kind):
-        return sound.codec(x, np.mean(c.codec[1:]), kind, rate)
-    top = 160 if rate == SAMPLE_RATE else 64  # MP3's kbit/s
-    lame = A.Mp3Compression(*(min(round(kbps), top) for kbps in c.codec[1:]), p=1)
+        return sound.codec(x, mean(c.codec[1:]), kind, rate)
+    kbps = np.minimum(c.codec[1:], 160 if rate == SAMPLE_RATE else 64)  # MP3 has no more
+    codecs = {"opus": c.opus, "gsm": c.phone / 2, "mu-law": c.phone / 2}
     return A.Compose([
         A.PitchShift(*c.pitch[1:], p=c.pitch[0]),
         A.TimeStretch(*c.speed[1:], leave_length_unchanged=False, p=c.speed[0]),
         A.Compose([A.AddBackgroundNoise(f"{folder}/noises", *c.noise[1:], p=p)
-                   for p in (1, c.more_noise[0] * np.mean(c.more_noise[1:]))], p=c.noise[0]),
+                   for p in (1, c.more_noise[0] * mean(c.more_noise[1:]))], p=c.noise[0]),
         A.Compose([A.ApplyImpulseResponse(f"{folder}/rooms", p=p)
-                   for p in (1, c.more_room[0] * np.mean(c.more_room[1:]))], p=c.room[0]),
-        A.SevenBandParametricEQ(*c.eq[1:3], p=c.eq[0]), band(*c.band_pass[1:], p=c.band_pass[0]),
+                   for p in (1, c.more_room[0] * mean(c.more_room[1:]))], p=c.room[0]),
+        A.SevenBandParametricEQ(*c.eq[1:3], p=c.eq[0]), band(*c.band_pass),
         A.Gain(*c.gain[1:], p=c.gain[0]), A.AddGaussianNoise(*c.gaussian[1:], p=c.gaussian[0]),
         A.ClippingDistortion(0, 5, p=c.clipping[0]),
         A.Lambda(trip, p=c.resample[0], low=c.resample[1], high=c.resample[2]),
         A.Compose([A.Lambda(trip, p=1, low=c.telephony[1], high=c.telephony[2]),
-                   band(*c.telephony[3:])], p=c.telephony[0]),
-        A.Lambda(trip, coded * (1 - c.opus - c.phone), low=rate, high=rate, there=lame),
-        *(A.Lambda(ours, p=coded * share, kind=kind) for kind, share in (
-            ("opus", c.opus), ("gsm", c.phone / 2), ("mu-law", c.phone / 2)))], p=c.touched)
+                   band(1, *c.telephony[3:])], p=c.telephony[0]),
+        A.Lambda(trip, c.codec[0] * (1 - c.opus - c.phone), low=rate, high=rate,
+                 there=A.Mp3Compression(*map(int, kbps), p=1)),
+        *(A.Lambda(ours, c.codec[0] * p, kind=kind) for kind, p in codecs.items())], p=c.touched)
 
 def bench_augment(args):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -131,7 +124,6 @@ def bench_augment(args):
 TEXT, LABELS = 160, 100  # tokens of text in a row, and how many of them are its answer
 ACCUMULATION, STEPS, MAX_TEXT = 2, 3, 1024  # one step is not counted; the original pads texts
 LORA = dict(rank=64, alpha=128, dropout=0.0)
-LLM = dict(hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, intermediate_size=3072)
 RUNGS = ("Trainer, the original's way", f"+ no padding to {MAX_TEXT}",
          "+ logits at label positions only", "a step of train.py")
 
@@ -158,7 +150,7 @@ def loss_of_all(outputs, labels, num_items_in_batch):  # as the original: of all
     return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 def climb(rung: int) -> dict:  # some steps with the first `rung` savings -> a row of the table
-    model = lora.prepare(random_model(WHISPER_TINY, LLM).cpu(), "lora", LORA)
+    model = lora.prepare(random_model(WHISPER_TINY, TABLES["llm_trainer"]).cpu(), "lora", LORA)
     batch, stamps = make_batch(model, ACCUMULATION, 1), []
     row = batch["micro"][0]
     if rung == 0:
@@ -210,16 +202,14 @@ def record(rows: list, what: str, batch: int | None, call, rounds: int = 0) -> f
 def time_answers(rows: list, what: str, args, counts: tuple) -> None:
     """So many recordings at once. what: "vllm", or else as eval.py does. Raises UserError."""
     *shapes, seconds, tokens = SIZES[args.size]
+    model, one = random_model(*shapes, args.dtype), None
+    answer = evaluation.native(model, tokens)
     if what == "vllm":
         engine.check_installed()
-    model, one = random_model(*shapes, args.dtype), None
-    if what != "vllm":
-        answer = evaluation.native(model, tokens)
-    else:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(f"{folder}/ckpt")
             model.tokenizer.save_pretrained(f"{folder}/ckpt")
-            del model  # vLLM collects the garbage
+            del model, answer  # vLLM collects the garbage
             export.export(f"{folder}/ckpt", f"{folder}/hf")
             answer = engine.Offline(f"{folder}/hf", tokens, max_num_seqs=counts[-1],
                                     max_model_len=2048, dtype=args.dtype)
@@ -245,9 +235,8 @@ def time_training(rows: list, what: str, args) -> None:
         s = record(rows, what, micro, partial(step, batch), rounds=2)
         tokens = batch["micro"][0]["input_ids"].numel()
         paper = sum(meter.memory(model, tokens, micro * LABELS, cfg.grad_checkpoint).values())
-        rows[-1] |= dict(samples_per_s=batch["windows"] / s, mfu=None, memory_gb=None)
-        rows[-1] |= meter.speed(model, batch, s, 1, model.device)
-        rows[-1]["paper_gb"] = paper / 1e9 if DEVICE == "cuda" else None
+        measured = meter.speed(model, batch, s, 1, model.device)
+        rows[-1] |= dict(samples_per_s=batch["windows"] / s, **measured, paper_gb=paper / 1e9)
     if what == "train":
         with tempfile.TemporaryDirectory() as out:
             saver = storage.Saver(Path(out), keep=1, rank=0)
@@ -314,12 +303,10 @@ def bench_memory(args):
     flops = meter.step_flops(full_size("lora"), n * length, n * length**2, 0.9 * n, n * LABELS)
     print(f"\n{flops / 1e15:.2f} PFLOP a step of {n} rows of {length} tokens, 90 % with audio")
 
-BENCHES = {"gpu": bench_gpu, "memory": bench_memory, "augment": bench_augment,
-           "train": bench_train, "generate": bench_generate, "serve": bench_serve}
-
 def main() -> None:
     parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")
-    parser.add_argument("what", choices=BENCHES)
+    listed = ". ".join(f"{name}: {what}" for name, what in TABLES["benches"].items())
+    parser.add_argument("what", choices=TABLES["benches"], help=listed.replace("%", "%%"))
     parser.add_argument("--size", "--random_size", choices=SIZES, help="5b for gpu, 110m for serve")
     parser.add_argument("--out", default="gpu.json", help="for gpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="for generate and serve")
@@ -328,7 +315,7 @@ def main() -> None:
     usual = "bfloat16" if DEVICE == "cuda" or args.what == "serve" else "float32"
     args.dtype = getattr(torch, args.dtype or usual)
     try:
-        BENCHES[args.what](args)
+        globals()[f"bench_{args.what}"](args)
     except ModuleNotFoundError as e:
         raise cli.UserError(f"{e.name} is missing: see support/requirements-bench.txt") from None
 

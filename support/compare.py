@@ -56,7 +56,7 @@ def published(columns: list[str]) -> list[tuple]:
     return runs
 
 def table(columns: list[str], runs: list[tuple]) -> str:
-    return markdown(["Run", "Steps", *columns, "Avg"], [[*r[:2], *map(plain, r[2])] for r in runs])
+    return markdown([[*r[:2], *map(plain, r[2])] for r in runs], ["Run", "Steps", *columns, "Avg"])
 
 def differences(columns: list[str], scores: dict[str, tuple]) -> list[str]:
     """{name: what score() of eval.py returns} -> their differences, explained."""
@@ -65,7 +65,7 @@ def differences(columns: list[str], scores: dict[str, tuple]) -> list[str]:
         gaps, draws = (x - y for x, y in zip(scores[a], scores[b], strict=True))
         rows.append([f"{a} - {b}", *(f"{x:+.2f} ({p_value(some):.3f})" if np.isfinite(x) else "-"
                                      for x, some in zip(gaps, draws, strict=True))])
-    return [NOTES["p_values"].format(len(draws.T)), markdown(["Difference", *columns, "Avg"], rows)]
+    return [NOTES["p_values"].format(len(draws.T)), markdown(rows, ["Difference", *columns, "Avg"])]
 
 def compare(folders: list[str], grade, score, normalizer: str, out: Path):
     """Writes table.md, best runs first, and heatmap.png. grade and score are those of eval.py."""

@@ -1,5 +1,6 @@
 """support/report.py -- what eval.py writes: tables, kinds of errors, worst utterances, a chart."""
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from support.recipes import TABLES
 from support.tasks import TASKS, TITLES
 
 NOTES, KINDS = TABLES["notes"], TABLES["kinds"]  # {kind of error: which ones, out of what}
+COUNTS = "sub", "del", "ins", "words", "samples", "failed"
 
 def by_split(rows: list[dict]) -> dict[str, list[dict]]:
     splits = dict.fromkeys(r["split"] for r in rows)
@@ -19,14 +21,9 @@ def by_split(rows: list[dict]) -> dict[str, list[dict]]:
 
 def longest_loop(words: list[str] | str) -> int:
     """Words or letters, 4 or more, in the longest stretch that says a phrase (up to 30) thrice."""
-    longest = 0
-    for size in range(1, min(30, len(words) // 3) + 1):
-        same = 0  # words in a row that equal the one a phrase earlier
-        for i in range(size, len(words)):
-            same = same + 1 if words[i] == words[i - size] else 0
-            if (stretch := (same // size + 1) * size) >= max(4, 3 * size):
-                longest = max(longest, stretch)
-    return longest
+    loops = re.finditer(r"(?<!\S)((?:\S++ ){1,30}?)\1{2,}", " ".join(words) + " ")
+    lengths = [loop[0].count(" ") for loop in loops]
+    return max((n for n in lengths if n >= 4), default=0)
 
 def diagnose(rows: list[dict]) -> dict[str, int]:  # in how many of a split's rows what went wrong
     kinds, found = ("stopped_early", "loops", "cut", "silence", "text_on_silence"), []
@@ -69,9 +66,9 @@ def examples(rows: list[dict], n: int = 3) -> str:  # the first that are right, 
                            f"      HYP: {r['hypothesis'] or '(nothing)'}")
     return "\n".join(shown["✓"][:n] + shown["✗"][:n])
 
-def markdown(header: list[str], rows: list[list]) -> str:  # names left, figures right; None: "-"
-    return tabulate(rows, header, tablefmt="pipe", disable_numparse=True, missingval="-",
-                    colalign=("left", *["right"] * (len(header) - 1)))
+def markdown(rows: list, header="keys") -> str:  # names left, figures right; None: "-"
+    return tabulate(rows, header, "pipe", disable_numparse=True, missingval="-",
+                    colalign=("left", *["right"] * (len(rows[0]) - 1)))
 
 def plain(value: float | None) -> str:
     return "-" if value is None or np.isnan(value) else f"{value:.2f}"
@@ -81,25 +78,25 @@ def with_interval(result: dict, metric: str) -> str:
     return "-" if result[metric] is None else f"{plain(result[metric])} [{low}, {high}]"
 
 def results_table(system: dict, task: str) -> str:  # by split; of transcripts also kinds of errors
-    counts = (["sub", "del", "ins", "words"] if task == "asr" else []) + ["samples", "failed"]
     figures, kinds = [], []
     for split, r in system["splits"].items():
-        own = [with_interval(r, metric) for metric in TASKS[task]] + [r[c] for c in counts]
+        row = {f"{TITLES[metric]} % [95 %]": with_interval(r, metric) for metric in TASKS[task]}
+        row |= {name: r[name] for name in COUNTS if name in r}
         rtf = f"{r['rtf']:.4f}" if r["rtf"] else None
-        figures.append([split, *own, rtf, f"{r['tokens_per_s']:.0f}"])
+        figures.append({"split": split, **row, "RTF": rtf, "tokens/s": f"{r['tokens_per_s']:.0f}"})
         if task == "asr":
-            shares = [f"{100 * r[n] / max(1, r[total]):.1f}" for n, total in KINDS.values()]
+            row = {k: f"{100 * r[n] / max(1, r[total]):.1f}" for k, (n, total) in KINDS.items()}
             silent = f"{r['text_on_silence']} of {r['silence']}" if r["silence"] else None
-            kinds.append([split, *shares, silent])
-    titles = [f"{TITLES[metric]} % [95 %]" for metric in TASKS[task]]
-    table = markdown(["split", *titles, *counts, "RTF", "tokens/s"], figures)
-    return table + ("\n\n" + markdown(["split", *KINDS, "text on silence"], kinds) if kinds else "")
+            kinds.append({"split": split, **row, "text on silence": silent})
+    return "\n\n".join(map(markdown, filter(None, (figures, kinds))))
 
 def overview(systems: dict[str, dict], task: str) -> str:  # one line a system, as in the post
-    metric, splits = TASKS[task][0], next(iter(systems.values()))["splits"]
-    rows = [[name, *(plain(r[metric]) for r in system["splits"].values()),
-             with_interval(system, f"avg_{metric}")] for name, system in systems.items()]
-    return markdown([f"{TITLES[metric]} %", *splits, "average [95 %]"], rows)
+    metric, rows = TASKS[task][0], []
+    for name, system in systems.items():
+        own = {split: plain(r[metric]) for split, r in system["splits"].items()}
+        average = with_interval(system, f"avg_{metric}")
+        rows.append({f"{TITLES[metric]} %": name, **own, "average [95 %]": average})
+    return markdown(rows)
 
 def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:  # by split, with intervals
     metric, width = TASKS[task][0], 0.7 / len(systems)
@@ -133,18 +130,15 @@ def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: 
     if len(systems | more) > 1 or len(systems[name]["splits"]) > 1:
         tables.append(overview(systems | more, task))
     text = [f"# {name}", NOTES["how"].format(cfg.max_new_tokens, cfg.normalizer), *tables]
-    failed = {system: [f"{r['id']} ({system}, {r['split']}): {r['failed']}"
-                       for r in own if r["failed"]] for system, own in rows.items()}
-    if lines := [f"- {line}" for line in sum(failed.values(), [])]:
-        text += ["## Failed, counted as empty", "\n".join(lines)]
     for system, own in rows.items():
+        failed = [f"{r['id']} ({system}, {r['split']}): {r['failed']}" for r in own if r["failed"]]
+        if failed:
+            text.append("\n- ".join([f"## Failed, counted as empty: {system}\n", *failed]))
+            first = "; ".join(failed[:5] + ["..."] * (len(failed) > 5))
+            print(NOTES["failed"].format(system, len(failed), len(own), first), file=sys.stderr)
         for split, some in by_split(own).items():
             if block := worst(some, task):
                 text.append(f"## The worst of {system}, {split}\n\n```\n{block}\n```")
     write_text(out / "report.md", "\n\n".join(text) + "\n")
     print("\n" + "\n\n".join([*tables, examples(rows[name]), NOTES["wrote"].format(out)]))
-    for system, lines in failed.items():
-        if lines:
-            counts, first = (len(lines), len(rows[system])), lines[:5] + ["..."] * (len(lines) > 5)
-            print(NOTES["failed"].format(system, *counts, "; ".join(first)), file=sys.stderr)
-    return int(any(len(failed[system]) == len(own) for system, own in rows.items()))
+    return int(any(all(r["failed"] for r in own) for own in rows.values()))

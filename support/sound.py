@@ -110,27 +110,20 @@ def stretch(wave: np.ndarray, factor: float) -> np.ndarray:
 def limit(wave: np.ndarray) -> np.ndarray:  # scaled as a whole if its peak passes 1; nothing is cut
     return wave / max(np.float32(1), np.abs(wave).max())
 
-PHONE = "gsm", "mu-law"  # codecs of phones
-
 def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> np.ndarray:
     """Through a real codec at `rate` (8000, 12000 or 16000 Hz), not delayed. kind: "mp3" (40 to
     160 kbit/s; below 16 kHz 32 to 64), "opus" (6 to 256); of phones, at 8 kHz: "gsm", "mu-law"."""
-    rate = 8000 if kind in PHONE else rate
-    x = fit(wave, max(len(wave), SAMPLE_RATE // 10))       # MP3 wants a few frames at least
-    if rate != SAMPLE_RATE:
-        x = resampler(SAMPLE_RATE, rate)(torch.from_numpy(x)).numpy()
     settings = dict(TABLES["codecs"][kind])
-    if kind not in PHONE:  # libsndfile's level: 1 is `low` kbit/s
-        least, low, high = 6, 6, 256
-        if kind == "mp3":  # below `least` its frames have no room for the note about the delay
-            least, low, high = (40, 8, 160) if rate == SAMPLE_RATE else (32, 8, 64)
+    rate, levels = settings.pop("rate", rate), settings.pop("levels", None)
+    x = fit(wave, max(len(wave), SAMPLE_RATE // 10))       # MP3 wants a few frames at least
+    x = resampler(SAMPLE_RATE, rate)(torch.from_numpy(x)).numpy()  # at the same rate: as it was
+    if levels:  # [at 16 kHz, below it]; libsndfile's level 1 is `low` kbit/s, its 0 is `high`
+        least, low, high = levels[rate < SAMPLE_RATE]
         settings["compression_level"] = (high - np.clip(kbps, least, high)) / (high - low)
     buffer = io.BytesIO()
     soundfile.write(buffer, limit(x), rate, **settings)
     x, _ = soundfile.read(io.BytesIO(buffer.getvalue()), dtype="float32")
-    if rate != SAMPLE_RATE:
-        x = resampler(rate, SAMPLE_RATE)(torch.from_numpy(x)).numpy()
-    return fit(x, len(wave))
+    return fit(resampler(rate, SAMPLE_RATE)(torch.from_numpy(x)).numpy(), len(wave))
 
 def plot_mels(mels: dict, path: str) -> None:
     """{name: log-mel (M, F)} -> one picture of them all, small enough for a README."""

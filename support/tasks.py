@@ -2,7 +2,6 @@
 import functools
 import re
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,13 +31,6 @@ def load_split(source: Source, data_dir: str | None, strict: bool, limit: int | 
             bad.add(str(e), e.where)
     bad.report(len(pool), source.split)
     return samples
-
-def token_f1(reference: str, hypothesis: str) -> float:  # over words, as SQuAD has it (1606.05250)
-    reference, hypothesis = reference.split(), hypothesis.split()
-    common = sum((Counter(reference) & Counter(hypothesis)).values())
-    if not common:
-        return float(reference == hypothesis)
-    return 2 * common / (len(reference) + len(hypothesis))
 
 CATEGORIES = TABLES["categories"]  # of BigBenchAudio: how to answer, a pattern of the answers
 SAME, OPPOSITE = TABLES["synonyms"].values()
@@ -109,10 +101,9 @@ def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> lis
     forced = f"<|{language}|>"
     if forced not in vocabulary or getattr(settings, "is_multilingual", None) is False:
         raise UserError(f"--baseline {where} lacks {forced}: name a multilingual Whisper")
-    lacking = dict(is_multilingual=True, lang_to_id={forced: vocabulary[forced]},  # in old files
-                   task_to_id={"transcribe": vocabulary.get("<|transcribe|>")},
-                   no_timestamps_token_id=vocabulary.get("<|notimestamps|>"))
-    vars(settings).update({k: v for k, v in lacking.items() if getattr(settings, k, None) is None})
+    vars(settings).update(is_multilingual=True, lang_to_id={forced: vocabulary[forced]},
+                          task_to_id={"transcribe": vocabulary.get("<|transcribe|>")},
+                          no_timestamps_token_id=vocabulary.get("<|notimestamps|>"))
     ends = [model.config.eos_token_id, settings.eos_token_id, settings.pad_token_id]
     most = min(cfg.max_new_tokens, model.config.max_target_positions - 4)  # 4: of its prompt
     def answer(samples, waves):
