@@ -19,7 +19,6 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
-import regex
 import transformers
 from transformers.data.metrics.squad_metrics import compute_f1
 
@@ -62,10 +61,12 @@ class EvalConfig:
 # ---- Text, normalised: what is compared
 def normalise(text: str) -> str:
     """As WER compares it: NFC, lower case, ё -> е (й stays); digits stay; кто-то is two words."""
-    text = unicodedata.normalize("NFC", text).lower().replace("ё", "е")
-    # Gone are the invisible, as soft hyphens, the stress mark of за́мок, and apostrophes.
-    text = regex.sub(r"[\p{Cf}\u0301'’ʼ`]", "", text)
-    return " ".join(regex.sub(r"[\p{P}\p{S}]", " ", text).split())
+    kept = []
+    for c in unicodedata.normalize("NFC", text).lower().replace("ё", "е"):
+        kind = unicodedata.category(c)  # P: punctuation, S: symbols, Cf: invisible, as soft hyphens
+        if kind != "Cf" and c not in "\u0301'’ʼ`":  # the stress mark of за́мок, apostrophes
+            kept.append(" " if kind[0] in "PS" else c)
+    return " ".join("".join(kept).split())
 
 def normalise_as_the_post(text: str) -> str:  # кто-то is ктото; « » — … and ё stay
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
@@ -213,7 +214,7 @@ def main():
     name = trained_on.get("preset", Path(cfg.ckpt).resolve().name)
     load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)
     early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
-    ours = tasks.open_ours(cfg, tasks.native, name, device)
+    ours = tasks.open_ours(cfg, name, device)
     weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
     splits = early or load()
     asked = [ours, *tasks.open_baseline(cfg, name, trained_on.get("lang"), device)]

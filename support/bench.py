@@ -16,7 +16,6 @@ from tabulate import tabulate
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import eval as evaluation
 import train
 from augment import AugmentConfig, augment, examples
 from data import Dataset, embedded, load_audio
@@ -24,6 +23,7 @@ from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3, BorealisConfig
 from model import BorealisForConditionalGeneration as Borealis
 from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks, sound, storage
 from support.recipes import TABLES
+from support.tasks import native
 from support.tiny import texts_of, tiny_config, train_tokenizer
 
 # ---- Models, clocks, tables
@@ -203,7 +203,7 @@ def time_answers(rows: list, what: str, args, counts: tuple) -> None:
     """So many recordings at once. what: "vllm", or else as eval.py does. Raises UserError."""
     *shapes, seconds, tokens = SIZES[args.size]
     model, one = random_model(*shapes, args.dtype), None
-    answer = evaluation.native(model, tokens)
+    answer = native(model, tokens)
     if what == "vllm":
         engine.check_installed()
         with tempfile.TemporaryDirectory() as folder:

@@ -117,8 +117,7 @@ def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> lis
     name = Path(where).name + (" (baseline)" if Path(where).name == ours else "")
     return [System(name, answer, (digest_model(where), language, cfg.max_new_tokens, device.type))]
 
-def open_ours(cfg, native, name: str, device: torch.device) -> System:
-    """The checkpoint. native: (model, max_new_tokens) -> answer(), our own. Raises UserError."""
+def open_ours(cfg, name: str, device: torch.device) -> System:  # the checkpoint, or UserError
     if cfg.engine == "vllm":
         from support.engine import Offline
         answer = model = Offline(cfg.ckpt, cfg.max_new_tokens, cfg.encoder, cfg.llm)
