@@ -75,7 +75,7 @@ def spectrogram(windows: list, config) -> Figure:  # as the encoder takes them, 
     for wave, mel in zip(windows, log_mel(windows, config), strict=True):
         start, end = end, end + len(wave) / SAMPLE_RATE
         axis.imshow(mel[:, :len(wave) // HOP], extent=(start, end, 0, 1), **TABLES["mel"])
-        axis.axvline(start, color="white", linestyle="--")
+        axis.axvline(start or -1, color="white", linestyle="--")  # not at 0
     axis.set(xlim=(0, end), yticks=[])
     return axis.figure
 
@@ -94,7 +94,7 @@ def reply(cfg, config, stream, same, path, question=None):  # yields what three 
                 said, tokens, took = said + text, tokens + n, time.perf_counter() - begun
                 numbers = seconds, len(windows), took, tokens, took / seconds
                 yield pauses.without_thoughts(said), words["figures"].format(*numbers), same
-            said += " "
+            said = pauses.without_thoughts(said) + " "
     except Exception as e:  # of many kinds: of the file, the server, the GPU
         matching = (text for start, text in words["problems"] if str(e).startswith(start))
         yield next(matching).replace("REASON", cli.first_line(e)), "", None
