@@ -234,11 +234,9 @@ def test_wrong_flags(monkeypatch, capsys, tmp_path, argv, says):
     (tmp_path / "good").mkdir()
     (tmp_path / "good" / "a.wav").write_bytes(wav_bytes(tone(1)))
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        argv = ["--port", "0" if "TAKEN" in argv else port, *argv.replace("TAKEN", port).split()]
-        if "in use" not in says:
-            taken.close()
-        code, _, err = exit_of(support_page.main, monkeypatch, capsys, *argv)
+        busy = str(taken.getsockname()[1])
+        flags = ["--port", free_port(), *argv.replace("TAKEN", busy).split()]  # the last counts
+        code, _, err = exit_of(support_page.main, monkeypatch, capsys, *flags)
     assert is_one_line(code, err, says)
 
 @pytest.mark.parametrize("package", ["gradio", "openai"])
