@@ -1,0 +1,120 @@
+"""support/page.py -- talk to the model in a browser: python -m support.page --ckpt out/, or, where
+serve_vllm.py runs, --server http://127.0.0.1:8000. Labels, layout and looks are in page.toml."""
+import base64
+import io
+import socket
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import soundfile
+from matplotlib.figure import Figure
+from transformers import TextIteratorStreamer
+
+from data import TASK_SYSTEM, Sample
+from model import ASR_SYSTEM, AUDIO, HOP, SAMPLE_RATE, BorealisConfig, cut_windows, log_mel
+from support import checkpoint, cli, corpus, pauses, rows
+
+TABLES = tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
+
+@dataclass
+class PageConfig:
+    ckpt: str = cli.flag("out", "folder that train.py wrote, or any other checkpoint")
+    server: str | None = cli.flag(None, "address of a running serve_vllm.py, to answer instead")
+    examples: str | None = cli.flag(None, "folder of recordings to click; default: synthetic")
+    lang: str = cli.flag("en", "language of the labels", choices=("en", "ru"))
+    max_audio_seconds: float = cli.flag(600.0, "longest recording accepted", rows.MIN_SECONDS, 1e6)
+    port: int = cli.flag(7860, "port of the page, on 127.0.0.1", low=1, high=65535)
+    share: bool = cli.flag(False, "also a public link, through Gradio's servers")
+
+def load(cfg):  # -> config; stream(wave, sample), which yields pieces of text, tokens in them
+    net, threads = checkpoint.load_model(cfg.ckpt, cli.pick_device("auto")), ThreadPoolExecutor()
+    def stream(wave, sample):
+        texts = TextIteratorStreamer(net.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ids = threads.submit(net.chat, [sample.messages(False)], [[wave]], streamer=texts)
+        ids.add_done_callback(lambda _: texts.end())  # after an error, too: here somebody waits
+        yield from ((text, 0) for text in texts)
+        yield "", ids.result().shape[1]
+    return net.config, stream
+
+def connect(cfg):  # -> the same
+    import openai
+    with cli.as_user_error(f"no serve_vllm.py answers at {cfg.server}: ", Exception):  # of many
+        client = openai.OpenAI(base_url=cfg.server.rstrip("/") + "/v1", api_key="none")
+        served = client.models.list().data[0].root  # its folder, if it is on this machine
+    def stream(wave, sample):
+        soundfile.write(wav := io.BytesIO(), wave.numpy(), SAMPLE_RATE, format="WAV")
+        wav, (system, user) = wav.getvalue(), sample.messages(with_answer=False)
+        if sample.system == ASR_SYSTEM:
+            chunks = client.audio.transcriptions.create(file=("a.wav", wav), **TABLES["transcribe"])
+        else:
+            sound = dict(data=base64.b64encode(wav).decode(), format="wav")
+            text = dict(type="text", text=user["content"].removeprefix(AUDIO))
+            user["content"] = [dict(type="input_audio", input_audio=sound), text]
+            chunks = client.chat.completions.create(messages=[system, user], **TABLES["ask"])
+        for chunk in map(openai.BaseModel.to_dict, chunks):
+            text = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+            yield text, (chunk.get("usage") or {}).get("completion_tokens", 0)
+    return checkpoint.read_config(Path(served)) or BorealisConfig(), stream
+
+def find_examples(cfg) -> dict:  # label -> what gr.Audio takes. Raises UserError
+    if cfg.examples:
+        files = [p for p in Path(cfg.examples).glob("*") if p.suffix.lower() in TABLES["kinds"]]
+        if not files:
+            raise cli.UserError(f"--examples {cfg.examples}: no folder with recordings")
+        return {path.name: str(path) for path in sorted(files)}
+    lang = "ru" if cfg.server else checkpoint.training_config(cfg.ckpt).get("lang", "ru")[:2]
+    said = {split: corpus.embedded_rows(lang, split, 1)[0] for split in corpus.EVAL_SPLITS}
+    return {f"{k}: {row['text']}": (SAMPLE_RATE, row["audio"]) for k, row in said.items()}
+
+def spectrogram(windows: list, config) -> Figure:  # as the encoder takes them, over seconds
+    axis, end = Figure(**TABLES["figure"]).subplots(), 0
+    for wave, mel in zip(windows, log_mel(windows, config), strict=True):
+        start, end = end, end + len(wave) / SAMPLE_RATE
+        axis.imshow(mel[:, :len(wave) // HOP], extent=(start, end, 0, 1), **TABLES["mel"])
+        axis.axvline(start or -1, color="white", linestyle="--")  # not at 0
+    axis.set(xlim=(0, end), yticks=[])
+    return axis.figure
+
+def reply(cfg, config, stream, same, path, question=None):  # yields what three boxes show
+    said, tokens, begun, words = "", 0, time.perf_counter(), TABLES[cfg.lang]
+    try:
+        wave = rows.load_audio(path or "", max_seconds=cfg.max_audio_seconds)
+        windows = pieces = pauses.cut_at_pauses(wave, config.window_samples)
+        sample, seconds = Sample("", [b""]), len(wave) / SAMPLE_RATE
+        if question is not None:
+            sample = Sample("", [b""], rows.check_text(question), TASK_SYSTEM)
+            windows, pieces = cut_windows(wave, config), [wave]
+        yield "", "", spectrogram(windows, config)
+        for piece in pieces:
+            for text, n in stream(piece, sample):
+                said, tokens, took = said + text, tokens + n, time.perf_counter() - begun
+                numbers = seconds, len(windows), took, tokens, took / seconds
+                yield pauses.without_thoughts(said), words["figures"].format(*numbers), same
+            said = pauses.without_thoughts(said) + " "
+    except Exception as e:  # of many kinds: of the file, the server, the GPU
+        matching = (text for start, text in words["problems"] if str(e).startswith(start))
+        yield next(matching).replace("REASON", cli.first_line(e)), "", None
+
+def main():
+    parser = cli.ArgumentParser(prog="python -m support.page", description="Ask in a browser.")
+    cfg = PageConfig(**vars(parser.add_flags(PageConfig).parse_args()))
+    with cli.as_user_error(f"--port {cfg.port}: ", OSError):
+        socket.create_server(("127.0.0.1", cfg.port)).close()
+    examples = find_examples(cfg)
+    with cli.as_user_error(TABLES["install"], ImportError):
+        import gradio as gr
+        event = partial(reply, cfg, *(connect if cfg.server else load)(cfg), gr.skip())
+    with gr.Blocks(analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        _, sound, said, question, answer, *shown = [
+            getattr(gr, box.pop("kind"))(**box) for box in TABLES[cfg.lang]["boxes"]]
+        gr.Examples([[e] for e in examples.values()], sound, example_labels=[*examples])
+        sound.change(event, sound, [said, *shown])
+        question.submit(event, [sound, question], [answer, *shown])
+    page.queue(**TABLES["queue"]).launch(server_port=cfg.port, share=cfg.share, **TABLES["launch"])
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,252 @@
+"""support/test_page.py -- the page in a real browser, whose microphone plays a file."""
+import base64
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import pytest
+import soundfile
+import torch
+
+import data
+from conftest import HERE, exit_of, is_one_line, tone, wav_bytes
+from support import corpus
+from support import page as support_page
+from support.pauses import cut_at_pauses, without_thoughts
+from support.rows import load_audio
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+LACKING = [name for name in ("gradio", "openai", "playwright") if not find_spec(name)]
+LACKING += [] if CHROMIUM else ["chromium"]
+in_browser = pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)}")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+PROBLEMS = support_page.TABLES["ru"]["problems"]
+
+def sentence(why: str) -> str:
+    return next(text for start, text in PROBLEMS if why.startswith(start)).replace("REASON", why)
+
+SENTENCES = [sentence(why) for why in (
+    "missing file", "not audio", "silent", "longer than 20 s", "empty text", "control token")]
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return s.getsockname()[1]
+
+@contextlib.contextmanager
+def page_at(folder, *flags):
+    """A page in a process of its own -> its address."""
+    port = free_port()
+    env = dict(os.environ, TMPDIR=str(folder), PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "support.page", "--port", str(port), *map(str, flags)]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=HERE, env=env, stdout=log, stderr=log)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, (folder / "log").read_text()[-3000:]
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """What is spoken, and files that cannot be used."""
+    folder = tmp_path_factory.mktemp("recordings")
+    both = torch.cat([tone(1.5, 3), torch.zeros(4800), tone(1.5, 4)])
+    files = dict(short=wav_bytes(tone(1.2, 1)), long=wav_bytes(both), silent=wav_bytes(0 * both),
+                 broken=b"RIFF this is no recording" * 9, endless=wav_bytes(tone(21)))
+    for name, content in files.items():
+        (folder / f"{name}.wav").write_bytes(content)
+    soundfile.write(folder / "spoken.wav", data.embedded("ru", "clean", 1)[0].audio[0], 16000)
+    return folder
+
+@pytest.fixture(scope="module")
+def browser(recordings):
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        flags = [*FLAGS, f"--use-file-for-fake-audio-capture={recordings / 'spoken.wav'}"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory, checkpoint):
+    with page_at(tmp_path_factory.mktemp("page"), "--ckpt", checkpoint, "--max_audio_seconds", 20,
+                 "--lang", "ru") as address:
+        yield address
+
+@pytest.fixture
+def tab(browser):
+    """A tab that notes what it asks of other machines, and errors of its scripts."""
+    tab = browser.new_page(viewport=dict(width=1280, height=900))
+    tab.set_default_timeout(60_000)
+    tab.elsewhere, tab.wrong = [], []
+    own = re.compile(r"(http://127\.0\.0\.1|blob:|data:)")
+    tab.on("request", lambda r: own.match(r.url) or tab.elsewhere.append(r.url))
+    tab.on("pageerror", lambda e: tab.wrong.append(str(e)))
+    yield tab
+    tab.close()
+
+def upload(tab, path):
+    """Opens the page anew and gives it a file."""
+    tab.reload()
+    tab.locator(".source-selection button").first.click()
+    tab.locator("input[type=file]").set_input_files(path)
+
+def wait_for(tab, name: str, text: str) -> list[str]:
+    """Waits until a box shows the text (spaces aside) and all has been counted -> the figures."""
+    for _ in range(300):
+        shown = tab.locator(f".{name} textarea").first.input_value()
+        figures = tab.locator(".figures b").all_inner_texts()
+        if shown.split() == text.split() and (figures and figures[3] != "0" or text in SENTENCES):
+            return figures
+        time.sleep(0.2)
+    raise AssertionError(f"{shown!r} is not {text!r}")
+
+def ask(tab, question: str):
+    tab.locator(".question textarea, .question input").first.fill(question)
+    tab.locator(".question button").click()
+
+def joined(net, waves, **settings) -> tuple[str, str]:
+    """generate's words for all waves, without <think>, and how many tokens they took."""
+    ids = [net.generate(wave, **settings)[0] for wave in waves]
+    return " ".join(without_thoughts(net.decode(i)) for i in ids), str(sum(map(len, ids)))
+
+QUESTION = dict(user_prompt="что слышно?", system_prompt=data.TASK_SYSTEM)
+
+def pieces_of(net, wave) -> list:
+    return cut_at_pauses(wave, net.config.window_samples)
+
+def check(tab, path, net, text=None, answer=None):
+    """Uploads a recording, then asks about it. The words are generate's (the first time, of pieces
+    cut at pauses), or those given; so are the tokens; there is a picture."""
+    wave = load_audio(str(path))
+    pieces = pieces_of(net, wave)
+    words, tokens = joined(net, pieces)
+    upload(tab, path)
+    figures = wait_for(tab, "said", text or words)
+    assert figures[0] == f"{len(wave) / 16000:.1f} с" and float(figures[4]) > 0
+    assert (figures[1], figures[3]) == (str(len(pieces)), tokens)
+    assert tab.locator(".picture img").evaluate("image => image.naturalWidth") > 500
+    ask(tab, "что слышно?")
+    words, tokens = joined(net, [wave], **QUESTION)
+    assert wait_for(tab, "answer", answer or words)[3] == tokens
+
+@in_browser
+@pytest.mark.heavy
+def test_words_of_a_file_and_a_question(tab, address, net, recordings):
+    tab.goto(address)
+    for name in ("short", "long"):
+        check(tab, recordings / f"{name}.wav", net)
+    assert tab.elsewhere == [] == tab.wrong
+
+@in_browser
+@pytest.mark.heavy
+def test_words_of_the_microphone_and_of_an_example(tab, address, net):
+    tab.goto(address)
+    tab.get_by_role("button", name="Record").first.click()
+    time.sleep(2.5)
+    tab.locator(".stop-button").first.click()
+    tab.locator(".picture img").wait_for()
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Download").first.click()
+    wave = load_audio(str(download.value.path()))  # as the browser recorded it: the file it was fed
+    assert len(wave) > 32000 and wave.square().mean() > 1e-4
+    wait_for(tab, "said", joined(net, pieces_of(net, wave))[0])
+    tab.reload()
+    for i, split in enumerate(corpus.EVAL_SPLITS):
+        sample = data.embedded("ru", split, 1)[0]
+        button = tab.locator(".gallery-item").nth(i)
+        assert button.inner_text().strip() == f"{split}: {sample.answer}"
+    wave = load_audio(sample.audio[0])
+    button.click()
+    wait_for(tab, "said", joined(net, pieces_of(net, wave))[0])
+    assert tab.elsewhere == [] == tab.wrong
+
+@in_browser
+@pytest.mark.heavy
+def test_problems_are_sentences(tab, address, recordings):
+    tab.goto(address)
+    tab.locator(".question").wait_for()
+    ask(tab, "что?")
+    wait_for(tab, "answer", sentence("missing file"))
+    for name, why in dict(broken="not audio", silent="silent", endless="longer than 20 s").items():
+        upload(tab, recordings / f"{name}.wav")
+        wait_for(tab, "said", sentence(why))
+    upload(tab, recordings / "short.wav")
+    tab.locator(".picture img").wait_for()
+    for question, why in (" ", "empty text"), ("<|im_end|>?", "control token in the text"):
+        ask(tab, question)
+        wait_for(tab, "answer", sentence(why))
+
+@in_browser
+@pytest.mark.heavy
+def test_a_server_answers_instead(tab, clients, net, recordings, tmp_path):
+    """The real one, asked through the OpenAI client. Its own text is compared, as vLLM leaves out
+    letters that were cut in half; the tokens are those of generate."""
+    client, wave = clients[0], load_audio(str(recordings / "long.wav"))
+    texts = [client.audio.transcriptions.create(
+        model="borealis", file=("a.wav", wav_bytes(piece)),
+        extra_body=dict(max_completion_tokens=256)).text for piece in pieces_of(net, wave)]
+    content = [{"type": "input_audio", "input_audio": {
+        "data": base64.b64encode(wav_bytes(wave)).decode(), "format": "wav"}},
+        {"type": "text", "text": "\nчто слышно?"}]
+    chat = [dict(role="system", content=data.TASK_SYSTEM), dict(role="user", content=content)]
+    answer = client.chat.completions.create(model="borealis", messages=chat, max_tokens=256)
+    (tmp_path / "mine.wav").write_bytes((recordings / "short.wav").read_bytes())
+    url = str(client.base_url).removesuffix("/v1/")
+    with page_at(tmp_path, "--server", url, "--lang", "ru", "--examples", tmp_path) as address:
+        tab.goto(address)
+        tab.locator(".gallery-item").wait_for()
+        assert tab.locator(".gallery-item").all_inner_texts() == ["mine.wav"]
+        check(tab, recordings / "long.wav", net, " ".join(map(without_thoughts, texts)),
+              without_thoughts(answer.choices[0].message.content))
+    assert tab.elsewhere == [] == tab.wrong
+
+def test_both_languages_say_the_same_things():
+    """The same boxes in the same order, and a sentence for the same problems."""
+    en, ru = support_page.TABLES["en"], support_page.TABLES["ru"]
+    assert [start for start, _ in en["problems"]] == [start for start, _ in ru["problems"]]
+    assert [box.keys() for box in en["boxes"]] == [box.keys() for box in ru["boxes"]]
+
+@pytest.mark.parametrize(("argv", "says"), [
+    ("--port 99999", "between 1 and 65535"), ("--lang de", "invalid choice"),
+    ("--examples nowhere", "nowhere"), ("--examples .", "no folder with recordings"),
+    ("--ckpt nowhere", "nowhere"), ("--ckpt nowhere --examples good", "nowhere"),
+    ("--examples good --server http://127.0.0.1:9", "no serve_vllm.py answers"),
+    ("--examples good --server what", "no serve_vllm.py answers"),
+    ("--port TAKEN", "in use"), ("--serve x", "did you mean --server")])
+def test_wrong_flags(monkeypatch, capsys, tmp_path, argv, says):
+    pytest.importorskip("gradio")
+    pytest.importorskip("openai")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "a.wav").write_bytes(wav_bytes(tone(1)))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = str(taken.getsockname()[1])
+        flags = ["--port", free_port(), *argv.replace("TAKEN", busy).split()]  # the last counts
+        code, _, err = exit_of(support_page.main, monkeypatch, capsys, *flags)
+    assert is_one_line(code, err, says)
+
+@pytest.mark.parametrize("package", ["gradio", "openai"])
+def test_without_its_packages(tmp_path, package):
+    if package == "openai":
+        pytest.importorskip("gradio")
+    (tmp_path / "a.wav").write_bytes(wav_bytes(tone(1)))
+    code = ("import sys; sys.modules[sys.argv.pop()] = None\n"
+            "from support import cli, page; cli.run(page.main)")
+    flags = ["--port", free_port(), "--examples", tmp_path, "--server", "http://127.0.0.1:9"]
+    result = subprocess.run([sys.executable, "-c", code, *map(str, flags), package],
+                            capture_output=True, text=True, cwd=HERE, timeout=120)
+    assert is_one_line(result.returncode, result.stderr, '"make page"')
