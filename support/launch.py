@@ -10,7 +10,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from augment import CURRICULUM, Augmenter
-from model import BorealisForConditionalGeneration, add_audio_tokens
+from model import BorealisForConditionalGeneration as Borealis
+from model import add_audio_tokens
 from support import checkpoint
 from support.banks import check_source
 from support.cli import ArgumentParser, UserError, as_user_error, check_out
@@ -89,21 +90,6 @@ def make_augmenter(cfg, banks, samples: int):
               for stage, at in zip(CURRICULUM, starts, strict=True)]
     return Augmenter(stages, *banks, cfg.seed)
 
-def check_models(cfg) -> None:
-    """See that what load_start() will load is there, from configs alone. Raises UserError."""
-    if cfg.resume or cfg.train != "scratch":
-        with starting(cfg):
-            where = newest_step(cfg.out) if cfg.resume else cfg.init_from
-            checkpoint.check_start(where, cfg.encoder, cfg.llm)
-
-def starting(cfg):
-    """What goes wrong while a model to start from is looked for, as a UserError."""
-    ways = ("; or do without: --init_from none (a new adapter), or --preset pretrain first and "
-            "--init_from its --out") if cfg.init_from and not cfg.resume else ""
-    parts = f"--init_from {cfg.init_from} --encoder {cfg.encoder} --llm {cfg.llm}"
-    return as_user_error(f"cannot start from {parts}: ", OSError, ValueError, RuntimeError,
-                         suffix=ways)
-
 def check_data(cfg, data: dict) -> None:
     """{pool: (samples, digest)}: a resumed run must find what it was started on, and a stage of the
     curriculum should have its turn. Raises UserError."""
@@ -117,19 +103,20 @@ def check_data(cfg, data: dict) -> None:
         if start == end:
             print(f"warning: --curriculum: stage {stage} of 4 never starts", file=sys.stderr)
 
-def load_start(cfg) -> BorealisForConditionalGeneration:
+def load_start(cfg) -> Borealis:
     """What to train on, loaded; model.config.base names it for later. Raises UserError."""
     base = dict(checkpoint=None, encoder=cfg.encoder, llm=cfg.llm)
-    with starting(cfg):
+    parts = f"--init_from {cfg.init_from} --encoder {cfg.encoder} --llm {cfg.llm}"
+    ways = ("; or do without: --init_from none (a new adapter), or --preset pretrain first and "
+            "--init_from its --out") if cfg.init_from and not cfg.resume else ""
+    with as_user_error(f"cannot start from {parts}: ", OSError, ValueError, RuntimeError,
+                       suffix=ways):
         if cfg.resume:  # on what the run was started on, wherever its flags would point by now
-            config = checkpoint.read_config(newest_step(cfg.out))
-            if config.base is None:  # all of it is in the checkpoint
-                model = BorealisForConditionalGeneration(config)
-                tokenizer = AutoTokenizer.from_pretrained(newest_step(cfg.out))
-                model.tokenizer = add_audio_tokens(tokenizer)
-                return model
-            model = checkpoint.load_base(newest_step(cfg.out), config)
+            folder = newest_step(cfg.out)
+            config = checkpoint.read_config(folder)
+            model = checkpoint.load_base(folder, config) if config.base else Borealis(config)
             model.config.base = config.base
+            model.tokenizer = add_audio_tokens(AutoTokenizer.from_pretrained(folder))
             return model
         if cfg.init_from:
             place = checkpoint.find_checkpoint(cfg.init_from)
