@@ -23,7 +23,7 @@ from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, ti
 from model import ENCODER, LLM, count
 from support import align, decoding, launch, lora, optim, ranks, storage
 from support.banks import open_banks
-from support.cli import UserError, flag, run
+from support.cli import UserError, as_user_error, flag, run
 from support.meter import Log, Silent, plot_loss, speed
 from support.recipes import MIXES, POOLS, PRESETS
 from support.rows import BadRows, usable
@@ -112,7 +112,8 @@ def build(cfg, device):
         size = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout)
         lora.prepare(model, cfg.train, size if cfg.train == "lora" else None)
     if cfg.resume:
-        storage.restore_weights(cfg.out, model)
+        with as_user_error("", ValueError):
+            storage.restore_weights(cfg.out, model)
     return model
 
 def build_tiny(cfg, samples):

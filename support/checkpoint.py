@@ -101,22 +101,23 @@ def load_checkpoint(where, encoder: str = ENCODER, llm: str = LLM, dtype=None) -
     """A folder or hub name -> a complete model in eval mode with its tokenizer, LoRA merged.
     encoder, llm: whose configs the original's layout takes. dtype: None leaves all as stored."""
     folder = find_checkpoint(where)
-    config, tensors = read_config(folder), storage.read_weights(folder)
-    if config is None:
-        config, tokenizer = convert_original(folder, tensors, encoder, llm)
-    else:
+    config = read_config(folder)
+    if config:
         tokenizer = add_audio_tokens(hf.AutoTokenizer.from_pretrained(folder))  # has them already
-    if config.base is None:
+    if config and config.base:
+        model = load_base(folder, config, dtype)
+        dtype = model.llm.dtype
+        storage.restore_weights(folder, lora.prepare(model, config.trained, config.lora))
+        lora.merge(model, dtype)
+    else:
+        tensors = storage.read_weights(folder)
+        if not config:
+            config, tokenizer = convert_original(folder, tensors, encoder, llm)
         dtype = dtype or tensors.get(EMBEDDINGS, next(iter(tensors.values()))).dtype
         model, info = Borealis.from_pretrained(  # check_state_dict() says better what mismatches
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True)
         storage.check_state_dict(folder, **info)
-    else:
-        model = load_base(folder, config, dtype)
-        dtype = model.llm.dtype
-        storage.load_stored(lora.prepare(model, config.trained, config.lora), tensors, folder)
-        lora.merge(model, dtype)
     rows = config.llm_config.vocab_size
     known = len(tokenizer) - (config.audio_token_id >= rows)
     if known > rows:
