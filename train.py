@@ -205,7 +205,7 @@ def backward(net, micro_batches, num_labels, world, device, bf16=False):
 def train(cfg: TrainConfig) -> int:
     """The run, from data to the last checkpoint -> exit code: 1 diverged, 130 stopped by Ctrl-C."""
     rank, world, device = ranks.start_process(cfg)
-    out, main_process = Path(cfg.out), rank == 0
+    out = Path(cfg.out)
     model, dataset, data, shares = decoding.first_rank_first(
         load_data_and_model, cfg, rank, world, device)  # rank 0 fetches, or speaks, the data
     sizes, net = [size for size, _ in data.values()], wrap(cfg, model, world)
@@ -218,9 +218,9 @@ def train(cfg: TrainConfig) -> int:
                         rank, world)
     batches = ranks.load(dataset, schedule, cfg.workers, pin_memory=device.type == "cuda")
     saver = storage.Saver(out, cfg.keep, rank)
-    if main_process and cfg.overwrite and not cfg.resume:
+    if rank == 0 and cfg.overwrite and not cfg.resume:
         saver.clear()
-    log = Log(cfg, start) if main_process else Silent()
+    log = Log(cfg, start) if rank == 0 else Silent()
     log.note(optim.describe(optimizers))
     bad, too_long = BadRows(cfg.strict), BadRows()  # left out; too many bad ones end the run
     signals, stage, stopped, diverged = ranks.catch_signals(), None, False, False
@@ -258,15 +258,14 @@ def train(cfg: TrainConfig) -> int:
     log.close()
     del net  # DDP must not be the last to hold the process group: its destructor can deadlock
     ranks.end_process()
-    if main_process:
-        for left_out in filter(None, [str(bad), str(too_long)]):
-            print(f"left out, and replaced by the next rows: {left_out}", file=sys.stderr)
+    for left_out in filter(None, [str(bad), str(too_long)] if rank == 0 else []):
+        print(f"left out, and replaced by the next rows: {left_out}", file=sys.stderr)
     if diverged:
         last = ["none", *storage.steps_in(out)][-1]
         log.note(f"error: training has diverged: loss {loss:g}, gradient norm {norm:g} at step "
                  f"{step + 1}; last checkpoint: {last}. Try a lower --lr")
         return 1
-    if main_process:
+    if rank == 0:
         print(f"stopped at step {step + 1}, saved; go on with: python train.py --resume --out {out}"
               if stopped else f"done: {out} holds the model; next: python eval.py --ckpt {out}")
     return 130 if stopped and signal.SIGINT in signals else 0

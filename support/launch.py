@@ -3,7 +3,6 @@ import itertools
 import math
 import os
 import sys
-import typing
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def parse_config(config: type, argv: list[str]):
         parser.set_defaults(**{f.name: saved.get(f.name, f.default) for f in fields(config)})
     cfg = config(**vars(parser.parse_args(argv)))
     for f in fields(config):
-        if type(None) in typing.get_args(f.type) and getattr(cfg, f.name) in ("none", ""):
+        if f.type | None == f.type and getattr(cfg, f.name) in ("none", ""):
             setattr(cfg, f.name, None)
     for name in names[:names.index("out")]:  # the fields behind are the machine's
         if name in saved and getattr(cfg, name) != saved[name]:
@@ -85,23 +84,21 @@ def make_augmenter(cfg, banks, samples: int):
     starts = stage_starts(cfg)
     if not starts:
         return None
+    for stage, (at, end) in enumerate(itertools.pairwise([*starts, 1]), 1):
+        if math.ceil(at * cfg.steps) == math.ceil(end * cfg.steps):
+            print(f"warning: --curriculum: stage {stage} of 4 never starts", file=sys.stderr)
     epochs = cfg.steps * cfg.effective_batch / samples
     stages = [replace(stage, start_epoch=at * epochs)
               for stage, at in zip(CURRICULUM, starts, strict=True)]
     return Augmenter(stages, *banks, cfg.seed)
 
 def check_data(cfg, data: dict) -> None:
-    """{pool: (samples, digest)}: a resumed run must find what it was started on, and a stage of the
-    curriculum should have its turn. Raises UserError."""
+    """{pool: (samples, digest)}: a resumed run must find what it was started on, or UserError."""
     before = checkpoint.training_config(cfg.out).get("data", {}) if cfg.resume else {}
     for name, (samples, texts) in data.items():
         if name in before and before[name] != [samples, texts]:
             raise UserError(f"the data has changed since the run was started, in {name} ({samples} "
                             f"rows, were {before[name][0]}): bring it back, or start another run")
-    starts = [math.ceil(at * cfg.steps) for at in (*stage_starts(cfg), 1)]
-    for stage, (start, end) in enumerate(itertools.pairwise(starts), 1):
-        if start == end:
-            print(f"warning: --curriculum: stage {stage} of 4 never starts", file=sys.stderr)
 
 def load_start(cfg) -> Borealis:
     """What to train on, loaded; model.config.base names it for later. Raises UserError."""

@@ -51,7 +51,7 @@ class Saver:
         for name in TABLES["run"]["results"]:
             (self.out / name).unlink(missing_ok=True)
 
-    def copy(self, key, x: torch.Tensor) -> torch.Tensor | None:
+    def copy(self, key: int, x: torch.Tensor) -> torch.Tensor | None:
         """All ranks gather what is sharded; rank 0 copies it, to memory kept: pinning is slow."""
         x = x.full_tensor() if isinstance(x, DTensor) else x.detach().contiguous()
         if self.rank > 0:
@@ -63,10 +63,8 @@ class Saver:
     def save(self, model: torch.nn.Module, optimizers, config: dict, step: int, also) -> None:
         """On all ranks. also(): more for the thread. UserError if the last one was not written."""
         self.wait()
-        tensors = {name: self.copy(name, p) for name, p in lora.stored(model).items()}
-        keys = count()
-        moments = tree_map_only(torch.Tensor, lambda x: self.copy(next(keys), x),
-                                [o.state_dict() for o in optimizers])
+        keys, state = count(), (lora.stored(model), [o.state_dict() for o in optimizers])
+        tensors, moments = tree_map_only(torch.Tensor, lambda x: self.copy(next(keys), x), state)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies are there
         if self.rank == 0:
