@@ -14,7 +14,6 @@ A row that cannot be used (a broken file, an empty text) is a BadRow: beyond 5 %
 (support/rows.py). The embedded corpus: sentences of a small grammar, spoken by espeak-ng."""
 import contextlib
 import hashlib
-import math
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -125,8 +124,8 @@ def tiny_pool(name: str, n: int, seed: int, languages=("ru",)) -> list[Sample]:
     return [parse_row(row) for row in tiny.tiny_pool_rows(name, n, seed, languages)]
 
 # ---- From samples to batches
-def encode(sample, tokenizer, config, change=None, load=load_audio, max_windows=math.inf,
-           max_tokens=math.inf, **limits):
+def encode(sample, tokenizer, config, change=None, load=load_audio, max_windows=torch.inf,
+           max_tokens=torch.inf, **limits):
     """-> ids; labels: the same where the assistant speaks, <|im_end|> included, and -100 elsewhere;
     windows of sound: three of 30 s for 70 s. Augmentation is change(wave, its number) -> wave.
     Raises BadRow, or TooLong beyond the limits (and those of load), for nothing is truncated: a
@@ -263,10 +262,8 @@ def main():
         raise cli.UserError(f"--index {args.index}: there are {len(samples)} samples, from 0 on")
     sample, tokenizer = samples[args.index], tiny.train_tokenizer(tiny.texts_of(samples))
     dataset = Dataset([sample], tokenizer, tiny.tiny_config(tokenizer))
-    try:
+    with cli.as_user_error(f"{sample.name}: ", BadRow):
         ids, labels, windows = dataset.encode(sample)
-    except BadRow as e:
-        raise cli.UserError(f"{sample.name}: {e}") from None
     print(f"{sample.name}: {sum(map(len, windows)) / SAMPLE_RATE:.2f} s, {len(windows)} window(s) "
           f"of {dataset.config.window_samples / SAMPLE_RATE:g} s")
     for key, value in dataset.pad([dataset.item(0)]).items():

@@ -18,13 +18,12 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
 from model import ENCODER, LLM, count
-from support import align, launch, lora, optim, ranks, storage
+from support import align, decoding, launch, lora, optim, ranks, storage
 from support.banks import open_banks
-from support.cli import UserError, flag, run
+from support.cli import UserError, as_user_error, flag, run
 from support.meter import Log, Silent, plot_loss, speed
 from support.recipes import MIXES, POOLS, PRESETS
 from support.rows import BadRows, usable
@@ -101,54 +100,48 @@ def load_pools(cfg):
             raise UserError(f"the pool {name} is empty: its datasets have no fitting rows")
     return pools, list(shares.values())
 
-def build(cfg, samples, device):
-    """-> model with its tokenizer. scratch: a tiny, random one, all of which trains. Else from a
-    checkpoint, or pretrained parts: the encoder is frozen, the adapter trains, and the LLM as a
-    whole (full), by matrices beside its linears (lora), or not at all (adapter)."""
+def build(cfg, device):
+    """-> a model from a checkpoint or pretrained parts. Unless it is a tiny one, the encoder is
+    frozen, the adapter trains, and the LLM as a whole (full), by matrices beside its linears
+    (lora), or not at all (adapter)."""
     torch.manual_seed(cfg.seed)
-    if cfg.train == "scratch" and not cfg.resume:
-        # Later runs may start here, with questions and English: the tokenizer needs their words.
-        more = ["ru_audio", "en_audio", "text"] if cfg.mix else []
-        texts = chain(samples, *(tiny_pool(pool, 1000, cfg.seed) for pool in more))
-        return scratch_model(texts, 2048 if more else 1024, adapter=cfg.adapter).to(device)
-    model = launch.load_start(cfg)  # on resume, tokenizer and all
+    model = launch.load_start(cfg)
     if cfg.train != "scratch":
         # Whatever --train says, lora.prepare freezes what does not train, makes the rest fp32.
         lora.cast(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
         size = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout)
         lora.prepare(model, cfg.train, size if cfg.train == "lora" else None)
     if cfg.resume:
-        storage.restore_weights(cfg.out, model)
-    return model.to(device)
+        with as_user_error("", ValueError):
+            storage.restore_weights(cfg.out, model)
+    return model
+
+def build_tiny(cfg, samples):
+    """-> a small, random model, all of which trains, with a tokenizer of its own."""
+    # Later runs may start here, with questions and English: the tokenizer needs their words.
+    more = ["ru_audio", "en_audio", "text"] if cfg.mix else []
+    texts = chain(samples, *(tiny_pool(pool, 1000, cfg.seed) for pool in more))
+    torch.manual_seed(cfg.seed)
+    return scratch_model(texts, 2048 if more else 1024, adapter=cfg.adapter)
 
 def load_data_and_model(cfg, rank, world, device):
     """-> (model, dataset, {pool: (samples, digest)}, [their shares]). Raises UserError."""
-    bad = BadRows(cfg.strict)
-    if rank > 0:  # rank 0 looks first, fetches the data or speaks it; the others find it ready
-        dist.barrier()
-    else:
-        launch.check_models(cfg)  # before hours of data
+    bad, path = BadRows(cfg.strict), cfg.train_manifest
+    fresh = cfg.train == "scratch" and not cfg.resume
+    model = None if fresh else build(cfg, device)  # before hours of data
     banks = open_banks(cfg.noise, cfg.rooms) if cfg.curriculum != "none" else None
-    if cfg.train_manifest:
-        samples, total = read_manifest(cfg.train_manifest, bad)
-        bad.check(total, cfg.train_manifest)
+    if path:
+        samples, total = read_manifest(path, bad)
+        bad.check(total, path)
         pools, shares = {"manifest": samples}, [1]
     else:
         pools, shares = load_pools(cfg)
-    if rank == 0 and world > 1:
-        dist.barrier()
-    model = build(cfg, next(iter(pools.values())), device)
+    model = model or build_tiny(cfg, next(iter(pools.values())))
     settings = dict(tokenizer=model.tokenizer, config=model.config, max_tokens=cfg.max_tokens,
                     max_windows=cfg.max_windows, max_seconds=cfg.max_seconds)
-    if cfg.train_manifest:  # small enough to look at every recording beforehand
-        if rank == 0:
-            rows = Dataset(samples, **settings)
-            pools["manifest"] = usable(samples, rows, bad, cfg.train_manifest)
-            bad.report(total, cfg.train_manifest)
-        found = [pools]
-        if world > 1:
-            dist.broadcast_object_list(found)
-        pools, = found
+    if path:  # small enough to look at every recording beforehand
+        pools["manifest"] = usable(samples, Dataset(samples, **settings), bad, path)
+        bad.report(total, path)
     # On resume the data must be what it was: rank 0 looks.
     data = {name: (len(pool), digest(pool) if rank == 0 else "") for name, pool in pools.items()}
     batch_size, samples = ranks.pick_batch(cfg, model, device, world), Chain(pools.values())
@@ -161,7 +154,7 @@ def load_data_and_model(cfg, rank, world, device):
         print(f"{len(samples)} samples; {count(model):,} parameters, "
               f"{count(model, trained_only=True):,} trained; {world} process(es) on {device.type}, "
               f"batch {batch_size} x accumulation {accumulation}", flush=True)
-    return model, dataset, data, shares
+    return model.to(device), dataset, data, shares
 
 # ---- The loop
 def learning_rate(cfg, step):
@@ -212,8 +205,9 @@ def backward(net, micro_batches, num_labels, world, device, bf16=False):
 def train(cfg: TrainConfig) -> int:
     """The run, from data to the last checkpoint -> exit code: 1 diverged, 130 stopped by Ctrl-C."""
     rank, world, device = ranks.start_process(cfg)
-    out, main_process = Path(cfg.out), rank == 0
-    model, dataset, data, shares = load_data_and_model(cfg, rank, world, device)
+    out = Path(cfg.out)
+    model, dataset, data, shares = decoding.first_rank_first(
+        load_data_and_model, cfg, rank, world, device)  # rank 0 fetches, or speaks, the data
     sizes, net = [size for size, _ in data.values()], wrap(cfg, model, world)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = optim.make(cfg, model)
@@ -224,9 +218,9 @@ def train(cfg: TrainConfig) -> int:
                         rank, world)
     batches = ranks.load(dataset, schedule, cfg.workers, pin_memory=device.type == "cuda")
     saver = storage.Saver(out, cfg.keep, rank)
-    if main_process and cfg.overwrite and not cfg.resume:
+    if rank == 0 and cfg.overwrite and not cfg.resume:
         saver.clear()
-    log = Log(cfg, start) if main_process else Silent()
+    log = Log(cfg, start) if rank == 0 else Silent()
     log.note(optim.describe(optimizers))
     bad, too_long = BadRows(cfg.strict), BadRows()  # left out; too many bad ones end the run
     signals, stage, stopped, diverged = ranks.catch_signals(), None, False, False
@@ -264,15 +258,14 @@ def train(cfg: TrainConfig) -> int:
     log.close()
     del net  # DDP must not be the last to hold the process group: its destructor can deadlock
     ranks.end_process()
-    if main_process:
-        for left_out in filter(None, [str(bad), str(too_long)]):
-            print(f"left out, and replaced by the next rows: {left_out}", file=sys.stderr)
+    for left_out in filter(None, [str(bad), str(too_long)] if rank == 0 else []):
+        print(f"left out, and replaced by the next rows: {left_out}", file=sys.stderr)
     if diverged:
         last = ["none", *storage.steps_in(out)][-1]
         log.note(f"error: training has diverged: loss {loss:g}, gradient norm {norm:g} at step "
                  f"{step + 1}; last checkpoint: {last}. Try a lower --lr")
         return 1
-    if main_process:
+    if rank == 0:
         print(f"stopped at step {step + 1}, saved; go on with: python train.py --resume --out {out}"
               if stopped else f"done: {out} holds the model; next: python eval.py --ckpt {out}")
     return 130 if stopped and signal.SIGINT in signals else 0

@@ -15,14 +15,14 @@ from support.cli import as_user_error
 
 EMBEDDINGS = "llm.model.embed_tokens.weight"
 END = "<|end_of_audio|>"  # ends a recording in the original's checkpoints, where ours have MARKER
-FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.py")
+FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.py"]
 
-def find_checkpoint(where: str | Path, files=FILES) -> Path:
+def find_checkpoint(where: str | Path) -> Path:
     """A run's folder, any other folder, or owner/name on the hub -> the folder with its files."""
     if Path(where).parent.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(where)):
         return storage.newest_step(where)
     try:
-        return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=[*files]))
+        return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=FILES))
     except Exception as e:  # it fails in many ways, and none of them is ours
         raise ValueError(f"cannot fetch the checkpoint {where} ({type(e).__name__}): go online, "
                          "set HF_TOKEN, or name a folder") from None
@@ -45,27 +45,11 @@ def read_config(folder: Path) -> BorealisConfig | None:
         raise ValueError(f"{folder} holds a {kind} model, not a Borealis")
     return BorealisConfig.from_pretrained(folder) if "encoder_config" in settings else None
 
-def check_part(where: str, cls: type) -> None:  # by its config. Raises ValueError or OSError
+def load_part(cls: type, where: str, **settings):
+    """cls.from_pretrained; any key must fit, but for Whisper's own head. ValueError, OSError."""
     kind, wanted = hf.AutoConfig.from_pretrained(where).model_type, cls.config_class.model_type
     if kind != wanted:
         raise ValueError(f"{where} is a {kind} model, not {wanted}")
-
-def check_start(where, encoder: str, llm: str) -> None:
-    """Is all there that load_checkpoint (or from_parts) loads? By configs. ValueError, OSError."""
-    folder = where and find_checkpoint(where, ["*.json"])
-    config = folder and read_config(folder)
-    if folder and Path(where).exists():
-        storage.weight_files(folder)
-    if not config:
-        check_part(encoder, hf.WhisperModel)
-        check_part(llm, hf.Qwen3ForCausalLM)
-    elif config.base:
-        base = find_base(folder, config)
-        check_start(base["checkpoint"], base["encoder"], base["llm"])
-
-def load_part(cls: type, where: str, **settings):
-    """cls.from_pretrained; any key must fit, but for Whisper's own head. Raises ValueError."""
-    check_part(where, cls)
     try:
         model, info = cls.from_pretrained(where, output_loading_info=True, **settings)
     except SafetensorError as e:
@@ -117,22 +101,23 @@ def load_checkpoint(where, encoder: str = ENCODER, llm: str = LLM, dtype=None) -
     """A folder or hub name -> a complete model in eval mode with its tokenizer, LoRA merged.
     encoder, llm: whose configs the original's layout takes. dtype: None leaves all as stored."""
     folder = find_checkpoint(where)
-    config, tensors = read_config(folder), storage.read_weights(folder)
-    if config is None:
-        config, tokenizer = convert_original(folder, tensors, encoder, llm)
-    else:
+    config = read_config(folder)
+    if config:
         tokenizer = add_audio_tokens(hf.AutoTokenizer.from_pretrained(folder))  # has them already
-    if config.base is None:
+    if config and config.base:
+        model = load_base(folder, config, dtype)
+        dtype = model.llm.dtype
+        storage.restore_weights(folder, lora.prepare(model, config.trained, config.lora))
+        lora.merge(model, dtype)
+    else:
+        tensors = storage.read_weights(folder)
+        if not config:
+            config, tokenizer = convert_original(folder, tensors, encoder, llm)
         dtype = dtype or tensors.get(EMBEDDINGS, next(iter(tensors.values()))).dtype
         model, info = Borealis.from_pretrained(  # check_state_dict() says better what mismatches
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True)
         storage.check_state_dict(folder, **info)
-    else:
-        model = load_base(folder, config, dtype)
-        dtype = model.llm.dtype
-        storage.load_stored(lora.prepare(model, config.trained, config.lora), tensors, folder)
-        lora.merge(model, dtype)
     rows = config.llm_config.vocab_size
     known = len(tokenizer) - (config.audio_token_id >= rows)
     if known > rows:
@@ -140,18 +125,14 @@ def load_checkpoint(where, encoder: str = ENCODER, llm: str = LLM, dtype=None) -
     model.tokenizer = tokenizer
     return model.eval()
 
-def find_base(folder: Path, config: BorealisConfig) -> dict:  # config.base as of today. ValueError
+def load_base(folder: Path, config: BorealisConfig, dtype: torch.dtype | None = None) -> Borealis:
+    """What the checkpoint in `folder` was trained on top of, if it is still there and the same."""
     base = dict(config.base)
     for key, value in base.items():  # folders are named as seen from this one: a run may move
         if value and (folder / value).exists():
             base[key] = str((folder / value).resolve())
         elif value and value.startswith(".."):
             raise ValueError(f"{folder / value}, the base of {folder}, is gone: bring it back")
-    return base
-
-def load_base(folder: Path, config: BorealisConfig, dtype: torch.dtype | None = None) -> Borealis:
-    """What the checkpoint in `folder` was trained on top of, if it is still there and the same."""
-    base = find_base(folder, config)
     if not base["checkpoint"]:
         return from_parts(base["encoder"], base["llm"], dtype, adapter=config.adapter)
     place = find_checkpoint(base["checkpoint"])

@@ -97,10 +97,9 @@ def synthesise(job: tuple) -> None:
     rng, said = random.Random(f"{seed} {lang} {split} {k}"), set()
     rate, say = espeak(rng.randrange(1 << 30))
     speeds, pitches = ((150, 260), (15, 85)) if split == "voices" else ((190, 230), (40, 60))
-    texts, voices, clips = [], [], []
+    spoken = []
     for i in range(CHUNK):
         voice = rng.choice(TRAIN_VOICES) if split == "train" else EVAL_VOICES[i % len(EVAL_VOICES)]
-        voices.append(voice)
         parts, pieces = script(lang, split, rng, said), []
         speed, pitch = rng.randint(*speeds), rng.randint(*pitches)
         for part in parts:
@@ -108,9 +107,9 @@ def synthesise(job: tuple) -> None:
             level = 10 ** (rng.uniform(-9, 0) / 20) if len(parts) > 1 else 1
             wave = rows.load_audio(say(part, f"{lang}+{voice}", speed, pitch))
             pieces += [torch.zeros(pause), level * rows.resampler(rate, SAMPLE_RATE)(wave)]
-        texts.append(" ".join(parts))
         clip = torch.cat(pieces).clamp(-1, 1) * 32767
-        clips.append(clip.round().to(torch.int16).numpy())
+        spoken.append((clip.round().to(torch.int16).numpy(), " ".join(parts), voice))
+    clips, texts, voices = zip(*spoken, strict=True)
     sound = dict(pcm=np.concatenate(clips), ends=np.cumsum([len(clip) for clip in clips]))
     cli.replace_file(path, lambda tmp: np.savez(tmp, **sound, texts=texts, voices=voices))
 

@@ -14,7 +14,7 @@ import model as code
 from model import ENCODER, LLM, SAMPLE_RATE
 from support import lora
 from support.checkpoint import find_checkpoint, load_checkpoint, read_json
-from support.cli import ArgumentParser, UserError, as_user_error, run
+from support.cli import ArgumentParser, as_user_error, run
 from support.recipes import TABLES
 from support.storage import fingerprint
 
@@ -79,12 +79,10 @@ def main() -> None:
         model = export(args.ckpt, args.to, args.encoder, args.llm, args.push)
     print(f"{args.to} holds {code.count(model):,} parameters in {model.dtype}, LoRA merged")
     if args.push:
-        try:
+        hint = f"; go online, set HF_TOKEN, and run hf upload {args.push} {args.to}"
+        with as_user_error(f"{args.to} is written, but not pushed: ", Exception, suffix=hint):
             huggingface_hub.create_repo(args.push, exist_ok=True)
             print("pushed:", huggingface_hub.upload_folder(repo_id=args.push, folder_path=args.to))
-        except Exception as e:  # it fails in many ways, and none of them is ours
-            raise UserError(f"{args.to} is written, but not pushed ({type(e).__name__}): go online,"
-                            f" set HF_TOKEN, and run hf upload {args.push} {args.to}") from None
 
 if __name__ == "__main__":
     run(main)

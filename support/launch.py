@@ -3,14 +3,14 @@ import itertools
 import math
 import os
 import sys
-import typing
 from dataclasses import fields, replace
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from augment import CURRICULUM, Augmenter
-from model import BorealisForConditionalGeneration, add_audio_tokens
+from model import BorealisForConditionalGeneration as Borealis
+from model import add_audio_tokens
 from support import checkpoint
 from support.banks import check_source
 from support.cli import ArgumentParser, UserError, as_user_error, check_out
@@ -32,7 +32,7 @@ def parse_config(config: type, argv: list[str]):
         parser.set_defaults(**{f.name: saved.get(f.name, f.default) for f in fields(config)})
     cfg = config(**vars(parser.parse_args(argv)))
     for f in fields(config):
-        if type(None) in typing.get_args(f.type) and getattr(cfg, f.name) in ("none", ""):
+        if f.type | None == f.type and getattr(cfg, f.name) in ("none", ""):
             setattr(cfg, f.name, None)
     for name in names[:names.index("out")]:  # the fields behind are the machine's
         if name in saved and getattr(cfg, name) != saved[name]:
@@ -84,52 +84,36 @@ def make_augmenter(cfg, banks, samples: int):
     starts = stage_starts(cfg)
     if not starts:
         return None
+    for stage, (at, end) in enumerate(itertools.pairwise([*starts, 1]), 1):
+        if math.ceil(at * cfg.steps) == math.ceil(end * cfg.steps):
+            print(f"warning: --curriculum: stage {stage} of 4 never starts", file=sys.stderr)
     epochs = cfg.steps * cfg.effective_batch / samples
     stages = [replace(stage, start_epoch=at * epochs)
               for stage, at in zip(CURRICULUM, starts, strict=True)]
     return Augmenter(stages, *banks, cfg.seed)
 
-def check_models(cfg) -> None:
-    """See that what load_start() will load is there, from configs alone. Raises UserError."""
-    if cfg.resume or cfg.train != "scratch":
-        with starting(cfg):
-            where = newest_step(cfg.out) if cfg.resume else cfg.init_from
-            checkpoint.check_start(where, cfg.encoder, cfg.llm)
-
-def starting(cfg):
-    """What goes wrong while a model to start from is looked for, as a UserError."""
-    ways = ("; or do without: --init_from none (a new adapter), or --preset pretrain first and "
-            "--init_from its --out") if cfg.init_from and not cfg.resume else ""
-    parts = f"--init_from {cfg.init_from} --encoder {cfg.encoder} --llm {cfg.llm}"
-    return as_user_error(f"cannot start from {parts}: ", OSError, ValueError, RuntimeError,
-                         suffix=ways)
-
 def check_data(cfg, data: dict) -> None:
-    """{pool: (samples, digest)}: a resumed run must find what it was started on, and a stage of the
-    curriculum should have its turn. Raises UserError."""
+    """{pool: (samples, digest)}: a resumed run must find what it was started on, or UserError."""
     before = checkpoint.training_config(cfg.out).get("data", {}) if cfg.resume else {}
     for name, (samples, texts) in data.items():
         if name in before and before[name] != [samples, texts]:
             raise UserError(f"the data has changed since the run was started, in {name} ({samples} "
                             f"rows, were {before[name][0]}): bring it back, or start another run")
-    starts = [math.ceil(at * cfg.steps) for at in (*stage_starts(cfg), 1)]
-    for stage, (start, end) in enumerate(itertools.pairwise(starts), 1):
-        if start == end:
-            print(f"warning: --curriculum: stage {stage} of 4 never starts", file=sys.stderr)
 
-def load_start(cfg) -> BorealisForConditionalGeneration:
+def load_start(cfg) -> Borealis:
     """What to train on, loaded; model.config.base names it for later. Raises UserError."""
     base = dict(checkpoint=None, encoder=cfg.encoder, llm=cfg.llm)
-    with starting(cfg):
+    parts = f"--init_from {cfg.init_from} --encoder {cfg.encoder} --llm {cfg.llm}"
+    ways = ("; or do without: --init_from none (a new adapter), or --preset pretrain first and "
+            "--init_from its --out") if cfg.init_from and not cfg.resume else ""
+    with as_user_error(f"cannot start from {parts}: ", OSError, ValueError, RuntimeError,
+                       suffix=ways):
         if cfg.resume:  # on what the run was started on, wherever its flags would point by now
-            config = checkpoint.read_config(newest_step(cfg.out))
-            if config.base is None:  # all of it is in the checkpoint
-                model = BorealisForConditionalGeneration(config)
-                tokenizer = AutoTokenizer.from_pretrained(newest_step(cfg.out))
-                model.tokenizer = add_audio_tokens(tokenizer)
-                return model
-            model = checkpoint.load_base(newest_step(cfg.out), config)
+            folder = newest_step(cfg.out)
+            config = checkpoint.read_config(folder)
+            model = checkpoint.load_base(folder, config) if config.base else Borealis(config)
             model.config.base = config.base
+            model.tokenizer = add_audio_tokens(AutoTokenizer.from_pretrained(folder))
             return model
         if cfg.init_from:
             place = checkpoint.find_checkpoint(cfg.init_from)

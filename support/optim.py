@@ -1,6 +1,5 @@
 """support/optim.py -- what computes a step: AdamW, or Muon for matrices beside it, in bf16."""
-import math
-from contextlib import ExitStack
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,7 +19,7 @@ class Muon(torch.optim.Muon):
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         sizes = {}
         for p, update in zip(params, updates, strict=True):
-            tall = math.sqrt(max(1, len(p) / p.shape[1]))  # such lie down: smaller squares
+            tall = max(1, len(p) / p.shape[1]) ** 0.5  # such lie down: smaller squares
             views = (p.T, update.T, tall) if tall > 1 else (p, update, tall)
             sizes.setdefault(views[0].shape, []).append(views)
         for views in sizes.values():
@@ -41,18 +40,16 @@ def orthogonal(x: torch.Tensor, group: dict) -> torch.Tensor:
 
 def make(cfg, model) -> list[torch.optim.Optimizer]:
     """-> [AdamW] or [AdamW, Muon], the latter for all matrices but embeddings and the head."""
-    llm, trained = model.llm, [p for p in model.parameters() if p.requires_grad]
-    rows = llm.get_input_embeddings().weight, llm.get_output_embeddings().weight
-    rows = {*map(id, rows), id(getattr(model, "new_rows", None))}
-    matrices = [p for p in trained if p.dim() == 2 and id(p) not in rows]
-    matrices = matrices if cfg.optimizer == "muon" else []
-    chosen = set(map(id, matrices))
-    rest = [p for p in trained if id(p) not in chosen]
+    rows = "llm.model.embed_tokens.weight", "llm.lm_head.weight", "new_rows"  # one for each token
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in trained.items() if p.dim() == 2 and name not in rows}
+    matrices = matrices if cfg.optimizer == "muon" else {}
+    rest = [p for name, p in trained.items() if name not in matrices]
     groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=cfg.weight_decay),
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, cfg.lr, (0.9, cfg.beta2), fused=True)]
     if matrices:
-        optimizers.append(Muon([dict(params=matrices, times=cfg.muon_lr / cfg.lr)],
+        optimizers.append(Muon([dict(params=[*matrices.values()], times=cfg.muon_lr / cfg.lr)],
                                cfg.muon_lr, cfg.weight_decay))
         optimizers[1].bf16 = use_bf16(model.device.type, cfg.bf16)
     return optimizers
@@ -75,12 +72,11 @@ def use_bf16(device: str, wanted: bool) -> bool:
     """GPUs always; a CPU if it is wanted, and has instructions for it: else it would crawl."""
     return device == "cuda" or wanted and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
-def autocast(device: str, bf16: bool) -> ExitStack:
+@contextmanager
+def autocast(device: str, bf16: bool):
     """A context for the forward: products in bf16, or as they are. On a CPU attention is then
     spelled out, for the backward of the fused one takes four times as long in bf16 as in fp32."""
-    stack = ExitStack()
-    if use_bf16(device, bf16):
-        stack.enter_context(torch.autocast(device, torch.bfloat16))
-        if device == "cpu":
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    return stack
+    on = use_bf16(device, bf16)
+    spelled_out = sdpa_kernel(SDPBackend.MATH) if on and device == "cpu" else nullcontext()
+    with torch.autocast(device, torch.bfloat16, enabled=on), spelled_out:
+        yield

@@ -73,9 +73,8 @@ def all_sum(numbers: dict, device: torch.device) -> dict:
     return dict(zip(numbers, sums.tolist(), strict=True))
 
 def add_left_out(bad: BadRows, long: BadRows, rows: list[tuple], total: dict, seen: int) -> None:
-    """Count rows left out, unusable or too long. rows: this rank's, as (reason, name, too long?).
-    total: on all ranks, how many (left_out) and how often no row would do (hopeless). seen: rows
-    read. Raises UserError if too many are unusable; long ones do no harm."""
+    """Count a step's rows left out; rows: this rank's, as (reason, name, too long?). total: sums of
+    collate()'s counts. seen: rows read so far. UserError if too many are unusable, not too long."""
     if not total["left_out"]:
         return
     everyone = [rows]

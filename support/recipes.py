@@ -62,17 +62,14 @@ for name, preset in TABLES["presets"].items():
     PRESETS[f"tiny_{name}"] = start | dict(mix=mix, steps=400, out=f"out_tiny_{name}")
 PRESETS["tiny"] = TINY | dict(mix="none")  # Russian transcription
 PRESETS["tiny_pretrain"] |= dict(lang="ru,en", steps=TINY["steps"])
-PRESETS["tiny_long_audio"] |= dict(max_windows=8)
+PRESETS["tiny_long_audio"]["max_windows"] = 8
 
 # ---- Reading a dataset. Who reads none need not wait 0.4 s for the import of `datasets`.
 def find_copy(source: Source, data_dir: str | Path) -> Path:
     """Where a dataset lies: data_dir may also be its owner's folder, or itself. Or UserError."""
     root, (owner, name) = Path(data_dir), source.hub.split("/")
-    places = [root / owner / name, root / name, root / f"{owner}__{name}",
-              root / owner / f"{name}.parquet", root / f"{name}.parquet"]
-    shards = [*root.glob(f"{source.split}-*.parquet"), *root.glob(f"data/{source.split}-*.parquet")]
-    if root.name == name or (shards and source.split != "train"):
-        places.append(root)
+    places = [root / owner / name, root / name, root / owner / f"{name}.parquet",
+              root / f"{name}.parquet", *([root] if root.name == name else [])]
     for place in filter(Path.exists, places):
         config = place / (source.config or "")
         return config if config.is_dir() else place

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from support import lora
 from support.cli import UserError, as_user_error
+from support.recipes import TABLES
 
 def steps_in(out: str | Path) -> list[Path]:
     """A run's, oldest first: real folders, named step- and digits; all else is the user's."""
@@ -27,9 +28,6 @@ def steps_in(out: str | Path) -> list[Path]:
 def newest_step(folder: str | Path) -> Path:  # of a run; any other folder: itself
     steps = [] if (Path(folder) / "config.json").exists() else steps_in(folder)
     return steps[-1] if steps else Path(folder)
-
-RESULTS = ("loss.png", "results.json", "report.md", "hypotheses.jsonl", "wer.png", "qa.png",
-           "bigbench.png")
 
 # ---- Writing
 class Saver:
@@ -50,10 +48,10 @@ class Saver:
 
     def clear(self) -> None:  # of what an earlier run and its evaluation left, and nothing else
         prune(steps_in(self.out))
-        for name in RESULTS:
+        for name in TABLES["run"]["results"]:
             (self.out / name).unlink(missing_ok=True)
 
-    def copy(self, key, x: torch.Tensor) -> torch.Tensor | None:
+    def copy(self, key: int, x: torch.Tensor) -> torch.Tensor | None:
         """All ranks gather what is sharded; rank 0 copies it, to memory kept: pinning is slow."""
         x = x.full_tensor() if isinstance(x, DTensor) else x.detach().contiguous()
         if self.rank > 0:
@@ -65,10 +63,8 @@ class Saver:
     def save(self, model: torch.nn.Module, optimizers, config: dict, step: int, also) -> None:
         """On all ranks. also(): more for the thread. UserError if the last one was not written."""
         self.wait()
-        tensors = {name: self.copy(name, p) for name, p in lora.stored(model).items()}
-        keys = count()
-        moments = tree_map_only(torch.Tensor, lambda x: self.copy(next(keys), x),
-                                [o.state_dict() for o in optimizers])
+        keys, state = count(), (lora.stored(model), [o.state_dict() for o in optimizers])
+        tensors, moments = tree_map_only(torch.Tensor, lambda x: self.copy(next(keys), x), state)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies are there
         if self.rank == 0:
@@ -117,11 +113,16 @@ def prune(folders: list[Path]) -> None:  # half deleted, none looks like a check
         shutil.rmtree(old.replace(doomed))
 
 # ---- Reading
-def restore_weights(out: str | Path, model: torch.nn.Module) -> None:
-    """The newest checkpoint's tensors, into a model prepared as it was. Raises UserError."""
-    folder = newest_step(out)
-    with as_user_error("", ValueError):
-        load_stored(model, read_weights(folder), folder)
+@torch.no_grad()
+def restore_weights(folder: str | Path, model: torch.nn.Module) -> None:
+    """A checkpoint's tensors (a run's: the newest), into a model prepared as it was. ValueError."""
+    tensors, mine = read_weights(newest_step(folder)), lora.stored(model)
+    both = mine.keys() & tensors.keys()
+    resized = [name for name in both if mine[name].shape != tensors[name].shape]
+    check_state_dict(folder, missing_keys=mine.keys() - both,
+                     unexpected_keys=tensors.keys() - both, mismatched_keys=resized)
+    for name, p in mine.items():
+        p.copy_(tensors[name])
 
 def restore(out: str | Path, optimizers: list) -> int:
     """The newest checkpoint's state, mapped, into optimizers that may be sharded -> its step."""
@@ -149,32 +150,19 @@ def fingerprint(folder: Path) -> str:
                 digest.update(f.read(4096))
     return digest.hexdigest()[:16]
 
-def weight_files(folder: Path) -> list[Path]:  # safetensors or else .bin; raises ValueError
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors or else .bin files. Raises ValueError."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise ValueError(f"no checkpoint in {folder}: train one with train.py --preset tiny")
-    return files
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:  # all; raises ValueError
     tensors = {}
-    for file in weight_files(folder):
+    for file in files:
         try:
             tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(
                 file, weights_only=True, mmap=True)
         except Exception as e:  # pickle's and safetensors' own kinds
             raise ValueError(f"{file} is no file of plain tensors ({type(e).__name__})") from None
     return tensors
-
-@torch.no_grad()
-def load_stored(model: torch.nn.Module, tensors: dict, where: Path) -> None:
-    """Copy a checkpoint's tensors into lora.stored(model), strictly. Raises ValueError."""
-    mine = lora.stored(model)
-    both = mine.keys() & tensors.keys()
-    resized = [name for name in both if mine[name].shape != tensors[name].shape]
-    check_state_dict(where, missing_keys=mine.keys() - both,
-                     unexpected_keys=tensors.keys() - both, mismatched_keys=resized)
-    for name, p in mine.items():
-        p.copy_(tensors[name])
 
 def check_state_dict(where: str | Path, **kinds) -> None:
     """ValueError if there are any. kinds: missing_keys, ..., as in transformers' loading info."""
