@@ -68,8 +68,11 @@ PRESETS["tiny_long_audio"]["max_windows"] = 8
 def find_copy(source: Source, data_dir: str | Path) -> Path:
     """Where a dataset lies: data_dir may also be its owner's folder, or itself. Or UserError."""
     root, (owner, name) = Path(data_dir), source.hub.split("/")
-    places = [root / owner / name, root / name, root / owner / f"{name}.parquet",
-              root / f"{name}.parquet", *([root] if root.name == name else [])]
+    places = [root / owner / name, root / name, root / f"{owner}__{name}",
+              root / owner / f"{name}.parquet", root / f"{name}.parquet"]
+    shards = [*root.glob(f"{source.split}-*.parquet"), *root.glob(f"data/{source.split}-*.parquet")]
+    if root.name == name or (shards and source.split != "train"):
+        places.append(root)
     for place in filter(Path.exists, places):
         config = place / (source.config or "")
         return config if config.is_dir() else place
