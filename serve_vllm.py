@@ -22,7 +22,7 @@ from itertools import chain
 
 import model
 from model import AUDIO, SAMPLE_RATE
-from support import engine, live, rows, transcripts  # before vllm, which reads what engine sets
+from support import engine, rows, transcripts  # before vllm, which reads what engine sets
 from support.cli import ArgumentParser, UserError, check_port, flag, run
 
 if __name__ == "__main__" and not engine.INSTALLED:  # one line of error, not vLLM's ImportError
@@ -38,7 +38,7 @@ from vllm.model_executor.models import interfaces, utils
 from vllm.multimodal import MULTIMODAL_REGISTRY, inputs, parse, processing
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from support import realtime  # noqa: F401  (its route)
+from support import realtime
 from support.uploads import LIMIT
 
 # ---- The four classes. How many tokens a recording takes is said twice: the most, for which memory
@@ -214,13 +214,13 @@ def main() -> int | None:
         transcripts.plan(args)  # wrong ones show before vLLM has loaded the model
         vllm = engine.Offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm)
         return transcripts.transcribe(vllm, vllm.config.window_samples, BATCH, args)
-    sound = live.open_sound(args.live, args.max_audio_seconds or rows.MAX_SECONDS)
+    sound = realtime.open_sound(args.live, args.max_audio_seconds or rows.MAX_SECONDS)
     if args.server:
-        return live.follow(sound, args.server)
+        return realtime.follow(sound, args.server)
     command = [__file__, "--ckpt", args.ckpt, "--encoder", args.encoder, "--llm", args.llm]
-    with live.own_server([*command, *vllm_flags]) as address:
+    with realtime.own_server([*command, *vllm_flags]) as address:
         print(f"listening at {address}", file=sys.stderr)
-        live.follow(sound, address)
+        realtime.follow(sound, address)
 
 if __name__ == "__main__":
     run(main)

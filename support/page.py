@@ -2,7 +2,6 @@
 serve_vllm.py runs, --server http://127.0.0.1:8000. Labels, layout and looks are in page.toml."""
 import base64
 import io
-import socket
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from transformers import TextIteratorStreamer
 from data import TASK_SYSTEM, Sample
 from model import ASR_SYSTEM, AUDIO, HOP, SAMPLE_RATE, BorealisConfig, cut_windows, log_mel
 from support import checkpoint, cli, corpus, pauses, rows
+from support.transcripts import find_recordings
 
 TABLES = tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
 
@@ -62,10 +62,7 @@ def connect(cfg):  # -> the same
 
 def find_examples(cfg) -> dict:  # label -> what gr.Audio takes. Raises UserError
     if cfg.examples:
-        files = [p for p in Path(cfg.examples).glob("*") if p.suffix.lower() in TABLES["kinds"]]
-        if not files:
-            raise cli.UserError(f"--examples {cfg.examples}: no folder with recordings")
-        return {path.name: str(path) for path in sorted(files)}
+        return {str(name): str(path) for path, name in find_recordings([cfg.examples])}
     lang = "ru" if cfg.server else checkpoint.training_config(cfg.ckpt).get("lang", "ru")[:2]
     said = {split: corpus.embedded_rows(lang, split, 1)[0] for split in corpus.EVAL_SPLITS}
     return {f"{k}: {row['text']}": (SAMPLE_RATE, row["audio"]) for k, row in said.items()}
@@ -102,8 +99,7 @@ def reply(cfg, config, stream, same, path, question=None):  # yields what three 
 def main():
     parser = cli.ArgumentParser(prog="python -m support.page", description="Ask in a browser.")
     cfg = PageConfig(**vars(parser.add_flags(PageConfig).parse_args()))
-    with cli.as_user_error(f"--port {cfg.port}: ", OSError):
-        socket.create_server(("127.0.0.1", cfg.port)).close()
+    cli.check_port("127.0.0.1", cfg.port)
     examples = find_examples(cfg)
     with cli.as_user_error(TABLES["install"], ImportError):
         import gradio as gr

@@ -222,7 +222,7 @@ def test_both_languages_say_the_same_things():
 
 @pytest.mark.parametrize(("argv", "says"), [
     ("--port 99999", "between 1 and 65535"), ("--lang de", "invalid choice"),
-    ("--examples nowhere", "nowhere"), ("--examples .", "no folder with recordings"),
+    ("--examples nowhere", "nowhere"), ("--examples empty", "files in empty"),
     ("--ckpt nowhere", "nowhere"), ("--ckpt nowhere --examples good", "nowhere"),
     ("--examples good --server http://127.0.0.1:9", "no serve_vllm.py answers"),
     ("--examples good --server what", "no serve_vllm.py answers"),
@@ -232,6 +232,7 @@ def test_wrong_flags(monkeypatch, capsys, tmp_path, argv, says):
     pytest.importorskip("openai")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good").mkdir()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "good" / "a.wav").write_bytes(wav_bytes(tone(1)))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         busy = str(taken.getsockname()[1])

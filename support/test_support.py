@@ -37,10 +37,9 @@ from augment import noise_at
 from conftest import HERE, PUBLISHED, A, M, exit_of, is_one_line, losses, newest, pcm, tone
 
 # isort: split
-from conftest import clip, flac, train_now, wav_bytes, write_manifest
+from conftest import clip, flac, needs_vllm, train_now, wav_bytes, write_manifest
 from support import banks, bench, compare, decoding, export, lora, meter, pauses, ranks, recipes
 
-from support import live as live_client  # isort: skip
 from support import report, tasks, tiny  # isort: skip
 from support import checkpoint as ckpt
 from support import corpus as spoken
@@ -926,7 +925,9 @@ def test_phrases_say_only_what_they_keep(sounds, noise, lines):
     early = [text for text in said if text and "\n" not in text]
     assert early or len(sounds) < 9  # words before the phrase is over
 
-def test_raw_samples_as_they_drip_in(monkeypatch):
+@needs_vllm
+def test_raw_samples_as_they_drip_in():
+    from support import realtime
     samples, (read, write) = np.arange(-10000, 10001, dtype="<i2"), os.pipe()
     sent = samples.tobytes() + b"x"
     def drip():
@@ -934,7 +935,7 @@ def test_raw_samples_as_they_drip_in(monkeypatch):
             os.write(write, sent[i:i + 3001])
         os.close(write)
     threading.Thread(target=drip).start()
-    heard = list(live_client.from_pcm(read))
+    heard = list(realtime.from_pcm(read))
     assert [len(p) for p in heard] == [3200] * 12 + [1602] and b"".join(heard) == samples.tobytes()
 
 def test_the_walk_names_what_exists():
