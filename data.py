@@ -128,8 +128,7 @@ def encode(sample, tokenizer, config, change=None, load=load_audio, max_windows=
            max_tokens=torch.inf, **limits):
     """-> ids; labels: the same where the assistant speaks, <|im_end|> included, and -100 elsewhere;
     windows of sound: three of 30 s for 70 s. Augmentation is change(wave, its number) -> wave.
-    Raises BadRow, or TooLong beyond the limits (and those of load), for nothing is truncated: a
-    text cut short teaches to stop in mid-sentence, a recording cut short to make up the rest."""
+    Raises BadRow, or TooLong beyond the limits: what is cut short teaches to stop or to invent."""
     waves = [load(a, **limits) for a in sample.audio]
     if change:
         waves = [change(wave, number) for number, wave in enumerate(waves)]

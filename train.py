@@ -88,8 +88,7 @@ class TrainConfig:
     log: str = flag("none", "besides metrics.jsonl", choices=["none", "wandb", "tensorboard"])
 
 # ---- Data and model
-def load_pools(cfg):
-    """-> ({name: pool of samples}, their shares). Raises UserError."""
+def load_pools(cfg):  # -> ({name: pool of samples}, their shares). Raises UserError
     shares, pools = MIXES[cfg.mix] if cfg.mix else {"pretrain": 1}, {}  # plain transcription
     for name in shares:
         if cfg.embedded:
@@ -101,9 +100,8 @@ def load_pools(cfg):
     return pools, list(shares.values())
 
 def build(cfg, device):
-    """-> a model from a checkpoint or pretrained parts. Unless it is a tiny one, the encoder is
-    frozen, the adapter trains, and the LLM as a whole (full), by matrices beside its linears
-    (lora), or not at all (adapter)."""
+    """-> a model from a checkpoint, or pretrained parts. A tiny one trains as a whole; else the
+    adapter does, and the LLM: all of it (full), matrices beside its linears (lora), or nothing."""
     torch.manual_seed(cfg.seed)
     model = launch.load_start(cfg)
     if cfg.train != "scratch":
@@ -116,8 +114,7 @@ def build(cfg, device):
             storage.restore_weights(cfg.out, model)
     return model
 
-def build_tiny(cfg, samples):
-    """-> a small, random model, all of which trains, with a tokenizer of its own."""
+def build_tiny(cfg, samples):  # -> a small, random model, with a tokenizer of its own
     # Later runs may start here, with questions and English: the tokenizer needs their words.
     more = ["ru_audio", "en_audio", "text"] if cfg.mix else []
     texts = chain(samples, *(tiny_pool(pool, 1000, cfg.seed) for pool in more))
@@ -157,16 +154,14 @@ def load_data_and_model(cfg, rank, world, device):
     return model.to(device), dataset, data, shares
 
 # ---- The loop
-def learning_rate(cfg, step):
-    """Linear warm-up, then a cosine from lr to min_lr * lr; step counts from 0."""
+def learning_rate(cfg, step):  # linear warm-up, then a cosine from lr to min_lr * lr; step from 0
     warmup = max(1, round(cfg.warmup * cfg.steps))
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, cfg.steps - warmup)
     return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
-def wrap(cfg, model, world):
-    """-> what computes the loss: the model, under DDP if there are several processes."""
+def wrap(cfg, model, world):  # -> what computes the loss: under DDP, if there are more processes
     if cfg.grad_checkpoint:
         model.llm.gradient_checkpointing_enable(dict(use_reentrant=False))
     model.train()  # what is frozen stays in eval mode, see model.py
@@ -209,7 +204,6 @@ def train(cfg: TrainConfig) -> int:
     model, dataset, data, shares = decoding.first_rank_first(
         load_data_and_model, cfg, rank, world, device)  # rank 0 fetches, or speaks, the data
     sizes, net = [size for size, _ in data.values()], wrap(cfg, model, world)
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = optim.make(cfg, model)
     # What a resume restores: trained weights, the moments, the step. Data order, augmentation
     # and dropout (that of each rank) follow from seed and step: there is no RNG state to save.
@@ -223,15 +217,10 @@ def train(cfg: TrainConfig) -> int:
     log = Log(cfg, start) if rank == 0 else Silent()
     log.note(optim.describe(optimizers))
     bad, too_long = BadRows(cfg.strict), BadRows()  # left out; too many bad ones end the run
-    signals, stage, stopped, diverged = ranks.catch_signals(), None, False, False
+    signals, stopped, diverged = ranks.catch_signals(), False, False
 
     for step in range(start, cfg.steps):
         began = time.perf_counter()
-        # The Augmenter finds the stage of each sample itself; a change is only logged here.
-        epoch = step * cfg.effective_batch / sum(sizes)
-        if dataset.augment and stage != dataset.augment.stage(epoch):
-            stage = dataset.augment.stage(epoch)
-            log.note(f"epoch {epoch:.2f}: stage {stage.name} ({stage.config.touched:.0%} of clips)")
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 1009 + rank)  # of dropout
         lr = learning_rate(cfg, step)
         model.ctc = cfg.ctc * (1 - step / cfg.steps)
@@ -240,7 +229,7 @@ def train(cfg: TrainConfig) -> int:
         total = ranks.all_sum(batch | dict(left_out=len(rows), stop=len(signals)), device)
         ranks.add_left_out(bad, too_long, rows, total, (step + 1 - start) * cfg.effective_batch)
         loss = backward(net, micro_batches, total["labels"], world, device, cfg.bf16)
-        norm = ranks.clip_gradients(trained, cfg.grad_clip or math.inf)
+        norm = ranks.clip_gradients([*net.parameters()], cfg.grad_clip or math.inf)
         diverged = not math.isfinite(loss + norm)
         if diverged:
             break
@@ -258,8 +247,8 @@ def train(cfg: TrainConfig) -> int:
     log.close()
     del net  # DDP must not be the last to hold the process group: its destructor can deadlock
     ranks.end_process()
-    for left_out in filter(None, [str(bad), str(too_long)] if rank == 0 else []):
-        print(f"left out, and replaced by the next rows: {left_out}", file=sys.stderr)
+    for left_out in filter(None, [str(bad), str(too_long)]):
+        log.note(f"left out, and replaced by the next rows: {left_out}")
     if diverged:
         last = ["none", *storage.steps_in(out)][-1]
         log.note(f"error: training has diverged: loss {loss:g}, gradient norm {norm:g} at step "

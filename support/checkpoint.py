@@ -37,6 +37,9 @@ def training_config(where: str | Path) -> dict:  # train_config.json or {}. Rais
     with as_user_error("", ValueError):
         return read_json(find_checkpoint(where) / "train_config.json")
 
+def load_tokenizer(where: str | Path):  # with our tokens and today's template
+    return add_audio_tokens(hf.AutoTokenizer.from_pretrained(where))
+
 def read_config(folder: Path) -> BorealisConfig | None:
     """A checkpoint's config.json, None if there is none or it is not ours. Raises ValueError."""
     settings = read_json(folder / "config.json")
@@ -60,7 +63,7 @@ def load_part(cls: type, where: str, **settings):
 
 def from_parts(encoder: str, llm: str, dtype: torch.dtype | None = None, **config) -> Borealis:
     """Whisper and Qwen3, by hub name or folder, with a fresh adapter. config: more fields of it."""
-    tokenizer = add_audio_tokens(hf.AutoTokenizer.from_pretrained(llm))
+    tokenizer = load_tokenizer(llm)
     whisper = load_part(hf.WhisperModel, encoder, dtype=dtype or "auto").encoder
     qwen = load_part(hf.Qwen3ForCausalLM, llm, dtype=dtype or "auto")
     known = min(len(tokenizer) - 2, qwen.config.vocab_size)
@@ -103,7 +106,7 @@ def load_checkpoint(where, encoder: str = ENCODER, llm: str = LLM, dtype=None) -
     folder = find_checkpoint(where)
     config = read_config(folder)
     if config:
-        tokenizer = add_audio_tokens(hf.AutoTokenizer.from_pretrained(folder))  # has them already
+        tokenizer = load_tokenizer(folder)
     if config and config.base:
         model = load_base(folder, config, dtype)
         dtype = model.llm.dtype
@@ -127,6 +130,8 @@ def load_checkpoint(where, encoder: str = ENCODER, llm: str = LLM, dtype=None) -
 
 def load_base(folder: Path, config: BorealisConfig, dtype: torch.dtype | None = None) -> Borealis:
     """What the checkpoint in `folder` was trained on top of, if it is still there and the same."""
+    if not config.base:  # nothing: all of it is in the checkpoint
+        return Borealis(config)
     base = dict(config.base)
     for key, value in base.items():  # folders are named as seen from this one: a run may move
         if value and (folder / value).exists():

@@ -1,16 +1,11 @@
 """support/launch.py -- before the loop of train.py: flags, and the model that a run starts from."""
-import itertools
 import math
 import os
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from augment import CURRICULUM, Augmenter
-from model import BorealisForConditionalGeneration as Borealis
-from model import add_audio_tokens
 from support import checkpoint
 from support.banks import check_source
 from support.cli import ArgumentParser, UserError, as_user_error, check_out
@@ -40,8 +35,7 @@ def parse_config(config: type, argv: list[str]):
     check(cfg)
     return cfg
 
-def check(cfg) -> None:
-    """What the flags' own ranges cannot tell. Raises UserError."""
+def check(cfg) -> None:  # what the flags' own ranges cannot tell. Raises UserError
     if cfg.data_dir and not Path(cfg.data_dir).is_dir():
         raise UserError(f"no folder at --data_dir {cfg.data_dir}")
     if stage_starts(cfg):
@@ -81,15 +75,17 @@ def stage_starts(cfg) -> list[float]:
 
 def make_augmenter(cfg, banks, samples: int):
     """-> the Augmenter of --curriculum, whose fractions of the run become epochs, None for none."""
-    starts = stage_starts(cfg)
+    starts, stages = stage_starts(cfg), []
     if not starts:
         return None
-    for stage, (at, end) in enumerate(itertools.pairwise([*starts, 1]), 1):
-        if math.ceil(at * cfg.steps) == math.ceil(end * cfg.steps):
-            print(f"warning: --curriculum: stage {stage} of 4 never starts", file=sys.stderr)
     epochs = cfg.steps * cfg.effective_batch / samples
-    stages = [replace(stage, start_epoch=at * epochs)
-              for stage, at in zip(CURRICULUM, starts, strict=True)]
+    for stage, at, end in zip(CURRICULUM, starts, [*starts[1:], 1], strict=True):
+        stages.append(replace(stage, start_epoch=at * epochs))
+        step, what = math.ceil(at * cfg.steps), f"stage {len(stages)} of 4"
+        if step == math.ceil(end * cfg.steps):
+            print(f"warning: --curriculum: {what} never starts", file=sys.stderr)
+        else:
+            print(f"{what}, {stage.name}, starts with step {step + 1}", file=sys.stderr)
     return Augmenter(stages, *banks, cfg.seed)
 
 def check_data(cfg, data: dict) -> None:
@@ -100,7 +96,7 @@ def check_data(cfg, data: dict) -> None:
             raise UserError(f"the data has changed since the run was started, in {name} ({samples} "
                             f"rows, were {before[name][0]}): bring it back, or start another run")
 
-def load_start(cfg) -> Borealis:
+def load_start(cfg) -> checkpoint.Borealis:
     """What to train on, loaded; model.config.base names it for later. Raises UserError."""
     base = dict(checkpoint=None, encoder=cfg.encoder, llm=cfg.llm)
     parts = f"--init_from {cfg.init_from} --encoder {cfg.encoder} --llm {cfg.llm}"
@@ -111,9 +107,8 @@ def load_start(cfg) -> Borealis:
         if cfg.resume:  # on what the run was started on, wherever its flags would point by now
             folder = newest_step(cfg.out)
             config = checkpoint.read_config(folder)
-            model = checkpoint.load_base(folder, config) if config.base else Borealis(config)
-            model.config.base = config.base
-            model.tokenizer = add_audio_tokens(AutoTokenizer.from_pretrained(folder))
+            model = checkpoint.load_base(folder, config)
+            model.config.base, model.tokenizer = config.base, checkpoint.load_tokenizer(folder)
             return model
         if cfg.init_from:
             place = checkpoint.find_checkpoint(cfg.init_from)

@@ -43,8 +43,7 @@ def add_rows(model: nn.Module) -> None:
     if model.config.tie_word_embeddings:
         model.row_hooks.append(head.register_forward_hook(way_out))
 
-def new_tokens(config) -> list[int]:
-    """Our tokens that have an embedding; in the original's layout AUDIO has none."""
+def new_tokens(config) -> list[int]:  # that have an embedding; the original's AUDIO has none
     ids = {config.audio_token_id, config.audio_start_id, config.audio_end_id}
     return sorted(i for i in ids if i < config.llm_config.vocab_size)
 

@@ -107,8 +107,7 @@ def load(dataset, schedule, workers: int, pin_memory: bool):
         atexit.register(batches._shutdown_workers)
     return batches
 
-def quiet_worker(_: int) -> None:
-    """Terminals send Ctrl-C, and queues SIGTERM, to all processes; only the loop may answer."""
+def quiet_worker(_: int) -> None:  # Ctrl-C and SIGTERM go to all processes: the loop answers
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -31,8 +31,7 @@ class Source:
         names = self.audio, self.question, self.answer
         return [self.conversation] if self.conversation else list(filter(None, names))
 
-    def manifest_row(self, row: dict) -> dict:
-        """A row of the dataset -> the same in the format of a manifest (data.py describes it)."""
+    def manifest_row(self, row: dict) -> dict:  # -> in the format of a manifest, see data.py
         if self.conversation:
             chat = row[self.conversation]
             if isinstance(chat, dict):  # datasets may turn a list of dicts inside out
@@ -54,15 +53,9 @@ BIG_BENCH_AUDIO = Source(**TABLES["big_bench_audio"], evaluation=True)
 NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (rooms)
 PUBLISHED = TABLES["published"]
 # Presets: what differs from the defaults of train.py.
-PRESETS, TINY = dict(TABLES["presets"]), TABLES["tiny"]
-TWIN = TINY | TABLES["twin"]
-for name, preset in TABLES["presets"].items():
-    start = TINY if preset.get("init_from") == "none" else TWIN  # TWIN: LoRA on tiny_pretrain
-    mix = preset.get("mix", name)
-    PRESETS[f"tiny_{name}"] = start | dict(mix=mix, steps=400, out=f"out_tiny_{name}")
-PRESETS["tiny"] = TINY | dict(mix="none")  # Russian transcription
-PRESETS["tiny_pretrain"] |= dict(lang="ru,en", steps=TINY["steps"])
-PRESETS["tiny_long_audio"]["max_windows"] = 8
+TINY, TWIN = TABLES["tiny"], TABLES["tiny"] | TABLES["twin"]
+PRESETS = TABLES["presets"] | {name: TINY | more for name, more in TABLES["tiny_presets"].items()}
+PRESETS |= {name: TWIN | more for name, more in TABLES["twin_presets"].items()}
 
 # ---- Reading a dataset. Who reads none need not wait 0.4 s for the import of `datasets`.
 def find_copy(source: Source, data_dir: str | Path) -> Path:

@@ -28,12 +28,11 @@ def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict
     rng = random.Random(f"{seed} {name}")
     if name == "text":
         return [text_row(rng, f"text/{i}") for i in range(n)]
-    if name == "pretrain":
-        each = -(-n // len(languages))
-        return [row for lang in languages for row in embedded_rows(lang, "train", each, seed)]
-    lang = "en" if name == "en_audio" else "ru"
-    rows = embedded_rows(lang, "train", n, seed)
-    if name == "it_fresh":
+    if name != "pretrain":
+        languages = ["en" if name == "en_audio" else "ru"]
+    each = -(-n // len(languages))
+    rows = [row for lang in languages for row in embedded_rows(lang, "train", each, seed)]
+    if name in ("pretrain", "it_fresh"):
         return rows
     if name == "long_audio":  # up to twelve utterances in a row as one recording
         long, rest = [], iter(rows)
@@ -41,7 +40,7 @@ def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict
             long.append({"audio": np.concatenate([r["audio"] for r in group]),
                          "text": " ".join(r["text"] for r in group), "name": f"long/{len(long)}"})
         return long
-    return [{"audio": row["audio"], "name": row["name"], **task(lang, row["text"], rng)}
+    return [{"audio": row["audio"], "name": row["name"], **task(*languages, row["text"], rng)}
             if rng.random() < 0.25 else row for row in rows]
 
 def texts_of(samples) -> list[str]:
