@@ -9,12 +9,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-
 import numpy as np
 import soundfile
 import torch
 from numpy.random import SFC64, Generator
-
 from model import HOP, SAMPLE_RATE, BorealisConfig, cut_windows, log_mel
 from support import banks, rows, sound
 from support.cli import ArgumentParser, UserError, as_user_error, check_out, replace_file, run

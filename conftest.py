@@ -20,7 +20,6 @@ import pytest
 import soundfile
 import torch
 import transformers as hf
-
 import data
 import model as nb
 import train

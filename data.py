@@ -17,11 +17,9 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-
 import numpy as np
 import soundfile
 import torch
-
 import model
 from model import SAMPLE_RATE
 from support import cli, corpus, recipes, rows, tiny

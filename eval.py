@@ -16,12 +16,10 @@ import unicodedata
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
 import jiwer
 import numpy as np
 import transformers
 from transformers.data.metrics.squad_metrics import compute_f1
-
 from augment import HARD, augment
 from data import embedded, read_manifest
 from model import ENCODER, LLM

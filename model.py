@@ -12,7 +12,6 @@ No import from the project: this file travels inside exported checkpoints as rem
 import sys
 from functools import cache, cached_property
 from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

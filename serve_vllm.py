@@ -19,7 +19,6 @@ import os
 import sys
 from dataclasses import dataclass
 from itertools import chain
-
 import model
 from model import AUDIO, SAMPLE_RATE
 from support import engine, rows, transcripts  # before vllm, which reads what engine sets
@@ -37,7 +36,6 @@ from vllm.config.speech_to_text import SpeechToTextConfig
 from vllm.model_executor.models import interfaces, utils
 from vllm.multimodal import MULTIMODAL_REGISTRY, inputs, parse, processing
 from vllm.tokenizers import cached_tokenizer_from_config
-
 from support import realtime
 from support.uploads import LIMIT
 

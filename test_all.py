@@ -19,7 +19,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-
 import datasets
 import jiwer
 import numpy as np
@@ -32,7 +31,6 @@ import torchaudio
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
 import augment
 import data
 import eval as evaluation

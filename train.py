@@ -16,9 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-
 import torch
-
 from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
 from model import ENCODER, LLM, count
 from support import align, decoding, launch, lora, optim, ranks, storage

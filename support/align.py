@@ -3,7 +3,6 @@ import torch
 from torch import nn
 from torch.nn.functional import ctc_loss
 from torch.nn.utils.rnn import pad_sequence
-
 from data import Sample
 from model import AUDIO
 

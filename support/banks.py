@@ -2,12 +2,10 @@
 import os
 import sys
 from pathlib import Path
-
 import numpy as np
 import soundfile
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
-
 from model import SAMPLE_RATE
 from support import corpus, rows
 from support.cli import UserError, as_user_error, replace_file

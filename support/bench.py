@@ -7,7 +7,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-
 import numpy as np
 import soundfile
 import torch
@@ -15,7 +14,6 @@ import transformers as hf
 from tabulate import tabulate
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
 import train
 from augment import AugmentConfig, augment, examples
 from data import Dataset, embedded, load_audio

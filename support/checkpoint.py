@@ -2,12 +2,10 @@
 import json
 import re
 from pathlib import Path
-
 import huggingface_hub
 import torch
 import transformers as hf
 from safetensors import SafetensorError
-
 from model import AUDIO, ENCODER, LLM, MARKER, BorealisConfig, add_audio_tokens
 from model import BorealisForConditionalGeneration as Borealis
 from support import lora, storage

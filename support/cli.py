@@ -13,7 +13,6 @@ import time
 import typing
 from dataclasses import field, fields
 from pathlib import Path
-
 import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar

@@ -2,9 +2,7 @@
 import json
 from itertools import combinations
 from pathlib import Path
-
 import numpy as np
-
 from support.cli import UserError, picture, write_text
 from support.recipes import BENCHMARK, PUBLISHED
 from support.report import NOTES, by_split, markdown, plain

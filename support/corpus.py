@@ -8,11 +8,9 @@ import zlib
 from ctypes import CDLL, CFUNCTYPE, POINTER, c_int, c_long, c_short, c_void_p
 from functools import lru_cache
 from pathlib import Path
-
 import numpy as np
 import torch
 from tqdm import tqdm
-
 from model import SAMPLE_RATE
 from support import cli, rows
 

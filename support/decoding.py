@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-
 from model import SAMPLE_RATE
 from support import checkpoint, pauses, storage
 from support.cli import digest, first_line, pick_device

@@ -2,10 +2,8 @@
 import os
 from importlib import metadata, util
 from pathlib import Path
-
 import numpy as np
 import torch
-
 import model
 from data import Sample
 from support import checkpoint, decoding, export

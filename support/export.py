@@ -5,11 +5,9 @@ import json
 import os
 import shutil
 from pathlib import Path
-
 import huggingface_hub
 import transformers
 from tabulate import tabulate
-
 import model as code
 from model import ENCODER, LLM, SAMPLE_RATE
 from support import lora

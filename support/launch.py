@@ -4,7 +4,6 @@ import os
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-
 from augment import CURRICULUM, Augmenter
 from support import checkpoint
 from support.banks import check_source

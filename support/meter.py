@@ -3,10 +3,8 @@ import json
 import sys
 from itertools import accumulate
 from pathlib import Path
-
 import torch
 from tqdm import tqdm
-
 from model import count
 from support.cli import as_user_error, picture, write_text
 from support.recipes import TABLES

@@ -1,6 +1,5 @@
 """support/optim.py -- what computes a step: AdamW, or Muon for matrices beside it, in bf16."""
 from contextlib import contextmanager, nullcontext
-
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

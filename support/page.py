@@ -8,11 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
 import soundfile
 from matplotlib.figure import Figure
 from transformers import TextIteratorStreamer
-
 from data import TASK_SYSTEM, Sample
 from model import ASR_SYSTEM, AUDIO, HOP, SAMPLE_RATE, BorealisConfig, cut_windows, log_mel
 from support import checkpoint, cli, corpus, pauses, rows

@@ -4,10 +4,8 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
-
 import numpy as np
 import torch
-
 from model import HOP, SAMPLE_RATE
 from support.rows import MIN_SECONDS, BadRow
 

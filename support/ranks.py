@@ -3,12 +3,10 @@ import atexit
 import os
 import signal
 from datetime import timedelta
-
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-
 from data import RETRIES
 from support.cli import UserError, pick_device
 from support.meter import memory

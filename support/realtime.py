@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
-
 import numpy as np
 import torch
 from fastapi import WebSocket
@@ -27,7 +26,6 @@ from vllm.entrypoints.speech_to_text.transcription.api_router import router
 from vllm.sampling_params import RequestOutputKind
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
-
 from model import SAMPLE_RATE
 from support import pauses, uploads
 from support.cli import UserError, as_user_error, first_line

@@ -4,7 +4,6 @@ import tomllib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
 from support.cli import UserError, first_line, replace_file
 from support.rows import cached
 

@@ -3,11 +3,9 @@ import json
 import re
 import sys
 from pathlib import Path
-
 import jiwer
 import numpy as np
 from tabulate import tabulate
-
 from support.cli import picture, write_text
 from support.recipes import TABLES
 from support.tasks import TASKS, TITLES

@@ -9,13 +9,11 @@ from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
-
 import numpy as np
 import soundfile
 import torch
 import torchaudio
 from tqdm.contrib.concurrent import thread_map
-
 from model import AUDIO, SAMPLE_RATE, TAG_PAIR, check_wave
 from support.cli import UserError, cache_dir, digest, write_text
 

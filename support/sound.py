@@ -2,11 +2,9 @@
 import io
 import math
 from functools import lru_cache
-
 import numpy as np
 import soundfile
 import torch
-
 from model import SAMPLE_RATE
 from support.cli import picture, replace_file
 from support.recipes import TABLES

@@ -8,13 +8,11 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
-
 from support import lora
 from support.cli import UserError, as_user_error
 from support.recipes import TABLES

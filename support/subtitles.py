@@ -4,10 +4,8 @@ their letters: right for the piece, and within a second or so for a word (docs/M
 import html
 import json
 import textwrap
-
 import numpy as np
 import torch
-
 from model import SAMPLE_RATE
 from support import pauses
 

@@ -4,10 +4,8 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
-
 from data import HubSamples
 from model import ASR_PROMPT, ENCODER, SAMPLE_RATE
 from support import pauses, rows

@@ -9,11 +9,9 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
-
 import pytest
 import soundfile
 import torch
-
 import data
 from conftest import HERE, exit_of, is_one_line, tone, wav_bytes
 from support import corpus

@@ -10,11 +10,9 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-
 import numpy as np
 import pytest
 import torch
-
 import data
 import eval as evaluation
 import model as nb

@@ -8,12 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
 import pytest
 import soundfile
 import torch
 import transformers as hf
-
 import model as nb
 from conftest import HERE, SHARED, losses, newest, rows_in, write_original, write_qwen
 

@@ -13,7 +13,6 @@ import weakref
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-
 import datasets
 import numpy as np
 import pytest
@@ -28,7 +27,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-
 import data
 import eval as evaluation
 import model as nb

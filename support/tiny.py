@@ -1,12 +1,10 @@
 """support/tiny.py -- pools, tokenizer, configuration, initial weights: small enough for a CPU."""
 import random
 from itertools import groupby, islice
-
 import numpy as np
 import torch
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
-
 from model import AUDIO, MARKER, BorealisConfig, BorealisForConditionalGeneration, add_audio_tokens
 from support.corpus import QUESTIONS, embedded_rows, held_out, sentence
 from support.recipes import TABLES

@@ -11,11 +11,9 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
 import soundfile
 import torch
 from tqdm import tqdm
-
 from data import Sample
 from model import ENCODER, LLM, SAMPLE_RATE
 from support import checkpoint, cli, pauses, rows, tasks

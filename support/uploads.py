@@ -6,7 +6,6 @@ import os
 import zlib
 from pathlib import Path
 from typing import Annotated
-
 import numpy as np
 import torch
 from fastapi import Form, Request, Response
@@ -18,7 +17,6 @@ from vllm.entrypoints.speech_to_text.transcription import api_router
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, audio
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.tokenizers import cached_tokenizer_from_config
-
 from model import SAMPLE_RATE
 from support import engine, pauses, rows, subtitles
 from support.recipes import TABLES
