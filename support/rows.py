@@ -22,7 +22,7 @@ MAX_SECONDS = 86_400     # where decoding stops, if nobody says otherwise; train
 MAX_BAD_SHARE = 0.05     # more unusable rows than this: the manifest is wrong, not a few files
 BLOCK = 1 << 14          # samples decoded at once, of all channels
 PYAV = find_spec("av") is not None
-CONTAINERS = {b"ftyp": "mov", b"\x1aE\xdf\xa3": "matroska"}  # how such files begin
+CONTAINERS = {b"ftyp": "mov", b"\x1aE\xdf\xa3": "matroska"}  # no playlists, which name others
 
 class BadRow(ValueError):
     """One unusable row or recording. The message is the reason it is counted under."""
@@ -101,11 +101,11 @@ def usable(samples: list, dataset, bad: BadRows, manifest: str) -> list:
         if isinstance(verdicts[key], str):
             raise BadRow(verdicts[key])
         return torch.empty(1).expand(verdicts[key])
-    def decode(sample):
-        for source in sample.audio:
-            with contextlib.suppress(BadRow):
-                load(source, max_seconds=dataset.encode.keywords.get("max_seconds", MAX_SECONDS))
-    thread_map(decode, samples, max_workers=os.cpu_count(), desc="checking audio")
+    def look(source):
+        with contextlib.suppress(BadRow):
+            load(source, max_seconds=dataset.encode.keywords.get("max_seconds", MAX_SECONDS))
+    sources = [source for sample in samples for source in sample.audio]
+    thread_map(look, sources, max_workers=os.cpu_count(), desc="checking audio")
     with contextlib.suppress(OSError):
         write_text(cache, json.dumps(verdicts))
     good = []
@@ -153,38 +153,29 @@ class OneWay(soundfile.SoundFile):
     def seekable(self):  # or soundfile seeks after each read: a FLAC of unknown length cannot
         return False
 
-def sound_blocks(file):
-    """A path or an open file -> its sample rate, then mono float32 blocks as they are decoded."""
-    with OneWay(file) as sound:
-        yield sound.samplerate
-        sound.seek(0)  # as soundfile.read: without it, the last bits of some MP3 differ
-        while len(block := sound.read(BLOCK // sound.channels, "float32", True)):
-            yield block.mean(axis=1)
-
-def container_blocks(file, kind: str):
-    """The same of m4a, mp4 and webm; kind, FFmpeg's name, keeps it from reading playlists."""
-    if not PYAV:
-        raise BadRow("m4a, mp4 or webm: needs PyAV, pip install av")
-    import av
-    try:
-        with av.open(file, format=kind) as container:
-            stream = container.streams.audio[0]
-            yield stream.rate
-            mono = av.AudioResampler("fltp", "mono", stream.rate)
-            for frame in container.decode(stream):
-                yield from (part.to_ndarray()[0] for part in mono.resample(frame))
-    except (av.FFmpegError, IndexError) as e:
-        raise ValueError(str(e)) from None
-
-def open_blocks(source):  # a path or a file's bytes -> the generator for it
-    head, file = source[:8], source
-    if isinstance(source, bytes):
-        file = io.BytesIO(source)
-    else:
+def decode(source):
+    """A path or a file's bytes -> its sample rate, then mono float32 blocks. Raises many kinds."""
+    head, file = source[:8], io.BytesIO(source) if isinstance(source, bytes) else source
+    if file is source:
         with open(source, "rb") as opened:
             head = opened.read(8)
     kind = CONTAINERS.get(head[4:]) or CONTAINERS.get(head[:4])
-    return container_blocks(file, kind) if kind else sound_blocks(file)
+    if not kind:
+        with OneWay(file) as sound:
+            yield sound.samplerate
+            sound.seek(0)  # as soundfile.read: without it, the last bits of some MP3 differ
+            while len(block := sound.read(BLOCK // sound.channels, "float32", True)):
+                yield block.mean(axis=1)
+        return
+    if not PYAV:
+        raise BadRow("m4a, mp4 or webm: needs PyAV, pip install av")
+    import av
+    with av.open(file, format=kind) as container:
+        stream = container.streams.audio[0]
+        yield stream.rate
+        mono = av.AudioResampler("fltp", "mono", stream.rate)
+        for frame in container.decode(stream):
+            yield from (part.to_ndarray()[0] for part in mono.resample(frame))
 
 def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_SECONDS):
     """A path, a file's bytes or int16 at 16 kHz -> (samples,) float32 at 16 kHz, mono, peak <= 1.
@@ -194,7 +185,7 @@ def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_S
     if isinstance(source, str) and not os.path.isfile(source):
         raise BadRow("missing file")
     try:
-        sound = open_blocks(source)
+        sound = decode(source)
         n, rate, blocks = 0, next(sound), [np.zeros(0, np.float32)]
         most = max_seconds * min(rate, 96_000)  # of higher rates, memory takes less
         while n <= most and (block := next(sound, None)) is not None:
@@ -202,7 +193,7 @@ def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_S
             n += len(block)
     except BadRow:
         raise
-    except (soundfile.LibsndfileError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError, LookupError, EOFError, OSError):
         raise BadRow("not audio") from None
     if not 1000 <= rate <= 1_000_000:
         raise BadRow(f"a sample rate of {rate} Hz")
