@@ -147,8 +147,7 @@ class Dataset(torch.utils.data.Dataset):
         self.augment, self.batch_size = augment, batch_size
         self.encode = partial(encode, tokenizer=tokenizer, config=config, **limits)
 
-    def item(self, i: int, epoch: float = 0.0) -> tuple:
-        """One item; its recordings are changed if it is their turn."""
+    def item(self, i: int, epoch: float = 0.0) -> tuple:  # recordings change if it is their turn
         if self.augment and self.augment.touches(epoch, i):
             with contextlib.suppress(TooLong):  # slowed down too far: then it stays as it was
                 change = partial(self.augment.wave, epoch, i)

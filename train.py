@@ -17,6 +17,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 import torch
+import torch.distributed as dist
 from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
 from model import ENCODER, LLM, count
 from support import align, decoding, launch, lora, optim, ranks, storage
@@ -244,7 +245,9 @@ def train(cfg: TrainConfig) -> int:
     saver.close()
     log.close()
     del net  # DDP must not be the last to hold the process group: its destructor can deadlock
-    ranks.end_process()
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
     for left_out in filter(None, [str(bad), str(too_long)]):
         log.note(f"left out, and replaced by the next rows: {left_out}")
     if diverged:

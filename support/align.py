@@ -15,10 +15,9 @@ class WithCTC(nn.Module):
         self.model, self.blank, self.ends = model, model.ends[1], torch.tensor(model.ends)
         chat = model.tokenizer.apply_chat_template(Sample("", [b""]).messages()[:2], tokenize=False)
         self.start = torch.tensor(model.tokenizer(chat.split(AUDIO)[0]).input_ids)  # of transcripts
-        model.adapter.register_forward_hook(self.remember)
-
-    def remember(self, adapter, args, audio):  # (W, N, D)
-        self.audio = audio
+        def remember(adapter, args, audio):  # (W, N, D)
+            self.audio = audio
+        model.adapter.register_forward_hook(remember)
 
     def forward(self, input_ids, labels, num_items_in_batch, **inputs):
         out = self.model(input_ids, labels=labels, num_items_in_batch=num_items_in_batch, **inputs)

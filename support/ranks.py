@@ -31,11 +31,6 @@ def start_process(cfg) -> tuple[int, int, torch.device]:
     torch.multiprocessing.set_sharing_strategy("file_system")
     return rank, world, device
 
-def end_process() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
 def pick_batch(cfg, model, device: torch.device, world: int) -> int:
     """--batch_size; by default as many rows of --max_tokens as fit the GPU, see meter.memory()."""
     if cfg.batch_size or device.type != "cuda":
