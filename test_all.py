@@ -1694,7 +1694,7 @@ def test_offline_in_vllm(checkpoint, net, manifest, tmp_path, monkeypatch, capsy
     for row, other in zip(native, vllm, strict=True):
         assert other == row | dict(settings=other["settings"], took=other["took"])
     assert len(native) == 32 and sum(bool(row["hypothesis"]) for row in native) > 20
-    first, bad, last = map(json.loads, out.splitlines())
+    first, last, bad = map(json.loads, out.splitlines())  # what failed comes at the end
     assert (first["audio"], first["text"]) == (str(one), native[1]["hypothesis"])
     pieces = pauses.cut_at_pauses(data.load_audio(str(long)), net.config.window_samples)
     texts = [net.decode(net.generate(p, max_new_tokens=6)[0]) for p in pieces]

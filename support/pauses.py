@@ -2,8 +2,8 @@
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 import numpy as np
 import torch
 from model import HOP, SAMPLE_RATE
@@ -24,10 +24,13 @@ def cut_at_pauses(wave: torch.Tensor, longest: int) -> list[torch.Tensor]:
 def without_thoughts(text: str) -> str:  # other people's checkpoints may think aloud
     return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL).strip()
 
-def in_batches(answer: Callable, jobs: list, batch_size: int) -> Iterator[tuple]:
-    """Answers, one by one, of a system as eval.py's to [(sample, waves)]."""
-    batches = (jobs[i:i + batch_size] for i in range(0, len(jobs), batch_size))
-    return chain.from_iterable(answer(*zip(*batch, strict=True)) for batch in batches)
+def in_batches(answer: Callable, jobs: Iterable, batch_size: int) -> Iterator[tuple]:
+    """Each (sample, waves, ...) of jobs, which may be read as they are needed, with the answer of a
+    system as eval.py's."""
+    jobs = iter(jobs)
+    while batch := list(islice(jobs, batch_size)):
+        samples, waves, *_ = zip(*batch, strict=True)
+        yield from zip(batch, answer(samples, waves), strict=True)
 
 def in_pieces(answer: Callable, longest: int, batch_size: int) -> Callable:
     """A system as eval.py's: asks another about pieces of <= `longest` samples, joins the texts."""
@@ -36,7 +39,7 @@ def in_pieces(answer: Callable, longest: int, batch_size: int) -> Callable:
             raise BadRow("a transcript is of one recording, not of several or none")
         cuts = [cut_at_pauses(wave, longest) for wave, in waves]
         jobs = [(s, [piece]) for s, cut in zip(samples, cuts, strict=True) for piece in cut]
-        parts = in_batches(answer, jobs, batch_size)
+        parts = (part for _, part in in_batches(answer, jobs, batch_size))
         return [join(islice(parts, len(cut))) for cut in cuts]
     def join(parts):
         texts, tokens, cut = zip(*parts, strict=True)

@@ -77,8 +77,7 @@ def deliver(row: dict, paths: dict, segments: list, duration: float) -> None:
     """Print the row as JSON, or write the files."""
     if not paths:
         return print(json.dumps(row, ensure_ascii=False), flush=True)
-    problem = row.get("error") or "the text is cut off: try more --max_new_tokens"
-    if "error" in row or "cut" in row:
+    if problem := row.get("error") or row["cut"] and "cut off: try more --max_new_tokens":
         tqdm.write(f"{row['audio']}: {problem}", sys.stderr)
     for kind, path in paths.items() if "text" in row else ():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,50 +88,39 @@ def length(file: Path) -> float:  # in seconds, as far as its header tells
         return min(soundfile.info(str(file)).duration, rows.MAX_SECONDS)
     return 0.0
 
-def open_all(todo: list, window: int, batch_size: int, max_seconds: float):
-    """Groups of (row, paths, pieces), each of a batch of pieces or one long recording."""
-    group, n = [], 0
-    for file, paths in todo:
-        row, pieces = dict(audio=str(file)), []
-        try:
-            pieces = pauses.cut_at_pauses(decode(str(file), max_seconds), window)
-        except (ValueError, OSError) as e:
-            row["error"] = first_line(e)
-        group.append((row, paths, pieces))
-        n += len(pieces)
-        if n >= batch_size:
-            yield group
-            group, n = [], 0
-    yield group
-
 def transcribe(answer, window: int, batch_size: int, cfg: Config) -> None:
     """The texts of all recordings of cfg.transcribe, in pieces of <= `window` samples, so many at
     once, by a system as eval.py's. Raises UserError if none is usable."""
-    planned = plan(cfg)
+    planned, failed = plan(cfg), []
     todo = [(file, paths) for file, paths in planned if not is_done(file, paths)]
     if len(todo) < len(planned):
         print(f"{len(planned) - len(todo)} of {len(planned)} are done already", file=sys.stderr)
-    bar, failed = tqdm(total=sum(length(file) for file, _ in todo), unit=" s", unit_scale=True), []
-    for group in open_all(todo, window, batch_size, cfg.max_audio_seconds or rows.MAX_SECONDS):
-        jobs = [(TRANSCRIBE, [piece]) for *_, pieces in group for piece in pieces]
-        parts = pauses.in_batches(answer, jobs, batch_size)
-        for row, paths, pieces in group:
-            segments, at = [], 0.0
-            for piece, (text, _, cut) in zip(pieces, parts, strict=False):
-                segments.append(word_times(piece, pauses.without_thoughts(text), at))
-                seconds = len(piece) / SAMPLE_RATE
-                bar.total, at = max(bar.total, bar.n + seconds), at + seconds
-                bar.update(seconds)
-                row |= {"cut": True} if cut else {}
-            segments = [words for words in segments if words]
-            if "error" in row:
-                failed.append(row)
-            else:
-                row["text"] = " ".join(spoken(segments))
-            deliver(row, paths, segments, at)
-    bar.close()
+    def pieces():  # of one recording after the other, and whether it is the last
+        for file, paths in todo:
+            try:
+                wave = decode(str(file), cfg.max_audio_seconds or rows.MAX_SECONDS)
+            except (ValueError, OSError) as e:
+                failed.append((dict(audio=str(file), error=first_line(e)), paths))
+                continue
+            *cut, last = pauses.cut_at_pauses(wave, window)
+            yield from ((TRANSCRIBE, [piece], None) for piece in cut)
+            yield TRANSCRIBE, [last], (str(file), paths)
+    segments, at, any_cut = [], 0.0, False
+    with tqdm(total=sum(length(file) for file, _ in todo), unit=" s", unit_scale=True) as bar:
+        for (_, [piece], end), (text, _, cut) in pauses.in_batches(answer, pieces(), batch_size):
+            segments.append(word_times(piece, pauses.without_thoughts(text), at))
+            seconds, any_cut = len(piece) / SAMPLE_RATE, any_cut or cut
+            bar.total, at = max(bar.total, bar.n + seconds), at + seconds
+            bar.update(seconds)
+            if end:
+                segments = [words for words in segments if words]
+                text = " ".join(spoken(segments))
+                deliver(dict(audio=end[0], text=text, cut=any_cut), end[1], segments, at)
+                segments, at, any_cut = [], 0.0, False
+    for row, paths in failed:
+        deliver(row, paths, [], 0)
     if len(failed) == len(planned):
-        raise UserError(f"no recording is usable: {failed[0]['audio']}: {failed[0]['error']}")
+        raise UserError(f"no recording is usable: {failed[0][0]['error']}: {failed[0][0]['audio']}")
 
 @dataclass
 class NativeConfig(Config):
