@@ -140,7 +140,7 @@ def test_transcripts_of_a_folder(folder, checkpoint, net, monkeypatch, capsys):
 
 @pytest.mark.parametrize("argv, says", [
     ("", "--transcribe a.mp3"), ("--transcribe nowhere", "no file or folder at nowhere"),
-    ("--transcribe texts", "files in texts"), ("--transcribe rec/bad.ogg", "not audio: rec/bad.ogg"),
+    ("--transcribe texts", "files in texts"), ("--transcribe rec/bad.ogg", "not audio: rec/bad"),
     ("--transcribe rec --format srt", "with --out_dir"), ("--max_new_tokens 0", "at least 1"),
     ("--transcribe rec --out_dir x --format srt,doc", "--format doc: choose from txt"),
     ("--transcribe rec --out_dir rec/x.txt", "is a file"), ("--trancribe rec", "--transcribe?"),
