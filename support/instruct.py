@@ -26,9 +26,9 @@ KINDS, RUN = TABLES["kinds"], 5  # so many words of a transcript in a row give i
 def words(text: str) -> str:  # " of a text ", so that "in" finds words that follow one another
     return " ".join(["", *re.findall(r"\w+", text.lower().replace("ё", "е")), ""])
 
-def language(text: str) -> str:  # "ru" or "en", by most letters; "" if there are none
-    russian, english = (len(re.findall(some, text.lower())) for some in ("[а-яё]", "[a-z]"))
-    return "ru" if russian > english else "en" if english else ""
+def language(text: str) -> str:  # of most letters, "ru", "en" or "other"; "" without any
+    letters = Counter(m.lastgroup for m in re.finditer(TABLES["letters"], text.lower()))
+    return max(letters, key=letters.get, default="")
 
 def make_jobs(args) -> dict[str, tuple]:
     """{digest of all that an answer depends on: (sample, kind, request)}, audio relative to OUT."""
@@ -57,7 +57,8 @@ def make_jobs(args) -> dict[str, tuple]:
 
 def check(content: str, sample, name: str, seen: set) -> dict:
     """What the server said -> a row for training, or BadRow. seen: questions accepted so far."""
-    reply = parse_json(content[content.find("{"):content.rfind("}") + 1].encode(errors="replace"))
+    content = re.sub(r"^[^{]*|[\x00-\x1f]", " ", content[:content.rfind("}") + 1])
+    reply = parse_json(content.encode(errors="replace"))  # vLLM may leave raw control characters
     question, answer = (" ".join(check_text(reply.get(k)).split()) for k in ("question", "answer"))
     said, asked, told = words(sample.answer), words(question), words(answer)
     kind, found, lang = KINDS[name], KINDS[name]["found"], language(sample.answer)
@@ -78,8 +79,8 @@ def check(content: str, sample, name: str, seen: set) -> dict:
     return dict(audio=sample.audio[0] if len(sample.audio) == 1 else sample.audio, kind=name,
                 question=question, answer=TABLES[lang]["refusal"] if found == "no" else answer)
 
-async def ask(jobs: dict, args, answers: dict, part: Path) -> Counter:
-    """Adds what the server says to `answers` and `part`. -> why requests failed. Or UserError."""
+async def ask(jobs: dict, args, answers: dict, part: Path, counts: Counter) -> None:
+    """Adds what the server says to `answers` and `part`, and failed requests to `counts`."""
     with cli.as_user_error("pip install -r support/requirements-page.txt: ", ImportError):
         import openai
     secret = os.environ.get("OPENAI_API_KEY") or re.match(TABLES["local"], args.url) and "none"
@@ -87,7 +88,7 @@ async def ask(jobs: dict, args, answers: dict, part: Path) -> Counter:
         raise cli.UserError("set OPENAI_API_KEY")
     client = openai.AsyncOpenAI(
         base_url=args.url, api_key=secret, timeout=args.timeout, max_retries=args.retries)
-    left, failed, tokens = [key for key in jobs if key not in answers], Counter(), Counter()
+    left, tokens = [key for key in jobs if key not in answers], Counter()
     bar = tqdm(total=len(left), unit=" answers", mininterval=0.1 if sys.stderr.isatty() else 10)
     async def work(queue):
         for key in queue:
@@ -99,25 +100,24 @@ async def ask(jobs: dict, args, answers: dict, part: Path) -> Counter:
                     file.write(f"\n{json.dumps([key, answers[key]])}\n")
                 tokens.update({name: getattr(reply.usage, name, 0) for name in TABLES["tokens"]})
             except (openai.APIError, AttributeError, LookupError, TypeError, ValueError) as e:
-                failed[f"failed: {type(e).__name__}"] += 1
+                counts[f"failed: {type(e).__name__}"] += 1
                 if why := TABLES["fatal"].get(type(e).__name__):
                     raise cli.UserError(f"{args.url} {why}") from None
-            bar.set_postfix(tokens | failed, refresh=False)
+            bar.set_postfix(tokens | counts, refresh=False)
             bar.update()
-    queue = iter(left)
-    await asyncio.gather(*(work(queue) for _ in range(args.concurrency)))
-    return failed
+    with bar:
+        await asyncio.gather(*map(work, [iter(left)] * args.concurrency))  # all from one queue
 
 def main() -> None:
     parser = cli.ArgumentParser(description="Questions and answers about transcripts.")
     args = parser.add_flags(make_dataclass("InstructConfig", FLAGS)).parse_args()
-    out, part, rows, seen = Path(args.out), Path(f"{args.out}.part"), [], set()
+    out, part, rows, seen, counts = Path(args.out), Path(f"{args.out}.part"), [], set(), Counter()
     if out.exists() and not part.exists():
         raise cli.UserError(f"{out} is finished: delete it, or choose another --out")
     cli.check_out(out.parent)
     jobs, before = make_jobs(args), part.read_text(encoding="utf-8") if part.exists() else ""
     answers = dict(map(json.loads, re.findall(r'^\[.*[^\\]"\]$', before, re.M)))  # of whole lines
-    counts = asyncio.run(ask(jobs, args, answers, part))
+    asyncio.run(ask(jobs, args, answers, part, counts))
     for key in [key for key in jobs if key in answers]:
         try:
             rows.append(check(answers[key], *jobs[key][:2], seen))
@@ -128,7 +128,7 @@ def main() -> None:
     if rows:
         cli.write_text(out, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
     if not rows or jobs.keys() - answers.keys():
-        raise cli.UserError("not all is there: repeat the command to ask again for what failed")
+        raise cli.UserError("requests failed, or no answer is usable: see above; repeat to go on")
     part.unlink()
 
 if __name__ == "__main__":
