@@ -1,0 +1,135 @@
+"""support/instruct.py -- questions and answers about transcripts by any OpenAI-compatible server,
+as instruct.toml has it. The key is in $OPENAI_API_KEY. What the server said is kept in OUT.part
+until nothing is missing, so a stopped command goes on; a finished OUT is never asked for again."""
+import asyncio
+import json
+import os
+import random
+import re
+import sys
+import tomllib
+from collections import Counter
+from dataclasses import make_dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import read_manifest
+from model import ASR_PROMPT
+from support import cli
+from support.rows import BadRow, BadRows, check_text, parse_json
+
+TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+FLAGS = [(name, type(f["default"]), cli.flag(**f)) for name, f in TABLES["flags"].items()]
+KINDS, RUN = TABLES["kinds"], 5  # so many words of a transcript in a row give it away
+
+def words(text: str) -> str:  # " of a text ", so that "in" finds words that follow one another
+    return " ".join(["", *re.findall(r"\w+", text.lower().replace("ё", "е")), ""])
+
+def language(text: str) -> str:  # of most letters, "ru", "en" or "other"; "" without any
+    letters = Counter(m.lastgroup for m in re.finditer(TABLES["letters"], text.lower()))
+    return max(letters, key=letters.get, default="")
+
+def make_jobs(args) -> dict[str, tuple]:
+    """{digest of all that an answer depends on: (sample, kind, request)}, audio relative to OUT."""
+    bad, jobs, folder = BadRows(), {}, os.path.realpath(Path(args.out).parent)
+    shares = dict(re.findall(r"(\w+)=(\d{1,9}(?:\.\d+)?)", args.kinds))
+    if args.kinds != ",".join(map("=".join, shares.items())) or not shares.keys() <= KINDS.keys():
+        raise cli.UserError(f"--kinds {args.kinds}: some of {', '.join(KINDS)}, as what=3,who=1")
+    samples, total = read_manifest(args.manifest, bad)
+    for sample in samples:
+        text, lang = sample.answer, language(sample.answer)
+        weights = {kind: float(share) for kind, share in shares.items() if lang in KINDS[kind]}
+        if sample.question != ASR_PROMPT or not all(map(os.path.isfile, sample.audio)):
+            bad.add("no transcript, or missing file", sample.name)
+        elif not any(weights.values()):
+            bad.add("no kind of question for its language", sample.name)
+        else:
+            sample.audio = [os.path.relpath(os.path.abspath(a), folder) for a in sample.audio]
+            rng = random.Random(f"{args.seed} {sample.audio} {text}")
+            for kind in rng.choices([*weights], [*weights.values()], k=args.per_row):
+                prompt = "\n\n".join([TABLES[lang]["prompt"], KINDS[kind][lang], text])
+                request = TABLES["request"] | dict(model=args.model, seed=rng.getrandbits(31))
+                request["messages"] = [dict(role="user", content=prompt)]
+                jobs[cli.digest(request, sample.audio)] = sample, kind, request
+    bad.report(total, args.manifest)
+    return jobs
+
+def check(content: str, sample, name: str, seen: set) -> dict:
+    """What the server said -> a row for training, or BadRow. seen: questions accepted so far."""
+    content = re.sub(r"^[^{]*|[\x00-\x1f]", " ", content[:content.rfind("}") + 1])
+    reply = parse_json(content.encode(errors="replace"))  # vLLM may leave raw control characters
+    question, answer = (" ".join(check_text(reply.get(k)).split()) for k in ("question", "answer"))
+    said, asked, told = words(sample.answer), words(question), words(answer)
+    kind, found, lang = KINDS[name], KINDS[name]["found"], language(sample.answer)
+    runs = rf"(?=( (?:\w+ ){{{min(RUN, len(said.split()))}}}))"  # of words, one from each word on
+    reasons = {
+        "length": not 6 < len(asked) < 203 or len(told) > min(kind["max"], kind["per"] * len(said)),
+        "question in another language": language(question) != lang,
+        "answer in another language": language(answer) not in kind.get("answer_in", ["", lang]),
+        "answer is not said": found == "yes" and told not in said,
+        "answer is said": found == "no" and {*told.split()} - {*TABLES["stop"]} & {*said.split()},
+        "question tells what is said": any(run in asked for run in re.findall(runs, said)),
+        "question tells the answer": told in asked,
+        "mentions a transcript": re.search(TABLES["mentions"], asked + told),
+        "duplicate": (*sample.audio, asked) in seen}
+    for reason in filter(reasons.get, reasons):
+        raise BadRow(reason)
+    seen.add((*sample.audio, asked))
+    return dict(audio=sample.audio[0] if len(sample.audio) == 1 else sample.audio, kind=name,
+                question=question, answer=TABLES[lang]["refusal"] if found == "no" else answer)
+
+async def ask(jobs: dict, args, answers: dict, part: Path, counts: Counter) -> None:
+    """Adds what the server says to `answers` and `part`, and failed requests to `counts`."""
+    with cli.as_user_error("pip install -r support/requirements-page.txt: ", ImportError):
+        import openai
+    secret = os.environ.get("OPENAI_API_KEY") or re.match(TABLES["local"], args.url) and "none"
+    if not secret:
+        raise cli.UserError("set OPENAI_API_KEY")
+    client = openai.AsyncOpenAI(
+        base_url=args.url, api_key=secret, timeout=args.timeout, max_retries=args.retries)
+    left, tokens = [key for key in jobs if key not in answers], Counter()
+    bar = tqdm(total=len(left), unit=" answers", mininterval=0.1 if sys.stderr.isatty() else 10)
+    async def work(queue):
+        for key in queue:
+            try:
+                reply = await client.chat.completions.create(**jobs[key][-1])
+                answers[key] = reply.choices[0].message.content or ""
+                part.parent.mkdir(parents=True, exist_ok=True)
+                with part.open("a", encoding="utf-8") as file:
+                    file.write(f"\n{json.dumps([key, answers[key]])}\n")
+                tokens.update({name: getattr(reply.usage, name, 0) for name in TABLES["tokens"]})
+            except (openai.APIError, AttributeError, LookupError, TypeError, ValueError) as e:
+                counts[f"failed: {type(e).__name__}"] += 1
+                if why := TABLES["fatal"].get(type(e).__name__):
+                    raise cli.UserError(f"{args.url} {why}") from None
+            bar.set_postfix(tokens | counts, refresh=False)
+            bar.update()
+    with bar:
+        await asyncio.gather(*map(work, [iter(left)] * args.concurrency))  # all from one queue
+
+def main() -> None:
+    parser = cli.ArgumentParser(description="Questions and answers about transcripts.")
+    args = parser.add_flags(make_dataclass("InstructConfig", FLAGS)).parse_args()
+    out, part, rows, seen, counts = Path(args.out), Path(f"{args.out}.part"), [], set(), Counter()
+    if out.exists() and not part.exists():
+        raise cli.UserError(f"{out} is finished: delete it, or choose another --out")
+    cli.check_out(out.parent)
+    jobs, before = make_jobs(args), part.read_text(encoding="utf-8") if part.exists() else ""
+    answers = dict(map(json.loads, re.findall(r'^\[.*[^\\]"\]$', before, re.M)))  # of whole lines
+    asyncio.run(ask(jobs, args, answers, part, counts))
+    for key in [key for key in jobs if key in answers]:
+        try:
+            rows.append(check(answers[key], *jobs[key][:2], seen))
+        except BadRow as e:
+            counts[f"refused: {e}"] += 1
+    for reason, n in [("usable", len(rows)), *counts.most_common()]:
+        print(f"{n:8} {reason}", file=sys.stderr)
+    if rows:
+        cli.write_text(out, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    if not rows or jobs.keys() - answers.keys():
+        raise cli.UserError("requests failed, or no answer is usable: see above; repeat to go on")
+    part.unlink()
+
+if __name__ == "__main__":
+    cli.run(main)
