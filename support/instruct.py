@@ -11,9 +11,7 @@ import tomllib
 from collections import Counter
 from dataclasses import make_dataclass
 from pathlib import Path
-
 from tqdm import tqdm
-
 from data import read_manifest
 from model import ASR_PROMPT
 from support import cli

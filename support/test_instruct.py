@@ -15,10 +15,8 @@ import time
 from collections import Counter
 from dataclasses import make_dataclass
 from pathlib import Path
-
 import pytest
 import soundfile
-
 import data
 from conftest import HERE, exit_of, is_one_line, needs_vllm, train_now, wav_bytes, write_manifest
 from support import cli, instruct

@@ -10,13 +10,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-
 import nbformat
 import numpy as np
 import pytest
 import soundfile
 from nbclient import NotebookClient
-
 import data
 from conftest import HERE, rows_in
 from support.checkpoint import load_model
