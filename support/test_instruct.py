@@ -127,19 +127,22 @@ def counts(err: str) -> dict[str, int]:  # the table
 @needs_vllm
 def test_vllm(clients, corpus, tmp_path, monkeypatch, run):
     """Structured output: even a random model's answers are what the schema says. The checks refuse
-    them by reason; where any letter is Russian, a kind that takes all lets most through."""
+    them by reason; where any letter is Russian, and it may say "transcribe", most pass."""
     kinds = dict(any=dict(found="either", max=10**6, per=10**6, ru="Спроси что угодно."),
                  tone=instruct.KINDS["tone"])
     monkeypatch.setattr(instruct, "KINDS", kinds)
-    letters = instruct.TABLES["letters"]
-    monkeypatch.setitem(instruct.TABLES, "letters", r"(?P<ru>[^\W\d_])")
+    strict = dict(instruct.TABLES)
+    instruct.TABLES.update(letters=r"(?P<ru>[^\W\d_])", mentions="^$")
     rows = []
     for i, sample in enumerate(corpus[:16]):
         soundfile.write(tmp_path / f"{i}.wav", sample.audio[0], 16000)
         rows.append(dict(audio=f"{i}.wav", text=sample.answer))
     manifest = write_manifest(tmp_path / "texts.jsonl", rows)
     url, flags = str(clients[0].base_url), ["--model", "borealis", "--concurrency", 4]
-    code, err, kept = run(manifest, url, *flags, "--kinds", "any=1")
+    try:
+        code, err, kept = run(manifest, url, *flags, "--kinds", "any=1")
+    finally:
+        instruct.TABLES.update(strict)
     table = counts(err)
     assert code == 0, err
     assert "broken JSON" not in err and "failed" not in err
@@ -149,7 +152,6 @@ def test_vllm(clients, corpus, tmp_path, monkeypatch, run):
     bad = BadRows(strict=True)
     samples, _ = data.read_manifest(str(tmp_path / "out.jsonl"), bad)
     assert len(samples) == len(kept) and all(len(data.load_audio(s.audio[0])) for s in samples)
-    monkeypatch.setitem(instruct.TABLES, "letters", letters)
     part = tmp_path / "strict.jsonl.part"
     code, err, kept = run(manifest, url, *flags, "--kinds", "tone=1", out=tmp_path / "strict.jsonl")
     assert sum(counts(err).values()) == 16 and "broken JSON" not in err
@@ -273,10 +275,10 @@ def test_slow_busy_broken_talkative(tmp_path, run):
         if tries:
             return good(request)
         if way == 0:
-            time.sleep(2)
+            time.sleep(5)
         return [good(request), (429, {"retry-after-ms": "20"}, "{}"), (500, {}, "oh"), None][way]
     with serving(script) as server:
-        code, err, kept = run(transcripts(tmp_path, 40), server.url, "--timeout", 1, *ALL)
+        code, err, kept = run(transcripts(tmp_path, 40), server.url, "--timeout", 3, *ALL)
     ways = Counter(number % 5 for number in server.asked)
     assert code == 0 and set(ways) == {0, 1, 2, 3, 4}, err
     assert counts(err) == {"usable": len(kept), "refused: broken JSON": ways[4]}
@@ -297,10 +299,10 @@ def test_failures_are_asked_again(answer, reason, tmp_path, run):
     broken = True
     def script(request, tries):
         if broken and number_of(request) % 3 == 0:
-            time.sleep(1.5 * (answer == "slow"))
+            time.sleep(4 * (answer == "slow"))
             return good(request) if answer == "slow" else answer
         return good(request)
-    manifest, flags = transcripts(tmp_path, 20), ["--retries", 0, "--timeout", 0.7]
+    manifest, flags = transcripts(tmp_path, 20), ["--retries", 0, "--timeout", 2]
     with serving(script) as server:
         code, err, kept = run(manifest, server.url, *flags)
         failed = sum(number % 3 == 0 for number in server.asked)
