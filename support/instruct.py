@@ -47,9 +47,9 @@ def make_jobs(args) -> dict[str, tuple]:
             rng = random.Random(f"{args.seed} {sample.audio} {text}")
             for kind in rng.choices([*weights], [*weights.values()], k=args.per_row):
                 prompt = "\n\n".join([TABLES[lang]["prompt"], KINDS[kind][lang], text])
-                request = TABLES["request"] | dict(model=args.model, seed=rng.getrandbits(31))
-                request["messages"] = [dict(role="user", content=prompt)]
-                jobs[cli.digest(request, sample.audio)] = sample, kind, request
+                messages = [dict(role="user", content=prompt)]
+                request = TABLES["request"] | dict(model=args.model, messages=messages)
+                jobs[cli.digest(request, sample.audio, rng.random())] = sample, kind, request
     bad.report(total, args.manifest)
     return jobs
 
