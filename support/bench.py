@@ -1,5 +1,4 @@
-"""support/bench.py -- speeds of random weights, as ratios to something measured in the same run:
-python -m support.bench gpu, memory, augment, train, generate or serve; --help says what each is."""
+"""support/bench.py -- speeds of random weights, as ratios to something measured in the same run."""
 import gc
 import json
 import os
@@ -7,6 +6,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from timeit import timeit
 import numpy as np
 import soundfile
 import torch
@@ -31,6 +31,7 @@ TINY = TABLES["tiny_encoder"], TABLES["tiny_llm"] | dict(vocab_size=1024)
 SIZES = {  # the encoder's shape, how the LLM differs from Qwen3-4B; seconds heard, tokens answered
     "tiny": (*TINY, 2, 8), "110m": (WHISPER_TINY, TABLES["llm_110m"], 30, 128),
     "5b": (WHISPER_LARGE_V3, {}, 30, 128)}
+COUNTS = dict(gpu=(1, 8, 16, 32), generate=(1, 2, 4, 8, 16), serve=(1, 4, 16, 32))  # at once
 
 def random_model(encoder: dict, llm: dict, dtype=torch.float32) -> Borealis:
     """It never ends an answer by itself: so all are equally long, and engines do the same work."""
@@ -44,19 +45,17 @@ def random_model(encoder: dict, llm: dict, dtype=torch.float32) -> Borealis:
     model.llm.get_input_embeddings().weight.data[model.ends] = 0  # tied; some logit is above 0
     return model
 
-def take_turns(calls: dict, rounds: int) -> dict:
-    """{key: function} -> {key: median seconds of a call}, after a first one unless rounds is 0."""
-    times = {key: [] for key in calls}
-    for key, call in [*calls.items()] * (rounds + 1):
-        began = time.perf_counter()
+def take_turns(calls: list, rounds: int) -> np.ndarray:
+    """Functions -> median seconds of a call of each, after a first one unless rounds is 0."""
+    def once(call):
         call()
         if DEVICE == "cuda":  # it has only been given its work
             torch.cuda.synchronize()
-        times[key].append(time.perf_counter() - began)
-    return {key: np.median(t[1:] or t) for key, t in times.items()}
+    times = [[timeit(partial(once, call), number=1) for call in calls] for _ in range(rounds + 1)]
+    return np.median(times[min(rounds, 1):], 0)
 
-def print_rows(rows: list[dict]) -> None:
-    print(tabulate(rows, "keys", "pipe", floatfmt=",.2f", missingval="-"), flush=True)
+def print_rows(rows: list[dict] | dict[str, list]) -> None:
+    print(tabulate(rows, "keys", "pipe", floatfmt=",.2f", missingval="-"), end="\n\n", flush=True)
 
 # ---- augment
 def theirs(c: AugmentConfig, folder: str):  # a second noise or room comes on average
@@ -68,25 +67,25 @@ def theirs(c: AugmentConfig, folder: str):  # a second noise or room comes on av
         other = round(rng.uniform(low, high))
         return soxr.resample(there(soxr.resample(x, rate, other), other), other, rate)
     def band(p, *edges):  # Hz: of the lower one from, to, of the upper one
-        low, high = mean(edges[:2]), mean(edges[2:])
-        centre, width = (low + high) / 2, 2 * (high - low) / (high + low)
+        centre, width = mean(edges), (mean(edges[2:]) - mean(edges[:2])) / mean(edges)
         return A.BandPassFilter(centre, centre, width, width, p=p)
     def ours(x, _, kind):
         return sound.codec(x, mean(c.codec[1:]), kind, rate)
+    def twice(effect, more, make, *given):
+        chances = 1, more[0] * mean(more[1:])
+        return A.Compose([make(*given, p=p) for p in chances], p=effect[0])
     kbps = np.minimum(c.codec[1:], 160 if rate == SAMPLE_RATE else 64)  # MP3 has no more
     codecs = {"opus": c.opus, "gsm": c.phone / 2, "mu-law": c.phone / 2}
     return A.Compose([
         A.PitchShift(*c.pitch[1:], p=c.pitch[0]),
         A.TimeStretch(*c.speed[1:], leave_length_unchanged=False, p=c.speed[0]),
-        A.Compose([A.AddBackgroundNoise(f"{folder}/noises", *c.noise[1:], p=p)
-                   for p in (1, c.more_noise[0] * mean(c.more_noise[1:]))], p=c.noise[0]),
-        A.Compose([A.ApplyImpulseResponse(f"{folder}/rooms", p=p)
-                   for p in (1, c.more_room[0] * mean(c.more_room[1:]))], p=c.room[0]),
+        twice(c.noise, c.more_noise, A.AddBackgroundNoise, f"{folder}/noises", *c.noise[1:]),
+        twice(c.room, c.more_room, A.ApplyImpulseResponse, f"{folder}/rooms"),
         A.SevenBandParametricEQ(*c.eq[1:3], p=c.eq[0]), band(*c.band_pass),
         A.Gain(*c.gain[1:], p=c.gain[0]), A.AddGaussianNoise(*c.gaussian[1:], p=c.gaussian[0]),
         A.ClippingDistortion(0, 5, p=c.clipping[0]),
-        A.Lambda(trip, p=c.resample[0], low=c.resample[1], high=c.resample[2]),
-        A.Compose([A.Lambda(trip, p=1, low=c.telephony[1], high=c.telephony[2]),
+        A.Lambda(trip, c.resample[0], low=c.resample[1], high=c.resample[2]),
+        A.Compose([A.Lambda(trip, 1, low=c.telephony[1], high=c.telephony[2]),
                    band(1, *c.telephony[3:])], p=c.telephony[0]),
         A.Lambda(trip, c.codec[0] * (1 - c.opus - c.phone), low=rate, high=rate,
                  there=A.Mp3Compression(*map(int, kbps), p=1)),
@@ -95,26 +94,24 @@ def theirs(c: AugmentConfig, folder: str):  # a second noise or room comes on av
 def bench_augment(args):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    bank, seeds, table = banks.open_banks(), iter(range(10**9)), []
+    bank, table, rng = banks.open_banks(), [], np.random.Generator(np.random.SFC64(0))
     wave = load_audio(np.concatenate([s.audio[0] for s in embedded("ru", "train", corpus.CHUNK)]))
     clips = [clip.numpy() for clip in wave.split(10 * SAMPLE_RATE)[:-1]]
     def ours(clip, c):
-        rng = np.random.Generator(np.random.SFC64([0, next(seeds)]))
         return augment(clip, c, rng, *bank) if rng.random() < c.touched else clip
-    def all_clips(effect, argument):
+    def each(effect, argument):  # of the clips
         return [effect(clip, argument) for clip in clips]
-    effects = {name: config for name, config in examples().items()
-               if not name.startswith(("before", "mask", "stage_clean", "split"))}
     with tempfile.TemporaryDirectory() as folder:
         for kind, waves in zip(("noises", "rooms"), bank, strict=True):
             os.mkdir(f"{folder}/{kind}")
             for i, wave in enumerate(waves):
                 soundfile.write(f"{folder}/{kind}/{i}.wav", wave, SAMPLE_RATE)
-        for name, c in effects.items():
-            calls = {"ours": partial(all_clips, ours, c),
-                     "theirs": partial(all_clips, theirs(c, folder), SAMPLE_RATE)}
-            took = take_turns(calls, rounds=24 if "stage" in name else 2)
-            a, b = (10 * len(clips) / seconds for seconds in took.values())
+        for name, c in examples().items():
+            if name.startswith(("before", "mask", "stage_clean", "split")):
+                continue
+            chain = partial(each, theirs(c, folder), SAMPLE_RATE)
+            took = take_turns([partial(each, ours, c), chain], 24 if "stage" in name else 2)
+            a, b = 10 * len(clips) / took
             table.append({"effect": name, "x real time": a, "audiomentations": b, "ratio": a / b})
     print_rows(table)
 
@@ -147,7 +144,7 @@ def make_step(cfg, model: Borealis):
 def loss_of_all(outputs, labels, num_items_in_batch):  # as the original: of all logits
     return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
-def climb(rung: int) -> dict:  # some steps with the first `rung` savings -> a row of the table
+def climb(rung: int) -> tuple:  # some steps with the first `rung` savings -> samples/s, GiB
     model = lora.prepare(random_model(WHISPER_TINY, TABLES["llm_trainer"]).cpu(), "lora", LORA)
     batch, stamps = make_batch(model, ACCUMULATION, 1), []
     row = batch["micro"][0]
@@ -166,41 +163,38 @@ def climb(rung: int) -> dict:  # some steps with the first `rung` savings -> a r
         for _ in range(STEPS):
             step(batch)
     peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # KiB
-    return {"loop": RUNGS[rung], "samples/s": ACCUMULATION / np.median(np.diff(stamps)),
-            "peak memory, GiB": int(peak) / 2**20}
+    return ACCUMULATION / np.median(np.diff(stamps)), int(peak) / 2**20
 
 def bench_train(args):
     # Each in a process of its own: its peak memory is the loop's. It prints to standard error.
     with torch.multiprocessing.get_context("spawn").Pool(1, os.dup2, (2, 1), 1) as pool:
-        table = pool.map(climb, range(len(RUNGS)), 1)
-    for row in table:
-        row["speed x"] = row["samples/s"] / table[0]["samples/s"]
-        row["memory x"] = row["peak memory, GiB"] / table[0]["peak memory, GiB"]
-    print_rows(table)
-    print_rows([optimizer_share(name) for name in ("adamw", "muon")])
-
-def optimizer_share(name: str) -> dict:  # what a tiny model's step is made of: a row of the table
-    model = random_model(*TINY)
-    step, optimizers = make_step(train.TrainConfig(optimizer=name), model)
-    batch = make_batch(model, 16, 16)
-    parts = {"step": partial(step, batch),
-             "gradients": partial(train.backward, model, batch["micro"], 1, 1, model.device),
-             "optimizer": lambda: [optimizer.step() for optimizer in optimizers]}
-    row = {f"{key}, ms": 1000 * s for key, s in take_turns(parts, 20).items()}
-    share = 100 * row["optimizer, ms"] / row["step, ms"]
-    return {"tiny, batch 16": name} | row | {"optimizer's share, %": share}
+        speeds, peaks = np.transpose(pool.map(climb, range(len(RUNGS)), 1))
+    print_rows({"loop": RUNGS, "samples/s": speeds, "peak memory, GiB": peaks,
+                "speed x": speeds / speeds[0], "memory x": peaks / peaks[0]})
+    rows = []
+    for name in ("adamw", "muon"):  # what a tiny model's step is made of
+        model = random_model(*TINY)
+        step, optimizers = make_step(train.TrainConfig(optimizer=name), model)
+        batch = make_batch(model, 16, 16)
+        gradients = partial(train.backward, model, batch["micro"], 1, 1, model.device)
+        optimize = partial(optim.update, optimizers, 1e-5, forget=True)
+        ms = 1000 * take_turns([partial(step, batch), gradients, optimize], 20)
+        rows.append({"tiny, batch 16": name, "step, ms": ms[0], "gradients, ms": ms[1],
+                     "optimizer, ms": ms[2], "its share, %": 100 * ms[2] / ms[0]})
+    print_rows(rows)
 
 # ---- gpu, generate, serve
 def record(rows: list, what: str, batch: int | None, call, rounds: int = 0) -> float:
     """Add a row to a table, at once: what then runs out of memory has one as well. -> seconds"""
     rows.append({"what": what, "batch": batch})
-    rows[-1]["ms"] = 1000 * take_turns({what: call}, rounds)[what]
-    return rows[-1]["ms"] / 1000
+    seconds, = take_turns([call], rounds)
+    rows[-1]["ms"] = 1000 * seconds
+    return seconds
 
-def time_answers(rows: list, what: str, args, counts: tuple) -> None:
-    """So many recordings at once. what: "vllm", or else as eval.py does. Raises UserError."""
-    *shapes, seconds, tokens = SIZES[args.size]
-    model, one = random_model(*shapes, args.dtype), None
+def time_answers(rows: list, what: str, args) -> None:
+    """So many recordings at once. what: a size, or "native": as eval.py does; "vllm". UserError."""
+    *shapes, seconds, tokens = SIZES.get(what, SIZES[args.size])
+    model, own, counts = random_model(*shapes, args.dtype), [], COUNTS[args.what]
     answer = native(model, tokens)
     if what == "vllm":
         engine.check_installed()
@@ -211,13 +205,16 @@ def time_answers(rows: list, what: str, args, counts: tuple) -> None:
             export.export(f"{folder}/ckpt", f"{folder}/hf")
             answer = engine.Offline(f"{folder}/hf", tokens, max_num_seqs=counts[-1],
                                     max_model_len=2048, dtype=args.dtype)
+    beside = {row["batch"]: row["samples_per_s"] for row in rows if row["what"] == "native"}
     for n in counts:
         def ask(n=n):  # each time other sounds: vLLM does not encode twice what it has heard
             answer([engine.TRANSCRIBE] * n, [*torch.randn(n, 1, seconds * SAMPLE_RATE) / 9])
-        s = record(rows, what, n, ask, rounds=3 if n <= 4 else 1)
-        one = one or s / n
-        rows[-1] |= dict(samples_per_s=n / s, tokens_per_s=n * tokens / s,
-                         audio_s_per_s=n * seconds / s, speed=one * n / s)
+        speed = n / record(rows, what, n, ask, rounds=3 if n <= 4 else 1)
+        own.append(speed)
+        rows[-1] |= dict(samples_per_s=speed, tokens_per_s=speed * tokens,
+                         audio_s_per_s=speed * seconds, speed=speed / own[0])
+        if what == "vllm":
+            rows[-1] |= {"/ native": speed / beside[n], "/ its best": speed / max(beside.values())}
 
 def time_training(rows: list, what: str, args) -> None:
     """what: "train", and more flags of train.py. A step is a GPU's part of the default run's."""
@@ -245,17 +242,17 @@ def time_training(rows: list, what: str, args) -> None:
             record(rows, "resume: weights", None, partial(storage.restore_weights, out, model))
             record(rows, "resume: optimizer", None, partial(storage.restore, out, optimizers))
 
-def bench_gpu(args):
+def bench_parts(args):
+    """gpu, generate, serve: a row at each batch size; what was measured stays if memory ends."""
     if args.size == "5b" and DEVICE == "cpu":
         raise cli.UserError("no GPU is visible; on a CPU: --size tiny")
     torch.set_float32_matmul_precision("high")  # as in training
-    parts = dict.fromkeys(("train", "train --grad_checkpoint", "train --compile"), time_training)
-    parts |= {"native": partial(time_answers, counts=(1, 8, 16, 32)),  # 16: as eval.py
-              "vllm": partial(time_answers, counts=(1, 8, 32))}
-    rows, ended = [], None
+    rows, ended, engines = [], None, ["native", "vllm"]
+    training = ["train", "train --grad_checkpoint", "train --compile"]
+    sizes = list(SIZES)[:3 if DEVICE == "cuda" else 2]  # without 5b
     try:
-        for what, part in parts.items():
-            part(rows, what, args)
+        for what in dict(gpu=training + engines, generate=sizes, serve=engines)[args.what]:
+            (time_training if what in training else time_answers)(rows, what, args)
             gc.collect()
             torch.cuda.empty_cache()
     except (torch.cuda.OutOfMemoryError, MemoryError, cli.UserError) as e:
@@ -263,48 +260,33 @@ def bench_gpu(args):
     finally:
         name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
         facts = dict(device=name, torch=torch.__version__, size=args.size, rows=rows, ended=ended)
-        cli.write_text(args.out, json.dumps(facts, indent=1))
+        if args.what == "gpu":
+            cli.write_text(args.out, json.dumps(facts, indent=1))
     print_rows(rows)
-    print(f"\n{args.size} on {name}" + (f"; ended early, {ended}" if ended else ""))
-
-def bench_generate(args):
-    rows = []
-    for args.size in list(SIZES)[:3 if DEVICE == "cuda" else 2]:  # without 5b
-        time_answers(rows, args.size, args, (1, 2, 4, 8, 16))
-    print_rows(rows)
-
-def bench_serve(args):
-    rows, counts = [], (1, 4, 16, 32)
-    for what in ("native", "vllm"):
-        time_answers(rows, what, args, counts)
-    for own, other in zip(rows, rows[len(counts):], strict=False):
-        other["beside native"] = own["ms"] / other["ms"]
-    print_rows(rows)
-    best = rows[-1]["samples_per_s"] / max(row["samples_per_s"] for row in rows[:len(counts)])
-    print(f"\nvLLM at {counts[-1]} requests beside the best native batch: {best:.2f} x")
+    print(f"Device: {name}" + (f"; ended early, {ended}" if ended else ""))
 
 # ---- memory: on the meta device and on paper, see meter.memory()
-def full_size(kind: str) -> Borealis:
-    with torch.device("meta"):
-        return lora.prepare(Borealis(BorealisConfig()), kind, dict(rank=256, alpha=512, dropout=0))
-
 def bench_memory(args):
-    rows, audio, text, n, length = [], 377, 512, 128, 377 + TEXT
-    print(f"Full size, bf16, fp32 masters, batch 1: {audio} tokens of audio, {text} labels; GB\n")
+    rows, audio, text, n, length = [], 377, 512, 128, 377 + TEXT  # tokens; n rows a step
     for kind in ("adapter", "lora", "lora --grad_checkpoint", "full --grad_checkpoint",
                  "full --grad_checkpoint --shard"):
-        parts = meter.memory(full_size(kind.split()[0]), audio + text, text, "checkpoint" in kind,
+        with torch.device("meta"):
+            model = lora.prepare(Borealis(BorealisConfig()), kind.split()[0],
+                                 dict(rank=256, alpha=512, dropout=0))
+        parts = meter.memory(model, audio + text, text, "checkpoint" in kind,
                              ranks=8 if "shard" in kind else 1)
         parts["total"] = sum(parts.values())
         rows.append({"--train": kind} | {part: size / 1e9 for part, size in parts.items()})
+        if kind == "lora":
+            flops = meter.step_flops(model, n * length, n * length**2, 0.9 * n, n * LABELS)
     print_rows(rows)
-    flops = meter.step_flops(full_size("lora"), n * length, n * length**2, 0.9 * n, n * LABELS)
-    print(f"\n{flops / 1e15:.2f} PFLOP a step of {n} rows of {length} tokens, 90 % with audio")
+    print(f"GB; bf16, fp32 masters, batch 1: {audio} tokens of audio, {text} labels\nLoRA: "
+          f"{flops / 1e15:.2f} PFLOP a step of {n} rows of {length} tokens, 90 % with audio")
 
 def main() -> None:
     parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")
     listed = ". ".join(f"{name}: {what}" for name, what in TABLES["benches"].items())
-    parser.add_argument("what", choices=TABLES["benches"], help=listed.replace("%", "%%"))
+    parser.add_argument("what", choices=TABLES["benches"], help=listed)
     parser.add_argument("--size", "--random_size", choices=SIZES, help="5b for gpu, 110m for serve")
     parser.add_argument("--out", default="gpu.json", help="for gpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="for generate and serve")
@@ -312,10 +294,8 @@ def main() -> None:
     args.size = args.size or ("5b" if args.what == "gpu" else "110m")
     usual = "bfloat16" if DEVICE == "cuda" or args.what == "serve" else "float32"
     args.dtype = getattr(torch, args.dtype or usual)
-    try:
-        globals()[f"bench_{args.what}"](args)
-    except ModuleNotFoundError as e:
-        raise cli.UserError(f"{e.name} is missing: see support/requirements-bench.txt") from None
+    with cli.as_user_error("", ModuleNotFoundError, suffix="; see support/requirements-bench.txt"):
+        globals().get(f"bench_{args.what}", bench_parts)(args)
 
 if __name__ == "__main__":
     cli.run(main)

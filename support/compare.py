@@ -32,8 +32,7 @@ def read_runs(folders: list[str]) -> dict[str, dict]:
         for name, run in read_run(Path(folder)).items():
             if name in runs and texts(runs[name], "hypothesis") != texts(run, "hypothesis"):
                 name = f"{folder}/{name}"  # but a baseline that several folders hold is shown once
-            runs[name] = run
-            first = next(iter(runs))
+            runs[name], first = run, next(iter(runs), name)
             if texts(run, "reference") != texts(runs[first], "reference"):
                 raise UserError(f"{name} has other utterances or another --task than {first}")
     return runs
@@ -48,8 +47,8 @@ def published(columns: list[str]) -> list[tuple]:
     """The post's runs: (name, steps, [figures in these of its splits, their average])."""
     runs = []
     for name, (steps, *figures, average) in PUBLISHED.items():
-        own = [figures[list(BENCHMARK).index(c)] for c in columns]
-        own.append(average if len(own) == len(BENCHMARK) else np.mean(own))
+        own = [x for c, x in zip(BENCHMARK, figures, strict=True) if c in columns]
+        own.append(average if len(own) == len(figures) else np.mean(own))
         runs.append((f"{name} (published)", steps or None, own))
     return runs
 
@@ -61,8 +60,8 @@ def differences(columns: list[str], scores: dict[str, tuple]) -> list[str]:
     rows = []
     for a, b in combinations(scores, 2):
         gaps, draws = (x - y for x, y in zip(scores[a], scores[b], strict=True))
-        rows.append([f"{a} - {b}", *(f"{x:+.2f} ({p_value(some):.3f})" if np.isfinite(x) else "-"
-                                     for x, some in zip(gaps, draws, strict=True))])
+        cells = [f"{x:+.2f} ({p_value(some):.3f})" for x, some in zip(gaps, draws, strict=True)]
+        rows.append([f"{a} - {b}", *cells])
     return [NOTES["p_values"].format(len(draws.T)), markdown(rows, ["Difference", *columns, "Avg"])]
 
 def compare(folders: list[str], grade, score, normalizer: str, out: Path):
@@ -76,16 +75,17 @@ def compare(folders: list[str], grade, score, normalizer: str, out: Path):
     shown = [(name, run["step"], scores[name][0]) for name, run in runs.items()]
     shown += published(columns) if same else []
     shown.sort(key=lambda r: (np.isnan(r[2][-1]), r[2][-1] if metric == "wer" else -r[2][-1]))
-    note = f" {NOTES['same']}" if same else ""
-    text = [f"{TITLES[metric]}, %, normaliser: {normalizer}.{note}", table(columns, shown)]
+    text = [f"{TITLES[metric]}, %, normaliser: {normalizer}.", table(columns, shown)]
     if len(scores) > 1:
         text += differences(columns, {name: scores[name] for name, *_ in shown if name in scores})
-    if metric == "wer" and not same:
+    if same:
+        text.append(NOTES["same"])
+    elif metric == "wer":
         text += [NOTES["other"], table(BENCHMARK, published(BENCHMARK))]
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "table.md", "\n\n".join(text) + "\n")
     plot_heatmap(shown, [*columns, "Avg"], metric, out / "heatmap.png")
-    print("\n\n".join(text) + f"\n\nwrote table.md and heatmap.png to {out}")
+    print("\n\n".join([*text, f"wrote table.md and heatmap.png to {out}"]))
 
 def plot_heatmap(runs: list[tuple], columns: list[str], metric: str, path: Path) -> None:
     """Green is good. WER is shaded by its logarithm: 1 against 2 as 50 against 100, its worst."""
@@ -99,8 +99,5 @@ def plot_heatmap(runs: list[tuple], columns: list[str], metric: str, path: Path)
         for (i, j), value in np.ndenumerate(values.filled(np.nan)):
             color = "white" if shade[i, j] > low + 0.83 * (high - low) else "black"
             axis.text(j, i, plain(value), ha="center", va="center", color=color)
-        axis.axvline(len(columns) - 1.5, color="white", linewidth=4)
         axis.set_xticks(range(len(columns)), [c.replace("_", "\n", 1) for c in columns])
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel=f"{TITLES[metric]}, %")
-        axis.tick_params(length=0, labeltop=True, labelbottom=False)
-        axis.spines[:].set_visible(False)

@@ -47,22 +47,16 @@ def worst(rows: list[dict], task: str, n: int = 10) -> str:  # transcripts: alig
         return sum(r["wer"][:3]) if task == "asr" else 1 - r[TASKS[task][-1]][0]
     blocks = []
     for r in sorted(filter(errors, rows), key=errors, reverse=True)[:n]:
-        title, text = r["id"], f"REF: {r['reference']}\nHYP: {r['hypothesis']}"
+        block = f"{r['id']}\n{pair(r)}"
         if task == "asr":
             words = jiwer.process_words(r["reference_normalised"], r["hypothesis_normalised"])
             text = jiwer.visualize_alignment(words, show_measures=False, line_width=110)
-            text = text.split("===\n", 1)[1].strip("\n")  # below its own headline
-            title += f": {errors(r)} errors"
-        blocks.append(f"{title}\n{text}")
+            block = f"{r['id']}: {errors(r)} errors\n" + text.split("===\n", 1)[1].strip("\n")
+        blocks.append(block)
     return "\n\n".join(blocks)
 
-def examples(rows: list[dict], n: int = 3) -> str:  # the first that are right, and that are not
-    shown = {"✓": [], "✗": []}
-    for r in rows:
-        mark = "✓" if r["reference_normalised"] == r["hypothesis_normalised"] else "✗"
-        shown[mark].append(f"  {mark} {r['id']}\n      REF: {r['reference']}\n"
-                           f"      HYP: {r['hypothesis'] or '(nothing)'}")
-    return "\n".join(shown["✓"][:n] + shown["✗"][:n])
+def pair(r: dict) -> str:
+    return f"REF: {r['reference']}\nHYP: {r['hypothesis']}"
 
 def markdown(rows: list, header="keys") -> str:  # names left, figures right; None: "-"
     return tabulate(rows, header, "pipe", disable_numparse=True, missingval="-",
@@ -80,8 +74,7 @@ def results_table(system: dict, task: str) -> str:  # by split; of transcripts a
     for split, r in system["splits"].items():
         row = {f"{TITLES[metric]} % [95 %]": with_interval(r, metric) for metric in TASKS[task]}
         row |= {name: r[name] for name in COUNTS if name in r}
-        rtf = f"{r['rtf']:.4f}" if r["rtf"] else None
-        figures.append({"split": split, **row, "RTF": rtf, "tokens/s": f"{r['tokens_per_s']:.0f}"})
+        figures.append({"split": split, **row, "RTF": r["rtf"], "tokens/s": r["tokens_per_s"]})
         if task == "asr":
             row = {k: f"{100 * r[n] / max(1, r[total]):.1f}" for k, (n, total) in KINDS.items()}
             silent = f"{r['text_on_silence']} of {r['silence']}" if r["silence"] else None
@@ -98,19 +91,17 @@ def overview(systems: dict[str, dict], task: str) -> str:  # one line a system, 
 
 def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:  # by split, with intervals
     metric, width = TASKS[task][0], 0.7 / len(systems)
-    colors = "#1f4e9c", "#e08a1e", "#4f9c5a"  # ours, the baseline, the fallback to it
     splits = [split.replace("_", "\n") for split in next(iter(systems.values()))["splits"]]
-    places = np.arange(len(splits)) - 0.35 + width / 2
+    places = np.arange(len(splits))
     with picture(path, figsize=(max(4, (1 + 0.5 * len(systems)) * len(splits)), 4.5)) as (_, axis):
         for k, (name, system) in enumerate(systems.items()):
             table = [[r[metric], *r[f"{metric}_ci"]] for r in system["splits"].values()]
             values, *ends = np.array(table, float).T  # (splits,), None becomes nan
             bars = axis.bar(places + k * width, values, width, yerr=abs(ends - values).tolist(),
-                            capsize=3, label=name, color=colors[k], ecolor="#555555")
+                            capsize=3, label=name)
             axis.bar_label(bars, map(plain, values), padding=3, fontsize=8)
-        axis.set(xticks=range(len(splits)), xticklabels=splits, ymargin=0.15,
-                 ylabel=f"{TITLES[metric]}, % (bars: 95 % intervals)")
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xticks(places + 0.35 - width / 2, splits)
+        axis.set(ymargin=0.15, ylabel=f"{TITLES[metric]}, % (bars: 95 % intervals)")
         axis.legend(frameon=False)
 
 def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: dict) -> int:
@@ -123,20 +114,18 @@ def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: 
                   others={k: v for k, v in systems.items() if k != name})
     write_text(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False))
     plot_bars(systems, task, out / ("wer.png" if task == "asr" else f"{task}.png"))
-    tables = [(f"{system}\n\n" if len(systems) > 1 else "") + results_table(result, task)
-              for system, result in systems.items()]
-    if len(systems | more) > 1 or len(systems[name]["splits"]) > 1:
-        tables.append(overview(systems | more, task))
+    tables = [f"{system}\n\n{results_table(own, task)}" for system, own in systems.items()]
+    tables.append(overview(systems | more, task))
     text = [f"# {name}", NOTES["how"].format(cfg.max_new_tokens, cfg.normalizer), *tables]
     for system, own in rows.items():
         failed = [f"{r['id']} ({system}, {r['split']}): {r['failed']}" for r in own if r["failed"]]
         if failed:
             text.append("\n- ".join([f"## Failed, counted as empty: {system}\n", *failed]))
-            first = "; ".join(failed[:5] + ["..."] * (len(failed) > 5))
+            first = "; ".join(failed[:5])
             print(NOTES["failed"].format(system, len(failed), len(own), first), file=sys.stderr)
         for split, some in by_split(own).items():
             if block := worst(some, task):
                 text.append(f"## The worst of {system}, {split}\n\n```\n{block}\n```")
     write_text(out / "report.md", "\n\n".join(text) + "\n")
-    print("\n" + "\n\n".join([*tables, examples(rows[name]), NOTES["wrote"].format(out)]))
+    print("\n\n".join(["", *tables, *map(pair, rows[name][:3]), NOTES["wrote"].format(out)]))
     return int(any(all(r["failed"] for r in own) for own in rows.values()))

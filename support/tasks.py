@@ -35,22 +35,21 @@ SAME, OPPOSITE = TABLES["synonyms"].values()
 UNITS, TENS = TABLES["numerals"].values()
 NUMBERS = dict(zip(f"{UNITS}|{TENS}".split("|"), [*range(20), *range(20, 100, 10)], strict=True))
 NUMERAL = re.compile(rf"\b(?:({TENS})[- ])?({UNITS}|{TENS})\b")
+NOT = re.compile(r"(?:(?<!\S)not|n't)(?:\s+\S+){0,2}\s*$")  # as before "deductively valid"
 
 def extract_answer(text: str, category: str) -> str:
     """One of its category's answers or "": the first word, or else the last (after "answer is")."""
     text = text.lower().replace("’", "'")
     text = NUMERAL.sub(lambda m: str(NUMBERS.get(m[1], 0) + NUMBERS[m[2]]), text)
+    text = re.sub(r"[a-z]+", lambda m: SAME.get(m[0], m[0]), text)
     text = re.sub(r"(?<=\d)\.0+\b", "", text).lstrip(" \n*\"'")
-    options = rf"\b(?:{CATEGORIES[category][1]})\b"
-    first = re.match(rf"({options})\s*(?:[.,;:!*\n]|$)", text)
+    option = rf"\b({CATEGORIES[category][1]})\b"
+    first = re.match(rf"{option}\s*(?:[.,;:!*\n]|$)", text)
     if first and not first[1].isdigit():  # an answer that counts begins with parts of the sum
-        return SAME.get(first[1], first[1])
+        return first[1]
     for part in (re.split(r"answer(?: is)?\b:?", text)[-1], text):
-        if found := list(re.finditer(options, part)):
-            option = SAME.get(found[-1][0], found[-1][0])
-            before = part[:found[-1].start()].split()[-3:]  # as in "is not deductively valid"
-            negated = any(word == "not" or word.endswith("n't") for word in before)
-            return OPPOSITE.get(option, option) if negated else option
+        if last := re.match(f"(.*){option}", part, re.DOTALL):
+            return OPPOSITE.get(last[2], last[2]) if NOT.search(last[1]) else last[2]
     return ""
 
 def load_bigbench(category: str, data_dir: str | None, strict: bool) -> list:
@@ -105,8 +104,8 @@ def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> lis
     ends = [model.config.eos_token_id, settings.eos_token_id, settings.pad_token_id]
     most = min(cfg.max_new_tokens, model.config.max_target_positions - 4)  # 4: of its prompt
     def answer(samples, waves):
-        mel = processor.feature_extractor([w.numpy() for w, in waves], sampling_rate=SAMPLE_RATE,
-                                          return_tensors="pt").input_features
+        sounds = [wave.numpy() for wave, in waves]
+        mel = processor(sounds, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
         ids = model.generate(mel.to(device, model.dtype), language=forced, task="transcribe",
                              max_new_tokens=most, do_sample=False, num_beams=1).cpu()
         answers = with_lengths(processor.batch_decode(ids, skip_special_tokens=True), ids, ends)
