@@ -14,8 +14,9 @@ A row that cannot be used (a broken file, an empty text) is a BadRow: beyond 5 %
 (support/rows.py). The embedded corpus: sentences of a small grammar, spoken by espeak-ng."""
 import contextlib
 import hashlib
+import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 import numpy as np
 import soundfile
@@ -48,23 +49,39 @@ class Sample:  # a question about any number of recordings, and its answer
 
 def read_manifest(path: str, bad: BadRows, evaluation: bool = False) -> tuple[list[Sample], int]:
     """JSONL -> (samples, number of rows). Raises UserError if there is no file, or no row in it."""
-    samples, lines = [], rows.read_lines(path)
+    samples, (folder, file) = [], os.path.split(path)
+    with cli.as_user_error(f"no manifest at {path}: ", OSError), open(path, "rb") as f:
+        lines = [(f"{file}:{i}", line) for i, line in enumerate(f, 1) if line.strip()]
+    if not lines:
+        raise cli.UserError(f"{path} is empty: a manifest has one JSON object a line")
     for name, line in lines:
         try:
-            row = rows.parse_json(line) | {"name": name}
-            samples.append(parse_row(row, os.path.dirname(path), evaluation))
-        except BadRow as e:
-            bad.add(str(e), name)
+            samples.append(replace(parse_row(json.loads(line), folder, evaluation), name=name))
+        except ValueError as e:
+            bad.add(str(e) if isinstance(e, BadRow) else "broken JSON", name)
     return samples, len(lines)
 
 def parse_row(row: dict, folder: str = "", evaluation: bool = False) -> Sample:
     """A manifest's row -> Sample, or BadRow. Audio: paths below `folder`, files' bytes, int16 at 16
     kHz. evaluation: keep rows without audio (they fail), and with the text "" (nobody speaks)."""
+    if not isinstance(row, dict):
+        raise BadRow("not a JSON object")
     name = row.get("name", "")
     if "conversation" in row:
-        system, history, question, answer = rows.check_turns(row["conversation"])
-        return Sample(answer, [], question, system or TEXT_SYSTEM, history, name)
-    audio = rows.check_audio(row.get("audio"), folder, missing=evaluation)
+        turns = row["conversation"] if isinstance(row["conversation"], list) else []
+        turns = [{"role": t["role"], "content": rows.check_text(t.get("content"))} for t in turns
+                 if isinstance(t, dict) and t.get("role") in ("system", "user", "assistant")]
+        if [t["role"] for t in turns[-2:]] != ["user", "assistant"]:
+            raise BadRow("conversation does not end with a question and its answer")
+        system = turns.pop(0)["content"] if turns[0]["role"] == "system" else TEXT_SYSTEM
+        *history, question, answer = turns
+        return Sample(answer["content"], [], question["content"], system, history, name)
+    audio = row["audio"] if isinstance(row.get("audio"), list) else [row.get("audio")]
+    if not audio or not all(isinstance(a, (str, bytes, np.ndarray)) and len(a) for a in audio):
+        if not evaluation:
+            raise BadRow("no audio field")
+        audio = [b""]  # for load_audio to raise
+    audio = [os.path.join(folder, a) if isinstance(a, str) else a for a in audio]
     if "text" in row:
         sample = Sample(rows.check_text(row["text"], empty=evaluation), audio, name=name)
     else:
