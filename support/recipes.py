@@ -7,7 +7,6 @@ from pathlib import Path
 from support.cli import UserError, first_line, replace_file
 from support.rows import cached
 
-KINDS = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}  # of files, for load_dataset
 TEXT = Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8")
 TABLES = tomllib.loads(TEXT)
 
@@ -67,7 +66,7 @@ def find_copy(source: Source, data_dir: str | Path) -> Path:
 def read_copy(source: Source, place: Path):  # in any of its layouts -> datasets table
     from datasets import load_dataset, load_from_disk
     def read(path):
-        return load_dataset(KINDS[path.suffix], data_files=str(path), split="train")
+        return load_dataset(path.suffix[1:].replace("jsonl", "json"), data_files=str(path), split="train")
     if place.is_file():
         return read(place)
     for folder in (place / source.split, place / "data", place):
@@ -91,8 +90,7 @@ def select(source: Source, table, limit: int | None):
         table = table.cast_column(source.audio, Audio(decode=False))
     if only:
         table = table.filter(lambda *row: any(word in (x or "") for x in row), input_columns=only)
-    limit = min(x for x in (limit, source.rows, sys.maxsize) if x)
-    return table.take(min(limit, len(table)) if hasattr(table, "__len__") else limit)
+    return table.take(min(x for x in (limit, source.rows, sys.maxsize) if x))
 
 def open_source(source: Source, data_dir: str | Path | None = None, limit: int | None = None):
     """-> datasets table of select's, or UserError; with a limit the hub streams its rows, once."""
