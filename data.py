@@ -10,12 +10,12 @@ A manifest has one JSON object a line; paths in it are relative to its folder.
     {"audio": "a.wav", "text": "..."}                              transcription
     {"audio": "a.wav", "question": "...", "answer": "..."}         any question about a recording
     {"conversation": [{"role": "user", "content": "..."}, ...]}    text only
-A row that cannot be used (a broken file, an empty text) is a BadRow: beyond 5 % they end the run
-(support/rows.py). The embedded corpus: sentences of a small grammar, spoken by espeak-ng."""
+A row that cannot be used (a broken file, an empty text) is a BadRow: beyond 5 % end the run."""
 import contextlib
 import hashlib
+import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 import numpy as np
 import soundfile
@@ -48,23 +48,39 @@ class Sample:  # a question about any number of recordings, and its answer
 
 def read_manifest(path: str, bad: BadRows, evaluation: bool = False) -> tuple[list[Sample], int]:
     """JSONL -> (samples, number of rows). Raises UserError if there is no file, or no row in it."""
-    samples, lines = [], rows.read_lines(path)
+    samples, (folder, file) = [], os.path.split(path)
+    with cli.as_user_error(f"no manifest at {path}: ", OSError), open(path, "rb") as f:
+        lines = [(f"{file}:{i}", line) for i, line in enumerate(f, 1) if line.strip()]
+    if not lines:
+        raise cli.UserError(f"{path} is empty: a manifest has one JSON object a line")
     for name, line in lines:
         try:
-            row = rows.parse_json(line) | {"name": name}
-            samples.append(parse_row(row, os.path.dirname(path), evaluation))
-        except BadRow as e:
-            bad.add(str(e), name)
+            samples.append(replace(parse_row(json.loads(line), folder, evaluation), name=name))
+        except ValueError as e:
+            bad.add(str(e) if isinstance(e, BadRow) else "broken JSON", name)
     return samples, len(lines)
 
 def parse_row(row: dict, folder: str = "", evaluation: bool = False) -> Sample:
     """A manifest's row -> Sample, or BadRow. Audio: paths below `folder`, files' bytes, int16 at 16
     kHz. evaluation: keep rows without audio (they fail), and with the text "" (nobody speaks)."""
+    if not isinstance(row, dict):
+        raise BadRow("not a JSON object")
     name = row.get("name", "")
     if "conversation" in row:
-        system, history, question, answer = rows.check_turns(row["conversation"])
-        return Sample(answer, [], question, system or TEXT_SYSTEM, history, name)
-    audio = rows.check_audio(row.get("audio"), folder, missing=evaluation)
+        turns = row["conversation"] if isinstance(row["conversation"], list) else []
+        turns = [{"role": t["role"], "content": rows.check_text(t.get("content"))} for t in turns
+                 if isinstance(t, dict) and t.get("role") in ("system", "user", "assistant")]
+        if [t["role"] for t in turns[-2:]] != ["user", "assistant"]:
+            raise BadRow("conversation does not end with a question and its answer")
+        system = turns.pop(0)["content"] if turns[0]["role"] == "system" else TEXT_SYSTEM
+        *history, question, answer = turns
+        return Sample(answer["content"], [], question["content"], system, history, name)
+    audio = row["audio"] if isinstance(row.get("audio"), list) else [row.get("audio")]
+    if not audio or not all(isinstance(a, (str, bytes, np.ndarray)) and len(a) for a in audio):
+        if not evaluation:
+            raise BadRow("no audio field")
+        audio = [b""]  # for load_audio to raise
+    audio = [os.path.join(folder, a) if isinstance(a, str) else a for a in audio]
     if "text" in row:
         sample = Sample(rows.check_text(row["text"], empty=evaluation), audio, name=name)
     else:
@@ -113,12 +129,10 @@ def digest(pool) -> str:
             total.update(repr(some).encode())
     return total.hexdigest()[:16]
 
-def embedded(lang: str, split: str, n: int, seed: int = 0) -> list[Sample]:
-    """The first n samples of a split of the embedded corpus (support/corpus.py)."""
+def embedded(lang: str, split: str, n: int, seed: int = 0) -> list[Sample]:  # espeak-ng speaks
     return [parse_row(row) for row in corpus.embedded_rows(lang, split, n, seed)]
 
-def tiny_pool(name: str, n: int, seed: int, languages=("ru",)) -> list[Sample]:
-    """The embedded corpus's stand-in for the pool of that name in recipes.POOLS."""
+def tiny_pool(name: str, n: int, seed: int, languages=("ru",)) -> list[Sample]:  # for POOLS[name]
     return [parse_row(row) for row in tiny.tiny_pool_rows(name, n, seed, languages)]
 
 # ---- From samples to batches
@@ -155,10 +169,9 @@ class Dataset(torch.utils.data.Dataset):
         return *self.encode(self.samples[i]), (i, epoch)
 
     def __getitem__(self, key: tuple[int, float]):
-        """Key -> (item, [(reason, row, too long?) of rows left out]). No item after RETRIES bad
-        rows in a row, or 20 times as many too long, a common case."""
+        """Key -> (item, or None after RETRIES bad rows; [(reason, row, too long?) left out])."""
         i, epoch = key
-        left_out, patience = [], 20 * RETRIES
+        left_out, patience = [], 20 * RETRIES  # or so many rows too long, a common case
         while patience > 0:
             try:
                 return self.item(i, epoch), left_out
@@ -172,13 +185,12 @@ class Dataset(torch.utils.data.Dataset):
     def collate(self, dealt: list) -> dict:
         """One rank's part of a step -> micro-batches, of neighbours in length to save padding, and
         counts. hopeless: samples given up. squares: of row lengths, for the FLOPs of attention."""
-        items = [item for item, _ in dealt if item]
-        if len(items) > self.batch_size:
+        items, size = [item for item, _ in dealt if item], self.batch_size
+        if len(items) > size:
             items.sort(key=lambda item: -len(item[0]))
-        starts = range(0, len(items), self.batch_size)
         tokens = [len(ids) for ids, *_ in items]
         windows = [len(window) for _, _, windows, _ in items for window in windows]
-        micro = [self.pad(items[i:i + self.batch_size]) for i in starts]
+        micro = [self.pad(items[i:i + size]) for i in range(0, len(items), size)]
         return dict(micro=micro, labels=sum(len(part["label_positions"]) for part in micro),
                     left_out=[row for _, left_out in dealt for row in left_out],
                     hopeless=len(dealt) - len(items), seconds=sum(windows) / SAMPLE_RATE,
@@ -186,8 +198,7 @@ class Dataset(torch.utils.data.Dataset):
 
     def pad(self, items: list) -> dict[str, torch.Tensor]:
         """B items -> input_ids (B, L) and labels (B, L), padded on the right, and input_features
-        (W, M, F): the windows of all samples in reading order, none at all for text only. Where
-        labels are is found here, on the CPU: a GPU would wait for it in each forward."""
+        (W, M, F), all windows in reading order. Labels are found here: a GPU would wait for it."""
         ids, labels, windows, keys = zip(*items, strict=True)
         mels = model.log_mel(sum(windows, []), self.config)  # of all at once: far faster
         if self.augment:
@@ -199,12 +210,9 @@ class Dataset(torch.utils.data.Dataset):
         return dict(input_ids=torch.tensor([row + [pad] * (L - len(row)) for row in ids]),
                     labels=labels, label_positions=model.find_labels(labels), input_features=mels)
 
-# ---- The order depends on (seed, position) alone. Step s takes the s-th effective batch of
-# positions, dealt to the ranks: a resumed run, on any number of GPUs, sees what it would have seen.
-
+# ---- The order depends on (seed, position) alone, for resumed runs and any number of GPUs
 @lru_cache(maxsize=2)
-def turns_of(block: int, seed: int, counts: tuple) -> np.ndarray:
-    """Which pool's turn it is at each position of a block: pool k's counts[k] times."""
+def turns_of(block: int, seed: int, counts: tuple) -> np.ndarray:  # pool k's turn counts[k] times
     rng = np.random.default_rng([seed % 2 ** 32, block])
     return rng.permutation(np.repeat(np.arange(len(counts)), counts))
 
@@ -213,7 +221,7 @@ def shuffled(size: int, seed: int) -> list[int]:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 class Schedule(torch.utils.data.Sampler):
-    """For each of `steps` (a range), this rank's part: a list of (index, epoch with its fraction).
+    """Per step in `steps`, this rank's part of a batch: a list of (index, epoch with its fraction).
     sizes: of the pools, each shuffled anew for each pass. shares: how often a pool's turn comes."""
     def __init__(self, sizes, shares, seed, steps, effective_batch, rank=0, world=1):
         self.sizes, self.seed, self.steps, self.rank, self.world = sizes, seed, steps, rank, world
@@ -241,7 +249,6 @@ class Schedule(torch.utils.data.Sampler):
 def main():
     parser = cli.ArgumentParser(description="Show a sample as the model sees it.")
     parser.add_argument("--manifest", help="a JSONL file; default: the embedded corpus")
-    parser.add_argument("--lang", choices=corpus.LANGUAGES, default="ru")
     parser.add_argument("--index", type=int, default=0)
     parser.add_argument("--wav", default="sample.wav", help="where to write the recording")
     parser.add_argument("--mixes", action="store_true", help="show the mixes and their datasets")
@@ -253,15 +260,14 @@ def main():
         samples, total = read_manifest(args.manifest, bad)
         bad.report(total, args.manifest)
     else:
-        samples = embedded(args.lang, "train", corpus.CHUNK)
+        samples = embedded("ru", "train", corpus.CHUNK)
     if not 0 <= args.index < len(samples):
         raise cli.UserError(f"--index {args.index}: there are {len(samples)} samples, from 0 on")
     sample, tokenizer = samples[args.index], tiny.train_tokenizer(tiny.texts_of(samples))
     dataset = Dataset([sample], tokenizer, tiny.tiny_config(tokenizer))
     with cli.as_user_error(f"{sample.name}: ", BadRow):
         ids, labels, windows = dataset.encode(sample)
-    print(f"{sample.name}: {sum(map(len, windows)) / SAMPLE_RATE:.2f} s, {len(windows)} window(s) "
-          f"of {dataset.config.window_samples / SAMPLE_RATE:g} s")
+    print(f"{sample.name}: {sum(map(len, windows)) / SAMPLE_RATE:.2f} s, {len(windows)} window(s)")
     for key, value in dataset.pad([dataset.item(0)]).items():
         print(f"{key:14s} {tuple(value.shape)}")
     tiny.print_tokens(tokenizer, ids, labels)

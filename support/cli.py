@@ -1,5 +1,4 @@
-"""support/cli.py -- how every script talks to its user: flags, errors, files written whole. A
-mistake of the user's is a UserError: one line that says what to do, exit code 2, no traceback."""
+"""support/cli.py -- how every script talks to its user: flags, errors, files written whole."""
 import argparse
 import contextlib
 import difflib
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 class UserError(Exception):
-    """Something the user can fix; the message says how."""
+    """Something the user can fix; the message says how, in a line, without a traceback."""
 
 def run(main) -> None:
     """Call main() and exit: 2 and one line for a UserError, 130 for Ctrl-C, 1 for a closed pipe."""
@@ -85,8 +84,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message):
-        program = f"python {self.prog}" if self.prog.endswith(".py") else self.prog
-        raise UserError(f"{message.removeprefix('argument ')}; see {program} --help")
+        raise UserError(f"{message.removeprefix('argument ')}; see --help")
 
 def ranged(kind: type, low: float, high: float):  # -> an argparse type: within [low, high]
     def number(text):  # where it raises ValueError, argparse says "invalid number value"

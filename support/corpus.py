@@ -69,7 +69,6 @@ def espeak(seed: int) -> tuple:
     RATE, PITCH, UTF8, SYNCHRONOUS = 1, 3, 1, 2
     lib, pcm = CDLL(espeakng_loader.get_library_path()), []
     rate = lib.espeak_Initialize(SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
-    assert rate > 0, f"espeak_Initialize failed with {rate}"
     lib.espeak_ng_SetRandSeed(c_long(seed))
     @CFUNCTYPE(c_int, POINTER(c_short), c_int, c_void_p)
     def receive(samples, n, events):
@@ -113,9 +112,8 @@ def synthesise(job: tuple) -> None:
 
 def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
     """The first n rows of "train" or of one of EVAL_SPLITS, spoken now or read from the cache."""
-    shares = [SENTENCE_SHARE, TRAIN_MANNERS[1]]
-    recipe = [GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, *shares, CHUNK, 2]  # 2: of synthesise
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
+    recipe = [GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, SENTENCE_SHARE, TRAIN_MANNERS[1], CHUNK, 2]
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]  # 2: of synthesise
     folder = cli.cache_dir() / f"{lang}-{seed}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{split}-{k:03d}.npz" for k in range(-(-n // CHUNK))]

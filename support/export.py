@@ -33,9 +33,8 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
         model.tokenizer.save_pretrained(fresh)
         extractor.save_pretrained(fresh)
         (fresh / "generation_config.json").write_text(json.dumps(greedy, indent=2))
-        shutil.copy(code.__file__, fresh)
-        if (source / "train_config.json").is_file():  # eval.py reads there what it was made for
-            shutil.copy(source / "train_config.json", fresh)
+        for file in (code.__file__, *source.glob("train_config.json")):  # eval.py reads the latter
+            shutil.copy(file, fresh)
         (fresh / "README.md").write_text(model_card(model, source, title or Path(to).name), "utf-8")
         os.replace(fresh, to)
     finally:

@@ -7,7 +7,6 @@ from pathlib import Path
 from support.cli import UserError, first_line, replace_file
 from support.rows import cached
 
-KINDS = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}  # of files, for load_dataset
 TEXT = Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8")
 TABLES = tomllib.loads(TEXT)
 
@@ -27,8 +26,8 @@ class Source:
 
     @property
     def columns(self) -> list[str]:
-        names = self.audio, self.question, self.answer
-        return [self.conversation] if self.conversation else list(filter(None, names))
+        asked = [self.question] if self.question else []
+        return [self.conversation] if self.conversation else [self.audio, *asked, self.answer]
 
     def manifest_row(self, row: dict) -> dict:  # -> in the format of a manifest, see data.py
         if self.conversation:
@@ -36,12 +35,10 @@ class Source:
             if isinstance(chat, dict):  # datasets may turn a list of dicts inside out
                 chat = [dict(zip(chat, t, strict=True)) for t in zip(*chat.values(), strict=True)]
             return {"conversation": chat}
-        audio = row[self.audio]
+        audio, keys = row[self.audio], ["question", "answer"] if self.question else ["text"]
         if isinstance(audio, dict):
             audio = audio.get("bytes") or audio.get("path")
-        if not self.question:
-            return {"audio": audio, "text": row[self.answer]}
-        return {"audio": audio, "question": row[self.question], "answer": row[self.answer]}
+        return {"audio": audio} | dict(zip(keys, [row[c] for c in self.columns[1:]], strict=True))
 
 POOLS = {name: [Source(**{"answer": "answer" if "question" in entry else "text"} | entry)
                 for entry in entries] for name, entries in TABLES["pools"].items()}
@@ -59,13 +56,9 @@ PRESETS |= {name: TWIN | more for name, more in TABLES["twin_presets"].items()}
 # ---- Reading a dataset. Who reads none need not wait 0.4 s for the import of `datasets`.
 def find_copy(source: Source, data_dir: str | Path) -> Path:
     """Where a dataset lies: data_dir may also be its owner's folder, or itself. Or UserError."""
-    root, (owner, name) = Path(data_dir), source.hub.split("/")
-    places = [root / owner / name, root / name, root / f"{owner}__{name}",
-              root / owner / f"{name}.parquet", root / f"{name}.parquet"]
-    shards = [*root.glob(f"{source.split}-*.parquet"), *root.glob(f"data/{source.split}-*.parquet")]
-    if root.name == name or (shards and source.split != "train"):
-        places.append(root)
-    for place in filter(Path.exists, places):
+    root, name = Path(data_dir), Path(source.hub).name
+    places = [root / (at + ending) for ending in ("", ".parquet") for at in (source.hub, name)]
+    for place in filter(Path.exists, places + [root] * (root.name == name)):
         config = place / (source.config or "")
         return config if config.is_dir() else place
     raise UserError(f"--data_dir {data_dir} has no {source.hub}: put its files into {places[0]}")
@@ -73,7 +66,7 @@ def find_copy(source: Source, data_dir: str | Path) -> Path:
 def read_copy(source: Source, place: Path):  # in any of its layouts -> datasets table
     from datasets import load_dataset, load_from_disk
     def read(path):
-        return load_dataset(KINDS[path.suffix], data_files=str(path), split="train")
+        return load_dataset(path.suffix[1:].replace("jsonl", "json"), data_files=str(path), split="train")
     if place.is_file():
         return read(place)
     for folder in (place / source.split, place / "data", place):
@@ -97,8 +90,7 @@ def select(source: Source, table, limit: int | None):
         table = table.cast_column(source.audio, Audio(decode=False))
     if only:
         table = table.filter(lambda *row: any(word in (x or "") for x in row), input_columns=only)
-    limit = min(x for x in (limit, source.rows, sys.maxsize) if x)
-    return table.take(min(limit, len(table)) if hasattr(table, "__len__") else limit)
+    return table.take(min(x for x in (limit, source.rows, sys.maxsize) if x))
 
 def open_source(source: Source, data_dir: str | Path | None = None, limit: int | None = None):
     """-> datasets table of select's, or UserError; with a limit the hub streams its rows, once."""
@@ -116,9 +108,7 @@ def open_source(source: Source, data_dir: str | Path | None = None, limit: int |
     except UserError:
         raise
     except Exception as e:  # it fails in many ways, some of them half-way, and none of them is ours
-        e = e.__cause__ or e  # datasets says only that something failed
-        what, reason = f"{source.hub}, split {source.split}", f"{type(e).__name__}: {first_line(e)}"
-        if data_dir:
-            raise UserError(f"cannot read {what}, from {place}: {reason[:200]}") from None
-        raise UserError(f"cannot reach {what}, on the hub ({reason[:200]}): go online (gated sets "
-                        "want HF_TOKEN), or give a copy as --data_dir") from None
+        e, where = e.__cause__ or e, place if data_dir else "the hub"  # datasets hides the cause
+        reason = f"{type(e).__name__}: {first_line(e)}"[:200]
+        raise UserError(f"cannot reach {source.hub}, split {source.split}, in {where} ({reason}): "
+                        "go online (gated sets want HF_TOKEN), or a copy in --data_dir") from None

@@ -57,25 +57,6 @@ class BadRows:
         reasons = self.reasons.most_common()
         return ", ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in reasons)
 
-def read_lines(path: str) -> list[tuple[str, bytes]]:  # [(name, line)], or UserError
-    if not os.path.isfile(path):
-        raise UserError(f"no manifest at {path}: give a JSONL file, one object a line")
-    name = os.path.basename(path)
-    with open(path, "rb") as f:
-        lines = [(f"{name}:{number}", line) for number, line in enumerate(f, 1) if line.strip()]
-    if not lines:
-        raise UserError(f"{path} is empty: a manifest has one JSON object a line")
-    return lines
-
-def parse_json(line: bytes) -> dict:  # raises BadRow
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except ValueError:
-        raise BadRow("broken JSON") from None
-    if not isinstance(row, dict):
-        raise BadRow("not a JSON object")
-    return row
-
 def cached(name: str, *facts):
     """-> path in the cache of a file that depends on its name and these facts alone."""
     with contextlib.suppress(OSError):  # who cannot write may still read
@@ -87,28 +68,28 @@ def usable(samples: list, dataset, bad: BadRows, manifest: str) -> list:
     wrong with it, stays in the cache: threads decode only those that are new or have changed."""
     decoder = 1, soundfile.__libsndfile_version__, PYAV  # 1: of load_audio
     cache, verdicts = cached("verdicts.json", os.path.abspath(manifest), decoder), {}
+    most = dataset.encode.keywords.get("max_seconds", MAX_SECONDS)
     with contextlib.suppress(OSError, ValueError):
         verdicts = json.loads(cache.read_bytes())
-    def load(source, max_seconds=MAX_SECONDS):  # -> as long as load_audio's, without the sound
-        if not isinstance(source, str) or not os.path.isfile(source):
-            return load_audio(source, max_seconds=max_seconds)
-        path, file = os.path.abspath(source), os.stat(source)
-        key = repr((path, file.st_size, file.st_mtime_ns, file.st_ctime_ns, max_seconds))
+    def look(path):  # -> how many samples it has, or why it cannot be used
+        if not os.path.isfile(path):
+            return "missing file"
+        path, file = os.path.abspath(path), os.stat(path)
+        key = repr((path, file.st_size, file.st_mtime_ns, file.st_ctime_ns, most))
         try:
-            verdicts[key] = verdicts.get(key) or len(load_audio(source, max_seconds=max_seconds))
+            verdicts[key] = verdicts.get(key) or len(load_audio(path, max_seconds=most))
         except BadRow as e:
             verdicts[key] = str(e)
-        if isinstance(verdicts[key], str):
-            raise BadRow(verdicts[key])
-        return torch.empty(1).expand(verdicts[key])
-    def look(source):
-        with contextlib.suppress(BadRow):
-            load(source, max_seconds=dataset.encode.keywords.get("max_seconds", MAX_SECONDS))
-    sources = [source for sample in samples for source in sample.audio]
-    thread_map(look, sources, max_workers=os.cpu_count(), desc="checking audio")
+        return verdicts[key]
+    def load(path, **_):  # -> as long as load_audio's, without the sound
+        if isinstance(found[path], str):
+            raise BadRow(found[path])
+        return torch.empty(1).expand(found[path])
+    paths = [path for sample in samples for path in sample.audio]
+    looks = thread_map(look, paths, max_workers=os.cpu_count(), desc="checking audio")
+    found, good = dict(zip(paths, looks, strict=True)), []
     with contextlib.suppress(OSError):
         write_text(cache, json.dumps(verdicts))
-    good = []
     for sample in samples:  # not in threads: tokenizers mark what the assistant says in one place
         try:
             dataset.encode(sample, load=load)
@@ -128,25 +109,6 @@ def check_text(text, placeholders: bool = False, empty: bool = False) -> str:
         raise BadRow("control token in the text")  # it would forge a chat
     return text.strip()
 
-def check_turns(turns) -> tuple[str, list[dict], str, str]:
-    """-> (system prompt or "", earlier turns, question, answer) of a conversation. Or BadRow."""
-    turns = [{"role": t["role"], "content": check_text(t.get("content"))}
-             for t in (turns if isinstance(turns, list) else [])
-             if isinstance(t, dict) and t.get("role") in ("system", "user", "assistant")]
-    if [t["role"] for t in turns[-2:]] != ["user", "assistant"]:
-        raise BadRow("conversation does not end with a question and its answer")
-    system = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
-    return system, turns[:-2], turns[-2]["content"], turns[-1]["content"]
-
-def check_audio(audio, folder: str = "", missing: bool = False) -> list:
-    """-> what load_audio takes, in a list, or BadRow; missing: [b""] instead, for it to raise."""
-    audio = audio if isinstance(audio, list) else [audio]
-    if audio and all(isinstance(a, (str, bytes, np.ndarray)) and len(a) for a in audio):
-        return [os.path.join(folder, a) if isinstance(a, str) else a for a in audio]
-    if missing:
-        return [b""]
-    raise BadRow("no audio field")
-
 resampler = lru_cache(maxsize=16)(torchaudio.transforms.Resample)  # its kernel takes long to make
 
 class OneWay(soundfile.SoundFile):
@@ -155,10 +117,10 @@ class OneWay(soundfile.SoundFile):
 
 def decode(source):
     """A path or a file's bytes -> its sample rate, then mono float32 blocks. Raises many kinds."""
-    head, file = source[:8], io.BytesIO(source) if isinstance(source, bytes) else source
-    if file is source:
-        with open(source, "rb") as opened:
-            head = opened.read(8)
+    if isinstance(source, bytes):
+        head, file = source[:8], io.BytesIO(source)
+    else:
+        head, file = np.fromfile(source, np.uint8, 8).tobytes(), source
     kind = CONTAINERS.get(head[4:]) or CONTAINERS.get(head[:4])
     if not kind:
         with OneWay(file) as sound:
@@ -191,10 +153,8 @@ def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_S
         while n <= most and (block := next(sound, None)) is not None:
             blocks.append(block)
             n += len(block)
-    except BadRow:
-        raise
-    except (RuntimeError, TypeError, ValueError, LookupError, EOFError, OSError):
-        raise BadRow("not audio") from None
+    except (RuntimeError, TypeError, ValueError, LookupError, EOFError, OSError) as e:
+        raise e if isinstance(e, BadRow) else BadRow("not audio") from None
     if not 1000 <= rate <= 1_000_000:
         raise BadRow(f"a sample rate of {rate} Hz")
     if n > most:
@@ -202,12 +162,10 @@ def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_S
     wave = torch.from_numpy(np.concatenate(blocks))
     if len(wave) < max(1, min_seconds * rate):
         raise BadRow(f"shorter than {min_seconds} s")
-    if rate != SAMPLE_RATE:
-        # Odd rates would need huge kernels (15999 Hz: 977 MiB): one in a million is not heard.
-        ratio = Fraction(SAMPLE_RATE, rate).limit_denominator(1000)
-        wave = resampler(ratio.denominator, ratio.numerator)(wave)
+    # Odd rates would need huge kernels (15999 Hz: 977 MiB): one in a million is not heard.
+    ratio = Fraction(SAMPLE_RATE, rate).limit_denominator(1000)
     try:
-        wave = check_wave(wave)
+        wave = check_wave(resampler(ratio.denominator, ratio.numerator)(wave))
     except ValueError as e:
         raise BadRow(str(e)) from None
     if wave.abs().max() < 1e-6 and not silence:

@@ -41,8 +41,7 @@ def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict
     return [{"audio": row["audio"], "name": row["name"], **task(*languages, row["text"], rng)}
             if rng.random() < 0.25 else row for row in rows]
 
-def texts_of(samples) -> list[str]:
-    """What a tokenizer trains on: prompts and roles as often as the model will read them."""
+def texts_of(samples) -> list[str]:  # with prompts and roles as often as the model reads them
     return [f"{m['role']}\n{m['content'].replace(AUDIO, '')}\n\n"
             for s in samples for m in s.messages()]
 
@@ -54,8 +53,8 @@ def train_tokenizer(texts, vocab_size: int = 1024):
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     bpe.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>")])
-    settings = TABLES["tiny_tokenizer"]
-    return add_audio_tokens(PreTrainedTokenizerFast(tokenizer_object=bpe, **settings))
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, **TABLES["tiny_tokenizer"])
+    return add_audio_tokens(fast)
 
 def print_tokens(tokenizer, ids: list[int], labels: list[int]) -> None:  # as the model sees them
     print("tokens (* has a label):")
@@ -66,13 +65,12 @@ def print_tokens(tokenizer, ids: list[int], labels: list[int]) -> None:  # as th
 
 def tiny_config(tokenizer, **changes) -> BorealisConfig:
     """About 1 M parameters, none frozen: windows of 2 s (T=100, N=25), width 128, 1 + 2 layers."""
-    ids = tokenizer.convert_tokens_to_ids
-    tokens = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=ids("<|im_end|>"),
-                  pad_token_id=ids("<|endoftext|>"))
-    settings = dict(encoder_config=dict(TABLES["tiny_encoder"]),
-                    llm_config=TABLES["tiny_llm"] | tokens, frozen=(), audio_token_id=ids(AUDIO),
-                    audio_start_id=ids(MARKER), audio_end_id=ids(MARKER))
-    return BorealisConfig(**settings | changes)
+    audio, marker = tokenizer.convert_tokens_to_ids([AUDIO, MARKER])
+    ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    parts = dict(encoder_config=dict(TABLES["tiny_encoder"]),
+                 llm_config=TABLES["tiny_llm"] | ends | dict(vocab_size=len(tokenizer)))
+    ids = dict(audio_token_id=audio, audio_start_id=marker, audio_end_id=marker)
+    return BorealisConfig(**dict(frozen=(), **parts, **ids) | changes)
 
 @torch.no_grad()
 def scratch_model(samples, vocab_size: int, **changes) -> BorealisForConditionalGeneration:
