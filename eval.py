@@ -226,8 +226,9 @@ def main():
             for name, own in answers.items() if cfg.task == "asr" and cfg.normalizer != "default"}
     facts = dict(step=trained_on.get("step"), weights=weights)
     code = report.write_results(out, rows, results, more, cfg, facts)
-    for part in sum((system.parts(out) for system in asked), []):
-        part.unlink()  # hypotheses.jsonl has it all
+    for system in asked:
+        for part in out.glob(f"hypotheses.{system.settings}.*"):
+            part.unlink()  # hypotheses.jsonl has it all
     return code
 
 if __name__ == "__main__":
