@@ -76,7 +76,7 @@ class System:
     def read(self, folder: Path, reuse: bool) -> dict[tuple, dict]:
         """{(split, number): row}, but what failed is tried again. A kill may leave half a line."""
         answers = {}
-        for path in sorted(folder.glob("hypotheses*.jsonl" if reuse else "hypotheses.*.part.jsonl")):
+        for path in sorted(folder.glob("hypotheses*.jsonl" if reuse else "*.part.jsonl")):
             for line in path.read_bytes().split(b"\n"):
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     row = json.loads(line)
