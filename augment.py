@@ -20,8 +20,7 @@ from support.recipes import TABLES
 
 # ---- What may happen
 class AugmentConfig(SimpleNamespace):
-    """Of each effect (probability, from, to, from, to, ...). What is not given is as in [effects]
-    of support/recipes.toml, which lists all of them, with units: the post's ranges, but off."""
+    """Of each effect (p, from, to, from, to, ...), by default [effects] of recipes.toml: off."""
     def __init__(self, **given):
         assert given.keys() <= TABLES["effects"].keys(), f"no such effects in {[*given]}"
         effects = TABLES["effects"] | given
@@ -42,8 +41,7 @@ HEAVY = CURRICULUM[-1].config
 # What makes two of the six evaluation splits out of clean speech, with noises of their own.
 HARD = {name: AugmentConfig(**effects) for name, effects in TABLES["hard"].items()}
 
-def draw(effect: tuple, rng: Generator) -> list[float] | None:
-    """(p, from, to, ...) -> the drawn parameters with probability p, else None."""
+def draw(effect: tuple, rng: Generator) -> list[float] | None:  # parameters, or not this time
     p, *ends = effect
     return rng.uniform(ends[::2], ends[1::2]).tolist() if rng.random() < p else None
 
@@ -71,15 +69,13 @@ def draw_noise(speech: np.ndarray, n: int, config: AugmentConfig, rng: Generator
         snr = draw((1, *config.noise[1:]), rng)            # of the next source
     return total
 
-def line_rate(config: AugmentConfig, filters: dict) -> int:
-    """The lowest rate, Hz, that holds what the drawn filters and the codec's line let through."""
+def line_rate(config: AugmentConfig, filters: dict) -> int:  # Hz: holds what all let through
     phone, resampled = filters["telephony"] or [SAMPLE_RATE] * 3, filters["resample"] or []
     lowest = min(config.codec_rate, *resampled, phone[0], 2 * phone[2])  # twice its upper edge
     return next(rate for rate in (8000, 12000, SAMPLE_RATE) if rate >= lowest)
 
 def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: list, rooms: list):
-    """Draw a clip's fate and carry it out: float32 (n,) -> (n,), or about n / speed; noises, rooms:
-    support/banks.py. Where a peak passes 1, the clip is scaled down as a whole, never cut."""
+    """Draw a clip's fate and carry it out: float32 (n,) -> (n,), or about n / speed; peak <= 1."""
     x, ratio, length = np.asarray(wave, np.float32), 1.0, None  # ratio: new length over old
     if speed := draw(config.speed, rng):
         ratio /= speed[0]
@@ -113,8 +109,7 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
     return sound.limit(x)
 
 def mask(mel: torch.Tensor, frames: int, config: AugmentConfig, rng: Generator) -> torch.Tensor:
-    """SpecAugment (Park et al. 2019) on one window (M, F): bands of mel bins, and stretches of its
-    first `frames` frames (those that hold sound), become the mean of those frames."""
+    """SpecAugment (Park et al. 2019), (M, F): bands, and stretches of `frames`, become the mean."""
     counts = draw(config.mask, rng)
     if not counts or frames < 1:
         return mel
@@ -155,8 +150,7 @@ class Augmenter:
         return torch.stack(new) if new else mels
 
 # ---- Listen
-def examples() -> dict[str, AugmentConfig]:
-    """{name: config} of all there is to hear: each effect alone, each stage, each hard split."""
+def examples() -> dict[str, AugmentConfig]:  # each effect alone, each stage, each hard split
     shown = {"before": AugmentConfig()}
     for name, effect in vars(AugmentConfig()).items():
         if isinstance(effect, tuple) and name not in ("more_noise", "more_room", "mask_width"):

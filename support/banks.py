@@ -48,19 +48,18 @@ def check_source(source: str) -> None:
 def recordings(source: str, split: str):
     """Yields (name, what load_audio takes) of each file in a folder, or row of the hub's split."""
     check_source(source)
-    if source != "hub":
+    if source == "hub":
+        import datasets  # see support/recipes.py
+        with as_user_error(f"{NOISE_DATASET}: ", Exception, suffix="; give a folder of audio"):
+            table = datasets.load_dataset(NOISE_DATASET, split=split, streaming=True)
+            for i, row in enumerate(table.cast_column("audio", datasets.Audio(decode=False))):
+                yield f"{split}/{i}", row["audio"]["bytes"]  # it fails in many ways, at any row
+    else:
         kinds = {f".{kind.lower()}" for kind in (*soundfile.available_formats(), "opus")}
         files = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in kinds)
         yield from ((path.name, str(path)) for path in files)
-        return
-    import datasets  # see support/recipes.py
-    with as_user_error(f"{NOISE_DATASET}: ", Exception, suffix="; give a folder of audio"):
-        table = datasets.load_dataset(NOISE_DATASET, split=split, streaming=True)
-        for i, row in enumerate(table.cast_column("audio", datasets.Audio(decode=False))):
-            yield f"{split}/{i}", row["audio"]["bytes"]  # the hub fails in many ways, at any row
 
-def crop(tape: np.ndarray, rng: np.random.Generator, n: int) -> np.ndarray:
-    """n samples from a random place on; a shorter tape starts again."""
+def crop(tape: np.ndarray, rng, n: int) -> np.ndarray:  # (n,); a shorter tape starts again
     start = rng.integers(max(1, len(tape) - n + 1))
     return tape[start:start + n] if len(tape) >= n else np.resize(tape, n)
 
@@ -93,7 +92,6 @@ def make_rooms(rng: np.random.Generator) -> list[np.ndarray]:
         clips.append(as_room(np.concatenate([[1.0], tail])))
     return clips
 
-def as_room(wave: np.ndarray) -> np.ndarray:
-    """One second from the loudest sample on, with energy 1: it keeps speech's place and level."""
+def as_room(wave: np.ndarray) -> np.ndarray:  # a second from its peak on, with energy 1
     ir = wave[np.abs(wave).argmax():][:SAMPLE_RATE]
     return (ir / np.sqrt(np.sum(np.square(ir)))).astype(np.float32)

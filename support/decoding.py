@@ -45,8 +45,7 @@ def first_rank_first(call: Callable, *args):
 def stamp(audio: str | bytes) -> tuple | str:  # a file by name, size, time; sound by what it is
     if not isinstance(audio, str):
         return hashlib.sha256(audio).hexdigest()
-    state = os.stat(audio) if os.path.isfile(audio) else None
-    return audio, state and (state.st_size, state.st_mtime_ns)
+    return audio, os.path.isfile(audio) and (os.path.getsize(audio), os.path.getmtime(audio))
 
 def digest_model(where: str) -> str:  # a local one by its files, one on the hub by its name
     if not Path(where).exists():
@@ -55,8 +54,7 @@ def digest_model(where: str) -> str:  # a local one by its files, one on the hub
     files = [p for p in sorted(folder.glob("*.json")) if p.name != "results.json"]
     return digest(storage.fingerprint(folder), [(p.name, p.read_bytes()) for p in files])
 
-def estimate_snr(wave: torch.Tensor) -> float:
-    """(samples,) at 16 kHz -> speech power over noise power in dB, within -10 to 60."""
+def estimate_snr(wave: torch.Tensor) -> float:  # (samples,) -> of its speech, -10 to 60 dB
     frame = SAMPLE_RATE // 50  # 20 ms
     power = wave.unfold(0, min(frame, len(wave)), frame).square().mean(1)
     power = power.where(power > 1e-10, torch.nan)  # digital silence aside
@@ -73,12 +71,11 @@ class System:
     settings: str = ""  # digest of both
     warned: bool = False  # that a batch fell apart
 
-    def read(self, folder: Path, reuse: bool) -> dict[tuple, dict]:
-        """{(split, number): row}, but what failed is tried again. A kill may leave half a line."""
+    def read(self, folder: Path, reuse: bool) -> dict:  # {(split, number): row}, but what failed
         answers = {}
         for path in sorted(folder.glob("hypotheses*.jsonl" if reuse else "*.part.jsonl")):
             for line in path.read_bytes().split(b"\n"):
-                with contextlib.suppress(ValueError, KeyError, TypeError):
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
                     row = json.loads(line)
                     if row["settings"] == self.settings and not row["failed"]:
                         answers[row["split"], row["row"]] = {name: row[name] for name in ROW}
@@ -124,13 +121,13 @@ class System:
                 yield from self.ask(batch)
 
     def decode(self, jobs: list[tuple], folder: Path, batch_size: int, reuse: bool) -> dict:
-        """[((split, number), sample)] -> {(split, number): row}, the same on all ranks. These share
-        out blocks of batches: what is in a batch depends neither on their number nor on a stop."""
-        done, size = self.read(folder, reuse), 4 * batch_size  # of a block
+        """[((split, number), sample)] -> {(split, number): row}, the same on all ranks."""
+        # They share out blocks: what is in a batch depends neither on their number nor on a stop.
+        done, size = self.read(folder, reuse), 4 * batch_size
         if RANK == 0 and (again := sum(key in done for key, _ in jobs)):
             print(f"{self.name}: {again} of {len(jobs)} utterances were answered before",
                   file=sys.stderr)
-        blocks = [jobs[i:i + size] for i in range(0, len(jobs), size)][RANK::WORLD]
+        blocks = [jobs[i:i + size] for i in range(RANK * size, len(jobs), WORLD * size)]
         blocks = [block for block in blocks if any(key not in done for key, _ in block)]
         bar = tqdm(total=sum(map(len, blocks)), desc=self.name, unit=" utterances",
                    mininterval=0.1 if sys.stderr.isatty() else 10, disable=RANK > 0)

@@ -11,8 +11,7 @@ from model import count
 from support.cli import as_user_error, picture, write_text
 from support.recipes import TABLES
 
-def read_metrics(path: Path, until: float) -> list[dict]:
-    """The rows of metrics.jsonl up to a step, without a last line that a kill has cut short."""
+def read_metrics(path: Path, until: float) -> list[dict]:  # to a step; a kill cuts a line short
     lines = path.read_text().splitlines() if path.exists() else []
     rows = (json.loads(line) for line in lines if line.endswith("}"))
     return [row for row in rows if row["step"] <= until]

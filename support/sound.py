@@ -117,8 +117,7 @@ def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> 
     x, _ = soundfile.read(io.BytesIO(buffer.getvalue()), dtype="float32")
     return fit(resampler(rate, SAMPLE_RATE)(torch.from_numpy(x)).numpy(), len(wave))
 
-def plot_mels(mels: dict, path: str) -> None:
-    """{name: log-mel (M, F)} -> one picture of them all, small enough for a README."""
+def plot_mels(mels: dict, path: str) -> None:  # {name: log-mel (M, F)} -> a small picture
     from PIL import Image
     rows = math.ceil(len(mels) / 3)
     with picture(path, rows, 3, dpi=100, figsize=(9, 0.9 * rows)) as (_, axes):
