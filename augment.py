@@ -20,8 +20,7 @@ from support.recipes import TABLES
 
 # ---- What may happen
 class AugmentConfig(SimpleNamespace):
-    """Of each effect (probability, from, to, from, to, ...). What is not given is as in [effects]
-    of support/recipes.toml, which lists all of them, with units: the post's ranges, but off."""
+    """Of each effect (p, from, to, from, to, ...), by default [effects] of recipes.toml: off."""
     def __init__(self, **given):
         assert given.keys() <= TABLES["effects"].keys(), f"no such effects in {[*given]}"
         effects = TABLES["effects"] | given
@@ -33,23 +32,20 @@ class AugmentationStage:
     config: AugmentConfig
     name: str = ""
 
-STAGES = TABLES["stages"]  # the original's: {effect: [light, intense, heavy]}
-LIGHT, INTENSE, HEAVY = (AugmentConfig(**dict(zip(STAGES, column, strict=True)))
-                         for column in zip(*STAGES.values(), strict=True))
-# The curriculum changes at these epochs, or where train.py --curriculum says.
-CURRICULUM = [AugmentationStage(*stage) for stage in (
-    (0, AugmentConfig(touched=0), "clean"), (1, LIGHT, "light"), (3, INTENSE, "intense"),
-    (4, HEAVY, "heavy"))]
+# The original's stages; they start at these epochs, or where train.py --curriculum says.
+CURRICULUM = [AugmentationStage(0, AugmentConfig(touched=0), "clean")]
+for column, (name, epoch) in enumerate([("light", 1), ("intense", 3), ("heavy", 4)]):
+    effects = {effect: values[column] for effect, values in TABLES["stages"].items()}
+    CURRICULUM.append(AugmentationStage(epoch, AugmentConfig(**effects), name))
+HEAVY = CURRICULUM[-1].config
 # What makes two of the six evaluation splits out of clean speech, with noises of their own.
 HARD = {name: AugmentConfig(**effects) for name, effects in TABLES["hard"].items()}
 
-def draw(effect: tuple, rng: Generator) -> list[float] | None:
-    """(p, from, to, ...) -> the drawn parameters with probability p, else None."""
+def draw(effect: tuple, rng: Generator) -> list[float] | None:  # parameters, or not this time
     p, *ends = effect
     return rng.uniform(ends[::2], ends[1::2]).tolist() if rng.random() < p else None
 
-def extra(effect: tuple, rng: Generator) -> int:
-    """How many more of something: 0, or the drawn number."""
+def extra(effect: tuple, rng: Generator) -> int:  # how many more of something
     return round(sum(draw(effect, rng) or [0]))
 
 # ---- A clip's fate. Waves are float32 arrays at 16 kHz, of any length from one sample up.
@@ -73,16 +69,13 @@ def draw_noise(speech: np.ndarray, n: int, config: AugmentConfig, rng: Generator
         snr = draw((1, *config.noise[1:]), rng)            # of the next source
     return total
 
-def line_rate(config: AugmentConfig, filters: dict) -> int:
-    """The lowest rate, Hz, that holds what the drawn filters and the codec's line let through."""
-    limits = [config.codec_rate, *(filters["resample"] or [])]
-    if phone := filters["telephony"]:
-        limits += [phone[0], 2 * phone[2]]                 # its rate, twice its upper edge
-    return next(rate for rate in (8000, 12000, SAMPLE_RATE) if rate >= min(limits))
+def line_rate(config: AugmentConfig, filters: dict) -> int:  # Hz: holds what all let through
+    phone, resampled = filters["telephony"] or [SAMPLE_RATE] * 3, filters["resample"] or []
+    lowest = min(config.codec_rate, *resampled, phone[0], 2 * phone[2])  # twice its upper edge
+    return next(rate for rate in (8000, 12000, SAMPLE_RATE) if rate >= lowest)
 
 def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: list, rooms: list):
-    """Draw a clip's fate and carry it out: float32 (n,) -> (n,), or about n / speed; noises, rooms:
-    support/banks.py. Where a peak passes 1, the clip is scaled down as a whole, never cut."""
+    """Draw a clip's fate and carry it out: float32 (n,) -> (n,), or about n / speed; peak <= 1."""
     x, ratio, length = np.asarray(wave, np.float32), 1.0, None  # ratio: new length over old
     if speed := draw(config.speed, rng):
         ratio /= speed[0]
@@ -95,8 +88,7 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
         x, noise = x + noise[:len(x)], None
     irs = []
     if draw(config.room, rng) is not None:
-        count = 1 + extra(config.more_room, rng)
-        irs = [rooms[i] for i in rng.integers(len(rooms), size=count)]
+        irs = [rooms[i] for i in rng.integers(len(rooms), size=1 + extra(config.more_room, rng))]
     filters = {name: draw(getattr(config, name), rng) for name in sound.FILTERS}  # EQ to telephony
     responses = [(sound.FILTERS[name], drawn) for name, drawn in filters.items() if drawn]
     # Filters and rooms multiply the spectrum, in any order; a spectrum cut or padded is the clip at
@@ -117,8 +109,7 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
     return sound.limit(x)
 
 def mask(mel: torch.Tensor, frames: int, config: AugmentConfig, rng: Generator) -> torch.Tensor:
-    """SpecAugment (Park et al. 2019) on one window (M, F): bands of mel bins, and stretches of its
-    first `frames` frames (those that hold sound), become the mean of those frames."""
+    """SpecAugment (Park et al. 2019), (M, F): bands, and stretches of `frames`, become the mean."""
     counts = draw(config.mask, rng)
     if not counts or frames < 1:
         return mel
@@ -137,16 +128,13 @@ class Augmenter:
         self.stages = sorted(stages, key=lambda stage: stage.start_epoch)
         self.banks, self.seed = (noises, rooms), seed % 2 ** 32
 
-    def stage(self, epoch: float) -> AugmentationStage:
-        """The stage at an epoch, which need not be whole."""
+    def stage(self, epoch: float) -> AugmentationStage:  # an epoch need not be whole
         return [s for s in self.stages if s.start_epoch <= epoch][-1]
 
-    def rng(self, epoch: float, index: int, purpose: int) -> Generator:
-        """purpose: 0 for touched or not, 1 for the mel, 2, 3, ... for recording 0, 1, ..."""
-        return Generator(SFC64([self.seed, int(epoch), index, purpose]))
+    def rng(self, epoch: float, index: int, use: int):  # 0: touches, 1: masked, 2, 3...: wave
+        return Generator(SFC64([self.seed, int(epoch), index, use]))
 
-    def touches(self, epoch: float, index: int) -> bool:
-        """Does the sound of this sample change in this epoch?"""
+    def touches(self, epoch: float, index: int) -> bool:  # the sound of this sample?
         return self.rng(epoch, index, 0).random() < self.stage(epoch).config.touched
 
     def wave(self, epoch: float, index: int, wave: torch.Tensor, part: int) -> torch.Tensor:
@@ -162,18 +150,16 @@ class Augmenter:
         return torch.stack(new) if new else mels
 
 # ---- Listen
-def examples() -> dict[str, AugmentConfig]:
-    """{name: config} of all there is to hear: each effect alone, each stage, each hard split."""
-    alone = {name: (1, *effect[1:]) for name, effect in vars(AugmentConfig()).items()
-             if isinstance(effect, tuple) and name not in ("more_noise", "more_room", "mask_width")}
-    kbps = alone.pop("codec")
-    return {
-        "before": AugmentConfig(),
-        **{name: AugmentConfig(**{name: effect}) for name, effect in alone.items()},
-        "mp3": AugmentConfig(codec=kbps, opus=0), "opus": AugmentConfig(codec=kbps, opus=1),
-        "phone": AugmentConfig(codec=kbps, opus=0, phone=1),
-        **{f"stage_{stage.name}": stage.config for stage in CURRICULUM},
-        **{f"split_{name}": config for name, config in HARD.items()}}
+def examples() -> dict[str, AugmentConfig]:  # each effect alone, each stage, each hard split
+    shown = {"before": AugmentConfig()}
+    for name, effect in vars(AugmentConfig()).items():
+        if isinstance(effect, tuple) and name not in ("more_noise", "more_room", "mask_width"):
+            shown[name] = AugmentConfig(**{name: (1, *effect[1:])})
+    codec = vars(shown.pop("codec"))
+    for name, opus, phone in (("mp3", 0, 0), ("opus", 1, 0), ("phone", 0, 1)):
+        shown[name] = AugmentConfig(**codec | dict(opus=opus, phone=phone))
+    shown |= {f"stage_{stage.name}": stage.config for stage in CURRICULUM}
+    return shown | {f"split_{name}": config for name, config in HARD.items()}
 
 def main() -> None:
     parser = ArgumentParser(prog="augment.py", description="Hear and see every effect and stage.")
@@ -181,11 +167,9 @@ def main() -> None:
     parser.add_argument("out", help="folder for the results")
     parser.add_argument("--noise", default="made", help="made, hub, or a folder of audio")
     parser.add_argument("--rooms", default="made", help="the same, of impulse responses")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     check_out(args.out)
-    hint = "; give a wav, flac, ogg or mp3 with sound in it"
-    with as_user_error(f"{args.wav}: ", rows.BadRow, suffix=hint):
+    with as_user_error(f"{args.wav}: ", rows.BadRow, suffix="; give a file with sound in it"):
         wave = rows.load_audio(args.wav)
     if Path(args.wav).resolve() in [Path(args.out, f"{name}.wav").resolve() for name in examples()]:
         raise UserError(f"{args.wav} would be overwritten by a result: give another folder")
@@ -193,7 +177,7 @@ def main() -> None:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     shown, whisper = {}, BorealisConfig()
     for i, (name, config) in enumerate(examples().items()):
-        rng = np.random.default_rng([args.seed % 2 ** 32, i])
+        rng = np.random.default_rng([0, i])
         x = augment(wave.numpy(), config, rng, noises, rooms)
         replace_file(f"{args.out}/{name}.wav", soundfile.write, x, SAMPLE_RATE)
         frames = min(math.ceil(len(x) / HOP), 1000)        # the picture shows the first ten seconds

@@ -15,9 +15,11 @@ import string
 import unicodedata
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 import jiwer
 import numpy as np
+import regex
 import transformers
 from transformers.data.metrics.squad_metrics import compute_f1
 from augment import HARD, augment
@@ -59,12 +61,9 @@ class EvalConfig:
 # ---- Text, normalised: what is compared
 def normalise(text: str) -> str:
     """As WER compares it: NFC, lower case, ё -> е (й stays); digits stay; кто-то is two words."""
-    kept = []
-    for c in unicodedata.normalize("NFC", text).lower().replace("ё", "е"):
-        kind = unicodedata.category(c)  # P: punctuation, S: symbols, Cf: invisible, as soft hyphens
-        if kind != "Cf" and c not in "\u0301'’ʼ`":  # the stress mark of за́мок, apostrophes
-            kept.append(" " if kind[0] in "PS" else c)
-    return " ".join("".join(kept).split())
+    text = unicodedata.normalize("NFC", text).lower().replace("ё", "е")
+    text = regex.sub(r"[\p{Cf}\u0301'’ʼ`]", "", text)  # за́мок's stress, apostrophes
+    return " ".join(regex.sub(r"[\p{P}\p{S}]", " ", text).split())  # punctuation and symbols
 
 def normalise_as_the_post(text: str) -> str:  # кто-то is ктото; « » — … and ё stay
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
@@ -101,12 +100,12 @@ def bootstrap(counts: np.ndarray, seed: int = 0, R: int = 2000) -> np.ndarray:
     return np.concatenate([percent(counts[rng.integers(n, size=(100, n))])  # (100, n, k) at once
                            for _ in range(R // 100)])
 
+def rounded(x: float) -> float | None:
+    return None if np.isnan(x) else round(float(x), 2)
+
 def interval(draws: np.ndarray) -> list:  # (R,) -> [low, high]: between them lie 95 % of them
     known = draws[np.isfinite(draws)]
     return [rounded(x) for x in np.percentile(known, [2.5, 97.5])] if len(known) else [None, None]
-
-def rounded(x: float) -> float | None:
-    return None if np.isnan(x) else round(float(x), 2)
 
 def score(rows: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Graded rows -> figures (S + 1,), draws (S + 1, R): of splits; of those not nan, the mean."""
@@ -116,56 +115,50 @@ def score(rows: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
     return table[:, 0], table[:, 1:]
 
 def assess(rows: list[dict], task: str) -> dict:  # graded rows of a system -> its results.json
-    splits, main = report.by_split(rows), tasks.TASKS[task][0]
-    results = {name: {} for name in (*splits, None)}  # None: their average, as score() has it
+    results = {name: report.describe(own, task) for name, own in report.by_split(rows).items()}
+    mean, main = {}, tasks.TASKS[task][0]
     for metric in tasks.TASKS[task]:
-        for name, x, draws in zip(results, *score(rows, metric), strict=True):
-            results[name] |= {metric: rounded(x), f"{metric}_ci": interval(draws)}
-    mean = results.pop(None)
-    for split, own in splits.items():
-        results[split] |= report.describe(own, task)
+        for own, x, draws in zip([*results.values(), mean], *score(rows, metric), strict=True):
+            own |= {metric: rounded(x), f"{metric}_ci": interval(draws)}
     return {"splits": results, f"avg_{main}": mean[main], f"avg_{main}_ci": mean[f"{main}_ci"]}
 
 # ---- Which utterances: {split: samples}
 def embedded_split(lang: str, name: str, n: int, seed: int) -> list:
-    """n held-out sentences by held-out voices, see support/corpus.py; webinars and devices are the
-    clean split with noise (some of it babble of these voices) and rooms never trained on."""
+    """n held-out sentences by held-out voices. webinars, devices: clean in noises (some of them
+    babble of these voices) and rooms never trained on."""
     if name not in HARD:
         return embedded(lang, name, n, seed)
-    made, kind = banks.open_banks(voices="clean"), list(HARD).index(name)
-    def harder(i, s):
-        rng = np.random.default_rng([seed % 2 ** 32, kind, i])
-        x = augment(load_audio(s.audio[0]).numpy(), HARD[name], rng, *made)
-        return replace(s, audio=[(x * 32767).round().astype(np.int16)], name=f"{s.name}/{name}")
-    return [harder(i, s) for i, s in enumerate(embedded(lang, "clean", n, seed))]
+    samples, made = embedded(lang, "clean", n, seed), banks.open_banks(voices="clean")
+    for i, s in enumerate(samples):
+        rng = np.random.default_rng([seed % 2 ** 32, list(HARD).index(name), i])
+        x = augment(load_audio(s.audio[0]).numpy(), HARD[name], rng, *made) * 32767
+        samples[i] = replace(s, audio=[x.round().astype(np.int16)], name=f"{s.name}/{name}")
+    return samples
 
 def load_splits(cfg, trained_on: dict) -> dict[str, list]:
-    """--manifest: that file. Else, by --task, BigBenchAudio or RuASRBenchmark; for a tiny run (see
-    train_config.json) the embedded corpus, unless --data_dir or --split names the benchmark."""
+    """--manifest's; BigBenchAudio; RuASRBenchmark; of a tiny run without it: embedded ones."""
     if cfg.manifest:
         bad = BadRows(cfg.strict)
         samples, total = read_manifest(cfg.manifest, bad, evaluation=True)
         bad.report(total, cfg.manifest)
         return {Path(cfg.manifest).stem: samples}
     wanted = cfg.split.split(",") if cfg.split else []
-    own_data = trained_on.get("embedded") or trained_on.get("train_manifest")
+    manifest, how = trained_on.get("train_manifest"), (cfg.data_dir, cfg.strict)
+    benchmark = wanted and set(wanted) <= set(recipes.BENCHMARK)
     if cfg.task == "bigbench":
-        available = {name: partial(tasks.load_bigbench, name, cfg.data_dir, cfg.strict)
-                     for name in tasks.CATEGORIES}
-    elif cfg.data_dir or not own_data or (wanted and set(wanted) <= set(recipes.BENCHMARK)):
-        available = {name: partial(tasks.load_split, source, cfg.data_dir, cfg.strict, cfg.limit)
+        available = {name: partial(tasks.load_bigbench, name, *how) for name in tasks.CATEGORIES}
+    elif cfg.data_dir or benchmark or not (manifest or trained_on.get("embedded")):
+        available = {name: partial(tasks.load_split, source, *how, cfg.limit)
                      for name, source in recipes.BENCHMARK.items()}
-    elif trained_on.get("train_manifest"):
+    elif manifest:
         raise UserError(f"{cfg.ckpt} was trained on a manifest: name yours with --manifest FILE")
     else:
-        available, n = {}, min(cfg.limit or corpus.EVAL_UTTERANCES, corpus.EVAL_UTTERANCES)
-        languages = (cfg.lang or trained_on["lang"]).split(",")
+        n, languages = corpus.EVAL_UTTERANCES, (cfg.lang or trained_on["lang"]).split(",")
         if len(languages) > 1 and (cfg.baseline or cfg.fallback):
             raise UserError("--baseline listens in one language: give --lang ru or --lang en")
-        for k, lang in enumerate(languages):
-            for name in (*corpus.EVAL_SPLITS, *HARD):
-                title = f"{name}_{lang}" if k else name
-                available[title] = partial(embedded_split, lang, name, n, trained_on["seed"])
+        available = {f"{name}_{lang}" if lang != languages[0] else name: partial(
+            embedded_split, lang, name, min(cfg.limit or n, n), trained_on["seed"])
+            for lang, name in product(languages, (*corpus.EVAL_SPLITS, *HARD))}
     if unknown := [name for name in wanted if name not in available]:
         raise UserError(f"--split {unknown[0]}: choose from {', '.join(available)}")
     splits = {name: load() for name, load in available.items() if name in wanted or not wanted}
@@ -178,20 +171,17 @@ def parse_config() -> EvalConfig:
     cfg = EvalConfig(**vars(parser.add_flags(EvalConfig).parse_args()))
     cfg.batch_size = cfg.batch_size or (128 if cfg.engine == "vllm" else 16)
     cfg.max_new_tokens = cfg.max_new_tokens or (64 if cfg.task == "bigbench" else 256)
-    folder = cfg.ckpt if Path(cfg.ckpt).is_dir() else Path(cfg.ckpt).name  # of the hub: its name
-    cfg.out = cfg.out or ("out" if cfg.compare else folder)
+    cfg.out = cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_dir() else Path(cfg.ckpt).name)
     for_asr = cfg.baseline or cfg.fallback or cfg.chunk == "vad"
+    fixed = cfg.audio or cfg.split or cfg.task == "bigbench"
     for wrong, message in (
             (cfg.prompt is not None and not cfg.audio, "--prompt asks about one file: add --audio"),
-            (cfg.audio and cfg.manifest, "--audio is one file, --manifest many: give one of them"),
+            (cfg.manifest and fixed, "with --audio, --split, bigbench: leave out --manifest"),
             (cfg.audio and not Path(cfg.audio).is_file(), f"no file at {cfg.audio}"),
             (cfg.data_dir and not Path(cfg.data_dir).is_dir(), f"no folder at {cfg.data_dir}"),
             (cfg.task == "qa" and not cfg.manifest, "--task qa: name a --manifest with questions"),
-            (cfg.task == "bigbench" and cfg.manifest, "--task bigbench: leave out --manifest"),
             (cfg.task != "asr" and for_asr, "--baseline, --fallback, --chunk vad: for --task asr"),
-            (cfg.split and cfg.manifest, "--split chooses among benchmarks: leave out --manifest"),
-            (decoding.WORLD > 1 and cfg.engine == "vllm",
-             "--engine vllm shares the work: no torchrun")):
+            (decoding.WORLD > 1 and cfg.engine == "vllm", "--engine vllm: leave out torchrun")):
         if wrong:
             raise UserError(message)
     return cfg
@@ -212,21 +202,23 @@ def main():
     name = trained_on.get("preset", Path(cfg.ckpt).resolve().name)
     load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)
     early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
-    ours = tasks.open_ours(cfg, name, device)
+    asked = [tasks.open_ours(cfg, name, device)]
     weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
     splits = early or load()
-    asked = [ours, *tasks.open_baseline(cfg, name, trained_on.get("lang"), device)]
+    asked += tasks.open_baseline(cfg, name, trained_on.get("lang"), device)
     answers = tasks.answer_all(cfg, asked, splits, out)  # {system: rows}
     if decoding.RANK > 0:
         return 0
-    rows = {name: [dict(run=name) | grade(r, cfg.task, cfg.normalizer) for r in own]
-            for name, own in answers.items()}
-    results = {name: assess(own, cfg.task) for name, own in rows.items()}
-    more = {f"{name}, default normaliser": assess([grade(r, "asr", "default") for r in own], "asr")
-            for name, own in answers.items() if cfg.task == "asr" and cfg.normalizer != "default"}
+    rows, results, more = {}, {}, {}
+    for name, own in answers.items():
+        rows[name] = [dict(run=name) | grade(r, cfg.task, cfg.normalizer) for r in own]
+        results[name] = assess(rows[name], cfg.task)
+        if cfg.normalizer != "default" and cfg.task == "asr":
+            again = [grade(r, "asr", "default") for r in own]
+            more[f"{name}, default normaliser"] = assess(again, "asr")
     facts = dict(step=trained_on.get("step"), weights=weights)
     code = report.write_results(out, rows, results, more, cfg, facts)
-    for part in sum((system.parts(out) for system in asked), []):
+    for part in chain.from_iterable(out.glob(f"hypotheses.{s.settings}.*") for s in asked):
         part.unlink()  # hypotheses.jsonl has it all
     return code
 

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -751,6 +752,21 @@ def test_resume_is_bit_for_bit(manifest, tmp_path, monkeypatch, more):
     _, rest = train_now(monkeypatch, "--resume", "--out", tmp_path)
     assert losses(rest).tolist() == losses(whole).tolist() and equal(weights_in(tmp_path), weights)
     assert log == "none" or len([*tmp_path.glob("events.out.tfevents.*")]) == 2
+
+def test_trackio_keeps_the_log(manifest, tmp_path, monkeypatch):
+    """Offline, in its own folder: a row a step, and the run's settings."""
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    argv = [*FAST, "--train_manifest", manifest, "--steps", 3, "--log", "trackio"]
+    ended = subprocess.run([sys.executable, HERE / "train.py", *map(str, argv), "--out",
+                            tmp_path / "run"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    with sqlite3.connect(tmp_path / "trackio" / "nanoborealis.db") as db:
+        rows = db.execute("select step, metrics from metrics order by step").fetchall()
+        (config,) = db.execute("select config from configs").fetchone()
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [dict(json.loads(text), step=step) for step, text in rows] == logged and len(rows) == 3
+    assert json.loads(config)["preset"] == "tiny"
 
 def test_runs_of_before_muon_go_on(manifest, tmp_path, monkeypatch):
     """Their state is AdamW's alone, their settings lack what came later, whatever the preset."""

@@ -84,7 +84,7 @@ class TrainConfig:
     compile: bool = flag(False, "torch.compile each layer")
     save_every: int = flag(500, "steps between checkpoints", low=1)
     keep: int = flag(3, "checkpoints to keep, the newest; 0: all", low=0)
-    log: str = flag("none", "besides metrics.jsonl", choices=["none", "wandb", "tensorboard"])
+    log: str = flag("none", "a tracker, too", choices=["none", "wandb", "tensorboard", "trackio"])
 
 # ---- Data and model
 def load_pools(cfg):  # -> ({name: pool of samples}, their shares). Raises UserError

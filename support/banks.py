@@ -1,6 +1,6 @@
 """support/banks.py -- noises (int16) and rooms (impulse responses, float32) for augment.py."""
 import os
-import sys
+from itertools import islice
 from pathlib import Path
 import numpy as np
 import soundfile
@@ -11,9 +11,9 @@ from support import corpus, rows
 from support.cli import UserError, as_user_error, replace_file
 from support.recipes import NOISE_DATASET
 
-LONGEST = 8 * 3600 * SAMPLE_RATE  # a bank is in memory: int16, 920 MB
-CLIP = 10 * SAMPLE_RATE           # so much of each recording
-MADE = 48                         # noises, or rooms, in a bank made here
+CLIP = 10 * SAMPLE_RATE  # so much of each recording
+MOST = 2880              # of them in a bank, the first ones: it is in memory: int16, 920 MB
+MADE = 48                # noises, or rooms, in a bank made here
 
 def open_banks(noise: str = "made", rooms: str = "made", voices: str = "train") -> tuple:
     """(noises, rooms), each "made", "hub", or a folder. voices: the corpus split that babbles."""
@@ -21,25 +21,20 @@ def open_banks(noise: str = "made", rooms: str = "made", voices: str = "train") 
 
 def open_bank(source: str, split: str, voices: str = "train") -> list[np.ndarray]:
     """One bank; split: "Musan" for noises, "Echo" for rooms. Raises UserError."""
-    rooms = split == "Echo"
+    rooms, clips, bad = split == "Echo", [], rows.BadRows()
     if source == "made":
         rng = np.random.default_rng([rooms, voices == "train"])
         return make_rooms(rng) if rooms else make_noises(voices, rng)
-    bank = rows.cached(f"{split}.safetensors", NOISE_DATASET, CLIP, LONGEST)
+    bank = rows.cached(f"{split}.safetensors", NOISE_DATASET, CLIP, MOST)
     if source == "hub" and bank.exists():  # all processes map one file
         return [clip.numpy() for _, clip in sorted(load_file(bank).items())]
-    clips, bad, total, samples = [], rows.BadRows(), 0, 0
-    for total, (name, audio) in enumerate(recordings(source, split), 1):
+    for name, audio in islice(recordings(source, split), MOST):
         try:
             wave = rows.load_audio(audio, min_seconds=0, max_seconds=np.inf).numpy()[:CLIP]
             clips.append(as_room(wave) if rooms else (wave * 32767).astype(np.int16))
-            samples += len(clips[-1])
         except rows.BadRow as e:
             bad.add(str(e), name)
-        if samples > LONGEST:
-            print(f"{source}: the first {total} recordings, 8 hours, are used", file=sys.stderr)
-            break
-    bad.report(total, source)
+    bad.report(len(clips) + bad.reasons.total(), source)
     if not clips:
         raise UserError(f"no audio in {source}: give a folder of audio, hub, or made")
     if source == "hub":
@@ -53,20 +48,18 @@ def check_source(source: str) -> None:
 def recordings(source: str, split: str):
     """Yields (name, what load_audio takes) of each file in a folder, or row of the hub's split."""
     check_source(source)
-    if source != "hub":
+    if source == "hub":
+        import datasets  # see support/recipes.py
+        with as_user_error(f"{NOISE_DATASET}: ", Exception, suffix="; give a folder of audio"):
+            table = datasets.load_dataset(NOISE_DATASET, split=split, streaming=True)
+            for i, row in enumerate(table.cast_column("audio", datasets.Audio(decode=False))):
+                yield f"{split}/{i}", row["audio"]["bytes"]  # it fails in many ways, at any row
+    else:
         kinds = {f".{kind.lower()}" for kind in (*soundfile.available_formats(), "opus")}
-        for path in sorted(Path(source).rglob("*")):
-            if path.suffix.lower() in kinds:
-                yield path.name, str(path)
-        return
-    import datasets  # see support/recipes.py
-    with as_user_error(f"{NOISE_DATASET}: ", Exception, suffix="; give a folder of audio"):
-        table = datasets.load_dataset(NOISE_DATASET, split=split, streaming=True)
-        for i, row in enumerate(table.cast_column("audio", datasets.Audio(decode=False))):
-            yield f"{split}/{i}", row["audio"]["bytes"]  # the hub fails in many ways, at any row
+        files = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in kinds)
+        yield from ((path.name, str(path)) for path in files)
 
-def crop(tape: np.ndarray, rng: np.random.Generator, n: int) -> np.ndarray:
-    """n samples from a random place on; a shorter tape starts again."""
+def crop(tape: np.ndarray, rng, n: int) -> np.ndarray:  # (n,); a shorter tape starts again
     start = rng.integers(max(1, len(tape) - n + 1))
     return tape[start:start + n] if len(tape) >= n else np.resize(tape, n)
 
@@ -99,7 +92,6 @@ def make_rooms(rng: np.random.Generator) -> list[np.ndarray]:
         clips.append(as_room(np.concatenate([[1.0], tail])))
     return clips
 
-def as_room(wave: np.ndarray) -> np.ndarray:
-    """One second from the loudest sample on, with energy 1: it keeps speech's place and level."""
+def as_room(wave: np.ndarray) -> np.ndarray:  # a second from its peak on, with energy 1
     ir = wave[np.abs(wave).argmax():][:SAMPLE_RATE]
     return (ir / np.sqrt(np.sum(np.square(ir)))).astype(np.float32)

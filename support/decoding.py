@@ -4,10 +4,10 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import os
 import sys
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,8 +45,7 @@ def first_rank_first(call: Callable, *args):
 def stamp(audio: str | bytes) -> tuple | str:  # a file by name, size, time; sound by what it is
     if not isinstance(audio, str):
         return hashlib.sha256(audio).hexdigest()
-    state = os.stat(audio) if os.path.isfile(audio) else None
-    return audio, state and (state.st_size, state.st_mtime_ns)
+    return audio, os.path.isfile(audio) and (os.path.getsize(audio), os.path.getmtime(audio))
 
 def digest_model(where: str) -> str:  # a local one by its files, one on the hub by its name
     if not Path(where).exists():
@@ -55,15 +54,13 @@ def digest_model(where: str) -> str:  # a local one by its files, one on the hub
     files = [p for p in sorted(folder.glob("*.json")) if p.name != "results.json"]
     return digest(storage.fingerprint(folder), [(p.name, p.read_bytes()) for p in files])
 
-def estimate_snr(wave) -> float:
-    """(samples,) at 16 kHz -> speech power over noise power in dB, within -10 to 60."""
+def estimate_snr(wave: torch.Tensor) -> float:  # (samples,) -> of its speech, -10 to 60 dB
     frame = SAMPLE_RATE // 50  # 20 ms
     power = wave.unfold(0, min(frame, len(wave)), frame).square().mean(1)
-    power = power[power > 1e-10]  # digital silence aside
-    if not len(power):
-        return -10.0
-    noise = power.quantile(0.05).item()  # without a pause, speech passes for it
-    return min(60.0, max(-10.0, 10 * math.log10(max(power.mean().item() - noise, 1e-12) / noise)))
+    power = power.where(power > 1e-10, torch.nan)  # digital silence aside
+    noise = power.nanquantile(0.05)  # without a pause, speech passes for it
+    ratio = (power.nanmean() - noise).clamp(1e-12) / noise
+    return (10 * ratio.log10()).nan_to_num(-10).clamp(-10, 60).item()
 
 @dataclass
 class System:
@@ -74,36 +71,19 @@ class System:
     settings: str = ""  # digest of both
     warned: bool = False  # that a batch fell apart
 
-    def parts(self, folder: Path) -> list[Path]:
-        return sorted(folder.glob(f"hypotheses.{self.settings}.*.part.jsonl"))
-
-    def read(self, paths: list[Path]) -> dict[tuple, dict]:
-        """{(split, number): row}, but what failed is tried again. A kill may leave half a line."""
+    def read(self, folder: Path, reuse: bool) -> dict:  # {(split, number): row}, but what failed
         answers = {}
-        for path in paths:
-            for line in path.read_bytes().split(b"\n") if path.exists() else ():
-                with contextlib.suppress(ValueError, KeyError, TypeError):
+        for path in sorted(folder.glob("hypotheses*.jsonl" if reuse else "*.part.jsonl")):
+            for line in path.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
                     row = json.loads(line)
                     if row["settings"] == self.settings and not row["failed"]:
                         answers[row["split"], row["row"]] = {name: row[name] for name in ROW}
         return answers
 
-    def load(self, key: tuple, sample) -> tuple:
-        """-> (row, sample, waves); without waves, and failed, if a recording cannot be read."""
-        row = ROW | dict(settings=self.settings, split=key[0], row=key[1], id=sample.name,
-                         reference=sample.answer)
-        silence = not any(c.isalnum() for c in sample.answer)  # no error where nobody speaks
-        try:
-            waves = [load_audio(a, silence=silence) for a in sample.audio]
-        except BadRow as e:
-            return row | dict(failed=str(e)), sample, []
-        row["seconds"] = round(sum(map(len, waves)) / SAMPLE_RATE, 3)
-        row["snr"] = round(min(map(estimate_snr, waves)), 1) if waves else None
-        return row, sample, waves
-
     def ask(self, batch: list[tuple]) -> list[dict]:
         """[(row, sample, waves)] -> the rows, filled in; where all together raise, one by one."""
-        rows, samples, waves = map(list, zip(*batch, strict=True))
+        rows, samples, waves = zip(*batch, strict=True)
         began = time.perf_counter()
         try:
             answers = self.answer(samples, waves)
@@ -116,41 +96,49 @@ class System:
             self.warned = True
             return [row for item in batch for row in self.ask([item])]
         took = round((time.perf_counter() - began) / len(rows), 5)
-        for row, (text, tokens, cut) in zip(rows, answers, strict=True):
-            row |= dict(hypothesis=pauses.without_thoughts(text), tokens=tokens, cut=cut, took=took)
-        return rows
+        return [row | dict(hypothesis=pauses.without_thoughts(text), tokens=n, cut=cut, took=took)
+                for row, (text, n, cut) in zip(rows, answers, strict=True)]
 
-    def ask_block(self, block: list[tuple], done: dict, batch_size: int) -> Iterator[list[dict]]:
+    def ask_block(self, block: list[tuple], done: dict, batch_size: int) -> Iterator[dict]:
         """A block's rows, batch by batch, longest first; batches that are done are left out."""
-        if all(key in done for key, _ in block):
-            return
-        queue = sorted((self.load(*job) for job in block), key=lambda item: -item[0]["seconds"])
-        yield [row for row, *_ in queue if row["failed"]]
-        queue = [item for item in queue if not item[0]["failed"]]
+        queue = []
+        for (split, i), sample in block:
+            row = ROW | dict(settings=self.settings, split=split, row=i, id=sample.name,
+                             reference=sample.answer)
+            silence = not any(c.isalnum() for c in sample.answer)  # no error where nobody speaks
+            try:
+                waves = [load_audio(a, silence=silence) for a in sample.audio]
+            except BadRow as e:
+                yield row | dict(failed=str(e))
+                continue
+            row["seconds"] = round(sum(map(len, waves)) / SAMPLE_RATE, 3)
+            row["snr"] = round(min(map(estimate_snr, waves)), 1) if waves else None
+            queue.append((row, sample, waves))
+        queue.sort(key=lambda item: -item[0]["seconds"])
         for i in range(0, len(queue), batch_size):
             batch = queue[i:i + batch_size]
-            if not all((row["split"], row["row"]) in done for row, *_ in batch):
-                yield self.ask(batch)
+            if any((row["split"], row["row"]) not in done for row, *_ in batch):
+                yield from self.ask(batch)
 
     def decode(self, jobs: list[tuple], folder: Path, batch_size: int, reuse: bool) -> dict:
-        """[((split, number), sample)] -> {(split, number): row}, the same on all ranks. These share
-        out blocks of batches: what is in a batch depends neither on their number nor on a stop."""
-        done = self.read(self.parts(folder) + [folder / "hypotheses.jsonl"] * reuse)
+        """[((split, number), sample)] -> {(split, number): row}, the same on all ranks."""
+        # They share out blocks: what is in a batch depends neither on their number nor on a stop.
+        done, size = self.read(folder, reuse), 4 * batch_size
         if RANK == 0 and (again := sum(key in done for key, _ in jobs)):
             print(f"{self.name}: {again} of {len(jobs)} utterances were answered before",
                   file=sys.stderr)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"hypotheses.{self.settings}.{RANK}.part.jsonl"
-        size = 4 * batch_size  # of a block
-        blocks = [jobs[i:i + size] for i in range(0, len(jobs), size)][RANK::WORLD]
+        blocks = [jobs[i:i + size] for i in range(RANK * size, len(jobs), WORLD * size)]
+        blocks = [block for block in blocks if any(key not in done for key, _ in block)]
         bar = tqdm(total=sum(map(len, blocks)), desc=self.name, unit=" utterances",
                    mininterval=0.1 if sys.stderr.isatty() else 10, disable=RANK > 0)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"hypotheses.{self.settings}.{RANK}.part.jsonl"
         try:
             with bar, open(part, "a", buffering=1, encoding="utf-8") as file:  # 1: line by line
                 for block in blocks:
-                    for rows in self.ask_block(block, done, batch_size):
-                        done |= {(row["split"], row["row"]): row for row in rows}
-                        file.writelines(f"\n{json.dumps(r, ensure_ascii=False)}\n" for r in rows)
+                    for row in self.ask_block(block, done, batch_size):
+                        done[row["split"], row["row"]] = row
+                        file.write(f"\n{json.dumps(row, ensure_ascii=False)}\n")
                     bar.update(len(block))
         except KeyboardInterrupt:
             if RANK == 0:
@@ -159,4 +147,4 @@ class System:
         everyone = [done] * WORLD
         if WORLD > 1:
             dist.all_gather_object(everyone, done)
-        return {key: row for answers in everyone for key, row in answers.items()}
+        return dict(ChainMap(*everyone))

@@ -1,16 +1,17 @@
 """support/meter.py -- what a training run measures: its log, its loss, how busy the GPU is."""
 import json
 import sys
+from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 import torch
+from torch import nn
 from tqdm import tqdm
 from model import count
 from support.cli import as_user_error, picture, write_text
 from support.recipes import TABLES
 
-def read_metrics(path: Path, until: float) -> list[dict]:
-    """The rows of metrics.jsonl up to a step, without a last line that a kill has cut short."""
+def read_metrics(path: Path, until: float) -> list[dict]:  # to a step; a kill cuts a line short
     lines = path.read_text().splitlines() if path.exists() else []
     rows = (json.loads(line) for line in lines if line.endswith("}"))
     return [row for row in rows if row["step"] <= until]
@@ -20,34 +21,33 @@ class Silent:  # the Log of the other ranks: nothing happens
     write = note = close = staticmethod(lambda row=None: None)
 
 class Log:
-    """Rank 0's log: metrics.jsonl, a bar, wandb, tensorboard; rows after `start` go. UserError."""
+    """Rank 0's log: metrics.jsonl, a bar, and what --log names; rows after `start` go. UserError"""
     def __init__(self, cfg, start: int):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        self.path, self.wandb, self.board = Path(cfg.out, "metrics.jsonl"), None, None
+        self.path, self.board, self.tracker = Path(cfg.out, "metrics.jsonl"), None, None
         self.rows = read_metrics(self.path, start)
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         with as_user_error(f"--log {cfg.log}: ", Exception, suffix=f" (pip install {cfg.log}?)"):
-            if cfg.log == "wandb":
-                import wandb
-                self.wandb = wandb.init(project="nanoborealis", dir=cfg.out, config=vars(cfg),
-                                        group=Path(cfg.out).resolve().name)
-            elif cfg.log == "tensorboard":
+            if cfg.log == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(cfg.out, purge_step=start)
+            elif cfg.log != "none":  # wandb, or trackio, which is called alike
+                self.tracker, group = import_module(cfg.log), Path(cfg.out).resolve().name
+                self.tracker.init(project="nanoborealis", group=group, config=vars(cfg))
         self.bar = tqdm(total=cfg.steps, initial=start, desc="training", unit="step",
                         mininterval=0.1 if sys.stderr.isatty() else 10)  # seconds; 10 in a file
 
     def write(self, row: dict):
         self.rows.append(row)
-        short = {k: v if k in ("step", "loss") else float(f"{v:.6g}") for k, v in row.items()}
         with open(self.path, "a") as f:
-            f.write(json.dumps(short) + "\n")
-        if self.wandb:
-            self.wandb.log(row, step=row["step"])
-        for name, value in row.items() if self.board else ():
+            f.write(json.dumps(row) + "\n")
+        figures = {k: v for k, v in row.items() if k != "step"}
+        if self.tracker:
+            self.tracker.log(figures, step=row["step"])
+        for name, value in figures.items() if self.board else ():
             self.board.add_scalar(name, value, row["step"])
-        text = [f"{k} {v:,.0f}" if v >= 100 else f"{k} {v:.3g}" for k, v in row.items()]
-        self.bar.set_postfix_str(", ".join(text[1:]), refresh=False)  # the step is in the bar
+        text = [f"{k} {v:,.0f}" if v >= 100 else f"{k} {v:.3g}" for k, v in figures.items()]
+        self.bar.set_postfix_str(", ".join(text), refresh=False)
         self.bar.update()
 
     def note(self, text: str):  # a line on standard error, above the bar
@@ -55,8 +55,8 @@ class Log:
 
     def close(self):
         self.bar.close()
-        if self.wandb:
-            self.wandb.finish()
+        if self.tracker:
+            self.tracker.finish()
         if self.board:
             self.board.close()
 
@@ -95,19 +95,18 @@ def step_flops(model, tokens: float, squares: float, windows: float, labels: flo
     gradient passes through, 2 where the weight learns. squares: sum of the squared row lengths."""
     c, E, D = model.config, model.config.encoder_config, model.config.llm_config
     T, learns = E.max_source_positions, 2 * ("encoder" not in c.frozen)
-    def linears(module, backward):
-        return sum(m.weight.numel() * (2 + backward + 2 * m.weight.requires_grad)
-                   for m in module.modules() if isinstance(m, torch.nn.Linear))
-    conv1 = 3 * E.d_model * E.num_mel_bins * 2 * T * (2 + learns)  # its input needs no gradient
-    conv2, attention = 3 * E.d_model * E.d_model, 2 * E.d_model * T * E.encoder_layers
-    encoder = conv1 + T * ((2 + 2 * learns) * (conv2 + attention) + linears(model.encoder, learns))
+    def cost(module, backward=2):  # of a token
+        weights = [m.weight for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv1d))]
+        return sum(w.numel() * (2 + backward + 2 * w.requires_grad) for w in weights)
+    conv1 = 2 * model.encoder.conv1.weight.numel()  # at 2 T places, but its input has no gradient
+    attention = 2 * E.d_model * T * E.encoder_layers * (2 + 2 * learns)
     # Behind a frozen encoder, no gradient has to pass through the adapter's first matrix.
-    adapter = linears(model.adapter, 2) - (2 - learns) * model.adapter.w_in.weight.numel()
+    adapter = cost(model.adapter) - (2 - learns) * model.adapter.w_in.weight.numel()
+    window = T * (cost(model.encoder, learns) + conv1 + attention) + c.tokens_per_window * adapter
     # Causal attention needs half of each square, for QK and for AV.
     causal = 2 * squares * D.num_attention_heads * D.head_dim * D.num_hidden_layers
     head = labels * D.vocab_size * D.hidden_size * (4 + 2 * model.llm.lm_head.weight.requires_grad)
-    return (windows * (encoder + c.tokens_per_window * adapter)
-            + tokens * linears(model.llm.model, 2) + 3 * causal + head)
+    return windows * window + tokens * cost(model.llm.model) + 3 * causal + head
 
 def speed(model, total: dict, took: float, world: int, device: torch.device) -> dict:
     """Columns of a row: how fast a step of `took` seconds was. total: its counts on all ranks."""

@@ -18,8 +18,7 @@ np.empty(31 << 20, np.uint8)
 # ---- Filters: frequencies f in Hz, parameters -> gain at each f
 EQ_HZ = np.array([60, 130, 280, 600, 1300, 2800, 6000])  # the original ends at 15 kHz, beyond ours
 
-def eq_response(f: np.ndarray, *gains_db: float) -> np.ndarray:
-    """The given dB at EQ_HZ, straight lines in dB over log f between them."""
+def eq_response(f: np.ndarray, *gains_db: float) -> np.ndarray:  # straight lines over log f
     gains = np.array(gains_db) * math.log(10) / 20
     return np.exp(np.interp(np.log(f + 1e-3), np.log(EQ_HZ), gains))
 
@@ -28,8 +27,7 @@ def band_response(f: np.ndarray, low: float, high: float) -> np.ndarray:
     below, above = low / np.maximum(f, 1), f / high        # squares are fast, ** 8 is not
     return 1 / np.sqrt((1 + ((below ** 2) ** 2) ** 2) * (1 + ((above ** 2) ** 2) ** 2))
 
-def resample_response(f: np.ndarray, rate: float) -> np.ndarray:
-    """Down to `rate` and back: nothing above rate / 2, a slope over the last 5 % below it."""
+def resample_response(f: np.ndarray, rate: float) -> np.ndarray:  # a slope over the last 5 %
     return np.clip((rate / 2 - f) / (0.05 * (rate / 2)), 0, 1)
 
 FILTERS = {"eq": eq_response, "band_pass": band_response, "resample": resample_response,
@@ -42,9 +40,8 @@ def fast_sizes(limit: int) -> np.ndarray:
     sizes = [2]
     for p in (2, 3, 5, 7, 11):
         for s in sizes:  # grows while it is read
-            if s * p <= limit:
-                sizes.append(s * p)
-    return np.array(sorted(set(sizes)))
+            sizes += [s * p] * (s * p <= limit)
+    return np.sort(sizes)
 
 def fft_sizes(n: int, ratio: float) -> tuple[int, int]:
     """FFT lengths (N, M): N >= n, M / N within 1/1000 of ratio; mostly the first within 3e-4."""
@@ -52,10 +49,8 @@ def fft_sizes(n: int, ratio: float) -> tuple[int, int]:
     first = np.searchsorted(sizes, n)
     if ratio == 1:
         return sizes[first], sizes[first]
-    N = sizes[first:first + 64].repeat(2)
-    above = np.searchsorted(sizes, N * ratio)
-    above[::2] -= 1                                        # each N with the sizes around N * ratio
-    M = sizes[above]
+    N = sizes[first:first + 64].repeat(2)                  # each with the sizes around N * ratio
+    M = sizes[np.searchsorted(sizes, N * ratio) - [1, 0] * (len(N) // 2)]
     best = np.argmin(np.maximum(np.abs(M / N / ratio - 1), 3e-4))  # of equals, the first
     return N[best], M[best]
 
@@ -94,9 +89,8 @@ def stretch(wave: np.ndarray, factor: float) -> np.ndarray:
         lo = (place - D) // q
         ahead = coarse[follow // q:follow // q + H // q]
         match = np.correlate(coarse[lo:lo + (2 * D + H) // q], ahead)
-        best = int(match.argmax())
-        if match[best] > 0:                                # silence continues silence anywhere
-            lo = (lo + best) * q - q
+        if match.max() > 0:                                # silence continues silence anywhere
+            lo = (lo + int(match.argmax())) * q - q
             match = np.correlate(x[lo:lo + 2 * q + H], x[follow:follow + H])
             place = lo + int(match.argmax())
         starts.append(place)
@@ -123,8 +117,7 @@ def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> 
     x, _ = soundfile.read(io.BytesIO(buffer.getvalue()), dtype="float32")
     return fit(resampler(rate, SAMPLE_RATE)(torch.from_numpy(x)).numpy(), len(wave))
 
-def plot_mels(mels: dict, path: str) -> None:
-    """{name: log-mel (M, F)} -> one picture of them all, small enough for a README."""
+def plot_mels(mels: dict, path: str) -> None:  # {name: log-mel (M, F)} -> a small picture
     from PIL import Image
     rows = math.ceil(len(mels) / 3)
     with picture(path, rows, 3, dpi=100, figsize=(9, 0.9 * rows)) as (_, axes):
