@@ -17,12 +17,11 @@ A recording of 70 s is three windows of one chat prompt. For /v1/audio/transcrip
 import math
 import os
 import sys
-from dataclasses import dataclass
 from itertools import chain
 import model
 from model import AUDIO, SAMPLE_RATE
 from support import engine, rows, transcripts  # before vllm, which reads what engine sets
-from support.cli import ArgumentParser, UserError, check_port, flag, run
+from support.cli import ArgumentParser, UserError, check_port, run
 
 if __name__ == "__main__" and not engine.INSTALLED:  # one line of error, not vLLM's ImportError
     run(engine.check_installed)
@@ -172,13 +171,6 @@ register()  # here, not in main(): the processes that vLLM starts run this file 
 # ---- Commands
 BATCH = 64  # recordings, and pieces of them
 
-@dataclass
-class ServeConfig(transcripts.Config):
-    host: str = flag("127.0.0.1", "address of the server")
-    port: int = flag(8000, "port of the server")
-    live: str | None = flag(None, "a recording as if it came in now; -: raw PCM on standard input")
-    server: str | None = flag(None, "address of one that runs, for --live; default: start one")
-
 def serve(args, vllm_flags: list[str]) -> None:
     """vLLM's own server; of a flag given twice the last counts: our defaults, then the user's."""
     from vllm.entrypoints.launchers.api_server import entry
@@ -198,7 +190,7 @@ def serve(args, vllm_flags: list[str]) -> None:
 
 def main() -> int | None:
     parser = ArgumentParser(description="Our model in vLLM. Any other flag is for vLLM's server.")
-    args, vllm_flags = parser.add_flags(ServeConfig).parse_known_args()
+    args, vllm_flags = parser.add_tables("model", "transcribe", "serve").parse_known_args()
     if args.transcribe and args.live:
         raise UserError("--transcribe or --live, not both")
     os.environ[LIMIT] = str(args.max_audio_seconds or 600)  # which vLLM's processes inherit

@@ -9,8 +9,9 @@ import signal
 import socket
 import sys
 import time
+import tomllib
 import typing
-from dataclasses import field, fields
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -55,6 +56,9 @@ def flag(default, help: str, low: float = -math.inf, high: float = math.inf, **s
     """A field that is a flag, from low to high inclusive; settings: add_argument's, and aliases."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, **settings))
 
+FLAGS = tomllib.loads(Path(__file__).with_name("flags.toml").read_text(encoding="utf-8"))
+TYPES = dict(str=str, int=int, float=float)
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line, not a page of usage, and a near miss gets a hint."""
     def __init__(self, *args, **kwargs):
@@ -74,6 +78,16 @@ class ArgumentParser(argparse.ArgumentParser):
                 settings["type"] = ranged(kind, low, high)
             self.add_argument(*names, **settings)
         return self
+
+    def add_tables(self, *tables: str) -> "ArgumentParser":
+        """The flags of these tables of flags.toml, added as those of a dataclass are."""
+        declared = {}
+        for table in tables:
+            declared |= FLAGS[table]
+        return self.add_flags(make_dataclass("Flags", [
+            (name, TYPES.get(f.get("type")) or type(f["default"]), flag(f.get("default"), **{
+                k: v for k, v in f.items() if k not in ("default", "type")}))
+            for name, f in declared.items()]))
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)

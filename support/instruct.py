@@ -9,16 +9,14 @@ import re
 import sys
 import tomllib
 from collections import Counter
-from dataclasses import make_dataclass
 from pathlib import Path
 from tqdm import tqdm
 from data import read_manifest
 from model import ASR_PROMPT
 from support import cli
-from support.rows import BadRow, BadRows, check_text, parse_json
+from support.rows import BadRow, BadRows, check_text
 
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-FLAGS = [(name, type(f["default"]), cli.flag(**f)) for name, f in TABLES["flags"].items()]
 KINDS, RUN = TABLES["kinds"], 5  # so many words of a transcript in a row give it away
 
 def words(text: str) -> str:  # " of a text ", so that "in" finds words that follow one another
@@ -56,7 +54,10 @@ def make_jobs(args) -> dict[str, tuple]:
 def check(content: str, sample, name: str, seen: set) -> dict:
     """What the server said -> a row for training, or BadRow. seen: questions accepted so far."""
     content = re.sub(r"^[^{]*|[\x00-\x1f]", " ", content[:content.rfind("}") + 1])
-    reply = parse_json(content.encode(errors="replace"))  # vLLM may leave raw control characters
+    try:
+        reply = json.loads(content)  # without control characters, which vLLM may leave in strings
+    except ValueError:
+        raise BadRow("broken JSON") from None
     question, answer = (" ".join(check_text(reply.get(k)).split()) for k in ("question", "answer"))
     said, asked, told = words(sample.answer), words(question), words(answer)
     kind, found, lang = KINDS[name], KINDS[name]["found"], language(sample.answer)
@@ -108,7 +109,7 @@ async def ask(jobs: dict, args, answers: dict, part: Path, counts: Counter) -> N
 
 def main() -> None:
     parser = cli.ArgumentParser(description="Questions and answers about transcripts.")
-    args = parser.add_flags(make_dataclass("InstructConfig", FLAGS)).parse_args()
+    args = parser.add_tables("instruct").parse_args()
     out, part, rows, seen, counts = Path(args.out), Path(f"{args.out}.part"), [], set(), Counter()
     if out.exists() and not part.exists():
         raise cli.UserError(f"{out} is finished: delete it, or choose another --out")

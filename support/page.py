@@ -5,7 +5,6 @@ import io
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import soundfile
@@ -18,18 +17,9 @@ from support.transcripts import find_recordings
 
 TABLES = tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
 
-@dataclass
-class PageConfig:
-    ckpt: str = cli.flag("out", "folder that train.py wrote, or any other checkpoint")
-    server: str | None = cli.flag(None, "address of a running serve_vllm.py, to answer instead")
-    examples: str | None = cli.flag(None, "folder of recordings to click; default: synthetic")
-    lang: str = cli.flag("en", "language of the labels", choices=("en", "ru"))
-    max_audio_seconds: float = cli.flag(600.0, "longest recording accepted", rows.MIN_SECONDS, 1e6)
-    port: int = cli.flag(7860, "port of the page, on 127.0.0.1", low=1, high=65535)
-    share: bool = cli.flag(False, "also a public link, through Gradio's servers")
-
 def load(cfg):  # -> config; stream(wave, sample), which yields pieces of text, tokens in them
-    net, threads = checkpoint.load_model(cfg.ckpt, cli.pick_device("auto")), ThreadPoolExecutor()
+    net = checkpoint.load_model(cfg.ckpt, cli.pick_device("auto"), cfg.encoder, cfg.llm)
+    threads = ThreadPoolExecutor()
     def stream(wave, sample):
         texts = TextIteratorStreamer(net.tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = threads.submit(net.chat, [sample.messages(False)], [[wave]], streamer=texts)
@@ -96,7 +86,7 @@ def reply(cfg, config, stream, same, path, question=None):  # yields what three 
 
 def main():
     parser = cli.ArgumentParser(prog="python -m support.page", description="Ask in a browser.")
-    cfg = PageConfig(**vars(parser.add_flags(PageConfig).parse_args()))
+    cfg = parser.add_tables("model", "page").parse_args()
     cli.check_port("127.0.0.1", cfg.port)
     examples = find_examples(cfg)
     with cli.as_user_error(TABLES["install"], ImportError):

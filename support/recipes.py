@@ -66,7 +66,8 @@ def find_copy(source: Source, data_dir: str | Path) -> Path:
 def read_copy(source: Source, place: Path):  # in any of its layouts -> datasets table
     from datasets import load_dataset, load_from_disk
     def read(path):
-        return load_dataset(path.suffix[1:].replace("jsonl", "json"), data_files=str(path), split="train")
+        kind = path.suffix[1:].replace("jsonl", "json")
+        return load_dataset(kind, data_files=str(path), split="train")
     if place.is_file():
         return read(place)
     for folder in (place / source.split, place / "data", place):

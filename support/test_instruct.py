@@ -14,7 +14,6 @@ import threading
 import time
 import zlib
 from collections import Counter
-from dataclasses import make_dataclass
 from pathlib import Path
 import pytest
 import soundfile
@@ -181,7 +180,7 @@ def test_output_trains(corpus, tmp_path, monkeypatch, run):
 
 def test_shares(tmp_path):
     """Kinds come as often as their shares say, the same for each run, and only where they fit."""
-    parser = cli.ArgumentParser().add_flags(make_dataclass("Config", instruct.FLAGS))
+    parser = cli.ArgumentParser().add_tables("instruct")
     def kinds(lang, *flags):
         flags = ["--manifest", transcripts(tmp_path, 1000, lang), "--url", "", "--model", "m",
                  "--out", str(tmp_path / "out.jsonl"), *flags]

@@ -9,33 +9,18 @@ import json
 import sys
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 import soundfile
 import torch
 from tqdm import tqdm
 from data import Sample
-from model import ENCODER, LLM, SAMPLE_RATE
+from model import SAMPLE_RATE
 from support import checkpoint, cli, pauses, rows, tasks
-from support.cli import UserError, check_out, first_line, flag, write_text
+from support.cli import UserError, check_out, first_line, write_text
 from support.subtitles import FORMATS, spoken, word_times
 
 TRANSCRIBE = Sample("", [b""])  # the transcription prompt of training; the sound comes beside it
 FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm")
-
-@dataclass
-class Config:
-    ckpt: str = flag("out", "a run, an exported folder, an original checkpoint, or a hub name")
-    encoder: str = flag(ENCODER, "what a checkpoint in the original's layout was made of")
-    llm: str = flag(LLM, "the same")
-    transcribe: list[str] | None = flag(
-        None, "recordings, or folders of them: JSON lines, or files in --out_dir", nargs="+",
-        metavar="FILE")
-    format: str | None = flag(None, "of these files: txt,srt,vtt,json,tsv; default: txt")
-    out_dir: str | None = flag(None, "where they go; what is there already is not done again")
-    max_audio_seconds: float | None = flag(
-        None, "longest recording accepted; default: a day, 600 by the server", 1, 1e6)
-    max_new_tokens: int = flag(256, "for each window", low=1)
 
 # ---- Files
 def decode(source: str | bytes, max_seconds: float) -> torch.Tensor:  # or ValueError
@@ -56,7 +41,7 @@ def find_recordings(places: list[str]) -> list[tuple[Path, Path]]:
     return [(p, name if stems[name.with_suffix("")] > 1 else name.with_suffix(""))
             for p, name in found.items()]
 
-def plan(cfg: Config) -> list[tuple[Path, dict]]:
+def plan(cfg) -> list[tuple[Path, dict]]:
     """[(recording, {format: its file in --out_dir})] of --transcribe, or UserError."""
     if cfg.format and not cfg.out_dir:
         raise UserError("--format is of files: name a folder for them with --out_dir")
@@ -88,7 +73,7 @@ def length(file: Path) -> float:  # in seconds, as far as its header tells
         return min(soundfile.info(str(file)).duration, rows.MAX_SECONDS)
     return 0.0
 
-def transcribe(answer, window: int, batch_size: int, cfg: Config) -> None:
+def transcribe(answer, window: int, batch_size: int, cfg) -> None:
     """The texts of all recordings of cfg.transcribe, in pieces of <= `window` samples, so many at
     once, by a system as eval.py's. Raises UserError if none is usable."""
     planned, failed = plan(cfg), []
@@ -122,14 +107,9 @@ def transcribe(answer, window: int, batch_size: int, cfg: Config) -> None:
     if len(failed) == len(planned):
         raise UserError(f"no recording is usable: {failed[0][0]['error']}: {failed[0][0]['audio']}")
 
-@dataclass
-class NativeConfig(Config):
-    device: str = flag("auto", "where", choices=("auto", "cpu", "cuda"))
-    batch_size: int = flag(16, "windows at once", low=1)
-
 def main() -> None:
-    cfg = NativeConfig(**vars(cli.ArgumentParser(prog="python -m support.transcripts").add_flags(
-        NativeConfig).parse_args()))
+    parser = cli.ArgumentParser(prog="python -m support.transcripts")
+    cfg = parser.add_tables("model", "transcribe", "native").parse_args()
     if not cfg.transcribe:
         raise UserError("name recordings, or folders of them: --transcribe a.mp3 folder/")
     plan(cfg)  # wrong flags show before the model is loaded
