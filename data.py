@@ -17,6 +17,7 @@ import json
 import os
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import groupby
 import numpy as np
 import soundfile
 import torch
@@ -75,25 +76,20 @@ def parse_row(row: dict, folder: str = "", evaluation: bool = False) -> Sample:
         system = turns.pop(0)["content"] if turns[0]["role"] == "system" else TEXT_SYSTEM
         *history, question, answer = turns
         return Sample(answer["content"], [], question["content"], system, history, name)
-    audio = row["audio"] if isinstance(row.get("audio"), list) else [row.get("audio")]
-    if not audio or not all(isinstance(a, (str, bytes, np.ndarray)) and len(a) for a in audio):
-        if not evaluation:
-            raise BadRow("no audio field")
-        audio = [b""]  # for load_audio to raise
-    audio = [os.path.join(folder, a) if isinstance(a, str) else a for a in audio]
-    if "text" in row:
-        sample = Sample(rows.check_text(row["text"], empty=evaluation), audio, name=name)
-    else:
-        answer = rows.check_text(row.get("answer"))
-        question = rows.check_text(row.get("question"), placeholders=True)
-        sample = Sample(answer, audio, question, TASK_SYSTEM, name=name)
-    if "system" in row:
-        sample.system = rows.check_text(row["system"])
+    audio = model.as_list(row.get("audio"))
+    given = audio and all(isinstance(a, (str, bytes, np.ndarray)) and len(a) for a in audio)
+    if not given and not evaluation:
+        raise BadRow("no audio field")
+    audio = [os.path.join(folder, a) if isinstance(a, str) else a for a in audio if given] or [b""]
+    asr = "text" in row
+    answer = rows.check_text(row.get("text" if asr else "answer"), empty=asr and evaluation)
+    question = model.ASR_PROMPT if asr else rows.check_text(row.get("question"), placeholders=True)
+    system = rows.check_text(row.get("system", model.ASR_SYSTEM if asr else TASK_SYSTEM))
     try:
-        model.place_audio(sample.question, len(audio))
+        model.place_audio(question, len(audio))
     except ValueError:
         raise BadRow("placeholders and recordings differ in number") from None
-    return sample
+    return Sample(answer, audio, question, system, name=name)
 
 # ---- A pool: any sequence of samples. Pools are mixed for training (support/recipes.py)
 class HubSamples:
@@ -138,9 +134,8 @@ def tiny_pool(name: str, n: int, seed: int, languages=("ru",)) -> list[Sample]: 
 # ---- From samples to batches
 def encode(sample, tokenizer, config, change=None, load=load_audio, max_windows=torch.inf,
            max_tokens=torch.inf, **limits):
-    """-> ids; labels: the same where the assistant speaks, <|im_end|> included, and -100 elsewhere;
-    windows of sound: three of 30 s for 70 s. Augmentation is change(wave, its number) -> wave.
-    Raises BadRow, or TooLong beyond the limits: what is cut short teaches to stop or to invent."""
+    """-> ids; labels: the same where the assistant speaks, <|im_end|> included, else -100; windows
+    of sound. change(wave, its number) augments. BadRow, TooLong: cut short, it teaches to stop."""
     waves = [load(a, **limits) for a in sample.audio]
     if change:
         waves = [change(wave, number) for number, wave in enumerate(waves)]
@@ -154,8 +149,7 @@ def encode(sample, tokenizer, config, change=None, load=load_audio, max_windows=
     return ids, labels, windows
 
 class Dataset(torch.utils.data.Dataset):
-    """Items: (ids, labels, windows of sound, key), an unusable one replaced by the next. A key is
-    (index, epoch), as Schedule deals them. limits: those of encode."""
+    """Key (index, epoch) -> (ids, labels, windows of sound, key), of it or the next usable one."""
     def __init__(self, samples, tokenizer, config, augment=None, batch_size=1, **limits):
         self.samples, self.config = samples, config
         self.augment, self.batch_size = augment, batch_size
@@ -183,8 +177,7 @@ class Dataset(torch.utils.data.Dataset):
         return None, left_out
 
     def collate(self, dealt: list) -> dict:
-        """One rank's part of a step -> micro-batches, of neighbours in length to save padding, and
-        counts. hopeless: samples given up. squares: of row lengths, for the FLOPs of attention."""
+        """One rank's part of a step -> micro-batches of neighbours in length, and counts of it."""
         items, size = [item for item, _ in dealt if item], self.batch_size
         if len(items) > size:
             items.sort(key=lambda item: -len(item[0]))
@@ -246,6 +239,13 @@ class Schedule(torch.utils.data.Sampler):
             positions = range(step * self.effective_batch, (step + 1) * self.effective_batch)
             yield [self.at(p) for p in positions[self.rank::self.world]]
 
+def print_tokens(tokenizer, ids: list[int], labels: list[int]) -> None:  # as the model sees them
+    print("tokens (* has a label):")
+    for (token, label), run in groupby(zip(ids, labels, strict=True)):
+        n, mark = len(list(run)), " " if label == -100 else "*"
+        print(f"  {mark} {token:6d}  {tokenizer.decode([token])!r}" + (f" x {n}" if n > 1 else ""))
+    print("the labels say:", repr(tokenizer.decode([t for t in labels if t != -100])))
+
 def main():
     parser = cli.ArgumentParser(description="Show a sample as the model sees it.")
     parser.add_argument("--manifest", help="a JSONL file; default: the embedded corpus")
@@ -270,7 +270,7 @@ def main():
     print(f"{sample.name}: {sum(map(len, windows)) / SAMPLE_RATE:.2f} s, {len(windows)} window(s)")
     for key, value in dataset.pad([dataset.item(0)]).items():
         print(f"{key:14s} {tuple(value.shape)}")
-    tiny.print_tokens(tokenizer, ids, labels)
+    print_tokens(tokenizer, ids, labels)
     if windows:
         soundfile.write(args.wav, torch.cat(windows).numpy(), SAMPLE_RATE)
         print(f"wrote {args.wav}")

@@ -117,12 +117,10 @@ def pick_device(name: str) -> str:  # "cpu", "cuda" or "auto" -> "cpu" or "cuda"
 def digest(*facts) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
-def cache_dir() -> Path:
-    """Where spoken corpora and exported checkpoints lie: $NANOBOREALIS_CACHE, or .cache here."""
+def cache_dir() -> Path:  # of spoken corpora, exports, streamed rows
     return Path(os.environ.get("NANOBOREALIS_CACHE", Path(__file__).parents[1] / ".cache"))
 
-def check_out(folder: str | Path) -> None:
-    """A folder for results may be new, but must be writable. Raises UserError."""
+def check_out(folder: str | Path) -> None:  # may be new, but must be writable, or UserError
     place = next(p for p in Path(folder, "any").absolute().parents if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{place} is a file or not writable: choose another folder for results")
@@ -134,6 +132,7 @@ def check_port(host: str, port: int) -> None:
 def replace_file(path: str | Path, write, *args) -> None:
     """write(temporary path, *args), then rename: there is the old file or the new, never half."""
     tmp = Path(path).with_name(f"tmp.{os.getpid()}.{Path(path).name}")  # one for each process
+    tmp.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(tmp, *args)
         tmp.replace(path)

@@ -51,8 +51,7 @@ def fresh(lang: str, split: str, rng: random.Random, said: set) -> str:
             said.add(text)
             return text
 
-def script(lang: str, split: str, rng: random.Random, said: set) -> list[str]:
-    """What is said next in a split: parts with pauses between them."""
+def script(lang: str, split: str, rng: random.Random, said: set) -> list[str]:  # parts of a clip
     manner = rng.choices(*TRAIN_MANNERS)[0] if split == "train" else split
     text = fresh(lang, split, rng, said)
     words = text.split()
@@ -127,9 +126,9 @@ def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
             pool.join()
     spoken = []
     for path in paths:
-        with np.load(path) as chunk:  # allow_pickle stays False
-            clips = np.split(chunk["pcm"], chunk["ends"][:-1])
-            for clip, text, voice in zip(clips, chunk["texts"], chunk["voices"], strict=True):
-                name = f"{lang}-{split}/{len(spoken)}/{voice}"
-                spoken.append({"audio": clip, "text": str(text), "name": name})
+        chunk = dict(np.load(path))  # allow_pickle stays False
+        clips = np.split(chunk["pcm"], chunk["ends"][:-1])
+        for clip, text, voice in zip(clips, chunk["texts"], chunk["voices"], strict=True):
+            name = f"{lang}-{split}/{len(spoken)}/{voice}"
+            spoken.append({"audio": clip, "text": str(text), "name": name})
     return spoken[:n]

@@ -48,8 +48,7 @@ BENCHMARK = {s: Source(**TABLES["evaluation"], split=s, evaluation=True) for s i
 BIG_BENCH_AUDIO = Source(**TABLES["big_bench_audio"], evaluation=True)
 NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (rooms)
 PUBLISHED = TABLES["published"]
-# Presets: what differs from the defaults of train.py.
-TINY, TWIN = TABLES["tiny"], TABLES["tiny"] | TABLES["twin"]
+TINY, TWIN = TABLES["tiny"], TABLES["tiny"] | TABLES["twin"]  # what tiny presets share
 PRESETS = TABLES["presets"] | {name: TINY | more for name, more in TABLES["tiny_presets"].items()}
 PRESETS |= {name: TWIN | more for name, more in TABLES["twin_presets"].items()}
 
@@ -78,8 +77,7 @@ def read_copy(source: Source, place: Path):  # in any of its layouts -> datasets
         return table[source.split] if isinstance(table, dict) else table
     return load_dataset(str(place), split=source.split)
 
-def select(source: Source, table, limit: int | None):
-    """A Source's columns of the rows that count, audio undecoded. Raises UserError."""
+def select(source: Source, table, limit: int | None):  # its columns and rows. Raises UserError
     from datasets import Audio
     only, word = source.only or ([], "")
     columns, there = [*source.columns, *only], table.column_names
@@ -109,7 +107,6 @@ def open_source(source: Source, data_dir: str | Path | None = None, limit: int |
     except UserError:
         raise
     except Exception as e:  # it fails in many ways, some of them half-way, and none of them is ours
-        e, where = e.__cause__ or e, place if data_dir else "the hub"  # datasets hides the cause
-        reason = f"{type(e).__name__}: {first_line(e)}"[:200]
-        raise UserError(f"cannot reach {source.hub}, split {source.split}, in {where} ({reason}): "
-                        "go online (gated sets want HF_TOKEN), or a copy in --data_dir") from None
+        what = f"{source.hub}, split {source.split}, in {place if data_dir else 'the hub'}"
+        raise UserError(f"cannot reach {what} ({first_line(e.__cause__ or e)[:200]}): go online "
+                        "(gated sets want HF_TOKEN), or give a copy as --data_dir") from None

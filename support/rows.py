@@ -42,13 +42,11 @@ class BadRows:
         self.reasons[reason] += 1
         self.first.setdefault(reason, where)
 
-    def check(self, total: int, name: str) -> None:
-        """Raises UserError if too many of `total` rows are unusable."""
+    def check(self, total: int, name: str) -> None:  # UserError if too many of `total` are unusable
         if (bad := self.reasons.total()) > MAX_BAD_SHARE * total:
             raise UserError(f"{name}: {bad} of {total} rows are unusable, fix them: {self}")
 
-    def report(self, total: int, name: str) -> None:
-        """check(), then say once what was left out."""
+    def report(self, total: int, name: str) -> None:  # check(), then say once what was left out
         self.check(total, name)
         if bad := self.reasons.total():
             print(f"{name}: left out {bad} of {total} rows: {self}", file=sys.stderr)
@@ -57,10 +55,7 @@ class BadRows:
         reasons = self.reasons.most_common()
         return ", ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in reasons)
 
-def cached(name: str, *facts):
-    """-> path in the cache of a file that depends on its name and these facts alone."""
-    with contextlib.suppress(OSError):  # who cannot write may still read
-        cache_dir().mkdir(parents=True, exist_ok=True)
+def cached(name: str, *facts):  # -> path in the cache of what these alone decide
     return cache_dir() / f"{digest(*facts)}-{name}"
 
 def usable(samples: list, dataset, bad: BadRows, manifest: str) -> list:
@@ -117,10 +112,8 @@ class OneWay(soundfile.SoundFile):
 
 def decode(source):
     """A path or a file's bytes -> its sample rate, then mono float32 blocks. Raises many kinds."""
-    if isinstance(source, bytes):
-        head, file = source[:8], io.BytesIO(source)
-    else:
-        head, file = np.fromfile(source, np.uint8, 8).tobytes(), source
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    head = np.fromfile(file, np.uint8, 8).tobytes() if file is source else source[:8]
     kind = CONTAINERS.get(head[4:]) or CONTAINERS.get(head[:4])
     if not kind:
         with OneWay(file) as sound:

@@ -1,6 +1,6 @@
 """support/tiny.py -- pools, tokenizer, configuration, initial weights: small enough for a CPU."""
 import random
-from itertools import groupby, islice
+from itertools import islice
 import numpy as np
 import torch
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
@@ -55,13 +55,6 @@ def train_tokenizer(texts, vocab_size: int = 1024):
     bpe.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>")])
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, **TABLES["tiny_tokenizer"])
     return add_audio_tokens(fast)
-
-def print_tokens(tokenizer, ids: list[int], labels: list[int]) -> None:  # as the model sees them
-    print("tokens (* has a label):")
-    for (token, label), run in groupby(zip(ids, labels, strict=True)):
-        n, mark = len(list(run)), " " if label == -100 else "*"
-        print(f"  {mark} {token:6d}  {tokenizer.decode([token])!r}" + (f" x {n}" if n > 1 else ""))
-    print("the labels say:", repr(tokenizer.decode([t for t in labels if t != -100])))
 
 def tiny_config(tokenizer, **changes) -> BorealisConfig:
     """About 1 M parameters, none frozen: windows of 2 s (T=100, N=25), width 128, 1 + 2 layers."""
