@@ -187,7 +187,7 @@ def test_shares(tmp_path):
         jobs = instruct.make_jobs(parser.parse_args(flags))
         return list(jobs), Counter(kind for _, kind, _ in jobs.values())
     keys, drawn = kinds("ru")
-    for part in instruct.TABLES["flags"]["kinds"]["default"].split(","):
+    for part in parser.get_default("kinds").split(","):
         kind, share = part.split("=")
         assert abs(drawn[kind] / 1000 - float(share) / 10) < 0.05, kind
     assert kinds("ru") == (keys, drawn)
@@ -252,7 +252,7 @@ def test_checks(kind, question, answer, reason):
     '{"question": "Что купила Анна?"}', '{"question": 5, "answer": "анна"}',
     said("Кто это?", "\ud800")])
 def test_not_as_the_schema(content):
-    with pytest.raises(BadRow, match="broken JSON|empty text|tells the answer"):
+    with pytest.raises(BadRow, match="broken JSON|broken text|empty text|tells the answer"):
         instruct.check(content, data.Sample(TEXT, ["a.wav"]), "who", set())
 
 def test_english():
