@@ -133,16 +133,12 @@ def make_batch(model: Borealis, rows: int, micro_batch: int) -> dict:
 
 def make_step(cfg, model: Borealis):
     """-> a step of train.py's loop, as a function of what collate() made, and its optimizers."""
-    net, trained = train.wrap(cfg, model, 1), [p for p in model.parameters() if p.requires_grad]
-    optimizers = optim.make(cfg, model)
+    net, optimizers = train.wrap(cfg, model, 1), optim.make(cfg, model)
     def step(batch):
         train.backward(net, batch["micro"], batch["labels"], 1, model.device)
-        ranks.clip_gradients(trained, cfg.grad_clip)
+        ranks.clip_gradients([*net.parameters()], cfg.grad_clip)
         optim.update(optimizers, cfg.lr, forget=True)
     return step, optimizers
-
-def loss_of_all(outputs, labels, num_items_in_batch):  # as the original: of all logits
-    return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 def climb(rung: int) -> tuple:  # some steps with the first `rung` savings -> samples/s, GiB
     model = lora.prepare(random_model(WHISPER_TINY, TABLES["llm_trainer"]).cpu(), "lora", LORA)
@@ -152,12 +148,14 @@ def climb(rung: int) -> tuple:  # some steps with the first `rung` savings -> sa
         row["attention_mask"] = torch.ones_like(row["input_ids"])
         for name, value in dict(input_ids=0, labels=-100, attention_mask=0).items():
             row[name] = F.pad(row[name], (0, MAX_TEXT - TEXT), value=value)
+    def of_all(outputs, labels, num_items_in_batch):  # logits, as the original
+        return F.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
     register_optimizer_step_post_hook(lambda *_: stamps.append(time.perf_counter()))
     if rung < 3:
         settings = hf.TrainingArguments(tempfile.gettempdir(), max_steps=STEPS, **TABLES["trainer"],
                                         gradient_accumulation_steps=ACCUMULATION)
         hf.Trainer(model, settings, lambda _: dict(row), range(ACCUMULATION * STEPS),
-                   compute_loss_func=loss_of_all if rung < 2 else None).train()
+                   compute_loss_func=of_all if rung < 2 else None).train()
     else:
         step, _ = make_step(train.TrainConfig(), model)
         for _ in range(STEPS):
@@ -285,8 +283,8 @@ def bench_memory(args):
 
 def main() -> None:
     parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")
-    listed = ". ".join(f"{name}: {what}" for name, what in TABLES["benches"].items())
-    parser.add_argument("what", choices=TABLES["benches"], help=listed)
+    parser.add_argument("what", choices=TABLES["benches"],
+                        help="; ".join(map(": ".join, TABLES["benches"].items())))
     parser.add_argument("--size", "--random_size", choices=SIZES, help="5b for gpu, 110m for serve")
     parser.add_argument("--out", default="gpu.json", help="for gpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="for generate and serve")
