@@ -71,16 +71,15 @@ def theirs(c: AugmentConfig, folder: str):  # a second noise or room comes on av
         return A.BandPassFilter(centre, centre, width, width, p=p)
     def ours(x, _, kind):
         return sound.codec(x, mean(c.codec[1:]), kind, rate)
-    def twice(effect, more, make, *given):
-        chances = 1, more[0] * mean(more[1:])
-        return A.Compose([make(*given, p=p) for p in chances], p=effect[0])
+    noises, rooms = ((1, p * mean(n)) for p, *n in (c.more_noise, c.more_room))
     kbps = np.minimum(c.codec[1:], 160 if rate == SAMPLE_RATE else 64)  # MP3 has no more
     codecs = {"opus": c.opus, "gsm": c.phone / 2, "mu-law": c.phone / 2}
     return A.Compose([
         A.PitchShift(*c.pitch[1:], p=c.pitch[0]),
         A.TimeStretch(*c.speed[1:], leave_length_unchanged=False, p=c.speed[0]),
-        twice(c.noise, c.more_noise, A.AddBackgroundNoise, f"{folder}/noises", *c.noise[1:]),
-        twice(c.room, c.more_room, A.ApplyImpulseResponse, f"{folder}/rooms"),
+        A.Compose([A.AddBackgroundNoise(f"{folder}/noises", *c.noise[1:], p=p) for p in noises],
+                  p=c.noise[0]),
+        A.Compose([A.ApplyImpulseResponse(f"{folder}/rooms", p=p) for p in rooms], p=c.room[0]),
         A.SevenBandParametricEQ(*c.eq[1:3], p=c.eq[0]), band(*c.band_pass),
         A.Gain(*c.gain[1:], p=c.gain[0]), A.AddGaussianNoise(*c.gaussian[1:], p=c.gaussian[0]),
         A.ClippingDistortion(0, 5, p=c.clipping[0]),
