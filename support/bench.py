@@ -71,16 +71,15 @@ def theirs(c: AugmentConfig, folder: str):  # a second noise or room comes on av
         return A.BandPassFilter(centre, centre, width, width, p=p)
     def ours(x, _, kind):
         return sound.codec(x, mean(c.codec[1:]), kind, rate)
-    def twice(effect, more, make, *given):
-        chances = 1, more[0] * mean(more[1:])
-        return A.Compose([make(*given, p=p) for p in chances], p=effect[0])
+    noises, rooms = ((1, p * mean(n)) for p, *n in (c.more_noise, c.more_room))
     kbps = np.minimum(c.codec[1:], 160 if rate == SAMPLE_RATE else 64)  # MP3 has no more
     codecs = {"opus": c.opus, "gsm": c.phone / 2, "mu-law": c.phone / 2}
     return A.Compose([
         A.PitchShift(*c.pitch[1:], p=c.pitch[0]),
         A.TimeStretch(*c.speed[1:], leave_length_unchanged=False, p=c.speed[0]),
-        twice(c.noise, c.more_noise, A.AddBackgroundNoise, f"{folder}/noises", *c.noise[1:]),
-        twice(c.room, c.more_room, A.ApplyImpulseResponse, f"{folder}/rooms"),
+        A.Compose([A.AddBackgroundNoise(f"{folder}/noises", *c.noise[1:], p=p) for p in noises],
+                  p=c.noise[0]),
+        A.Compose([A.ApplyImpulseResponse(f"{folder}/rooms", p=p) for p in rooms], p=c.room[0]),
         A.SevenBandParametricEQ(*c.eq[1:3], p=c.eq[0]), band(*c.band_pass),
         A.Gain(*c.gain[1:], p=c.gain[0]), A.AddGaussianNoise(*c.gaussian[1:], p=c.gaussian[0]),
         A.ClippingDistortion(0, 5, p=c.clipping[0]),
@@ -133,16 +132,12 @@ def make_batch(model: Borealis, rows: int, micro_batch: int) -> dict:
 
 def make_step(cfg, model: Borealis):
     """-> a step of train.py's loop, as a function of what collate() made, and its optimizers."""
-    net, trained = train.wrap(cfg, model, 1), [p for p in model.parameters() if p.requires_grad]
-    optimizers = optim.make(cfg, model)
+    net, optimizers = train.wrap(cfg, model, 1), optim.make(cfg, model)
     def step(batch):
         train.backward(net, batch["micro"], batch["labels"], 1, model.device)
-        ranks.clip_gradients(trained, cfg.grad_clip)
+        ranks.clip_gradients([*net.parameters()], cfg.grad_clip)
         optim.update(optimizers, cfg.lr, forget=True)
     return step, optimizers
-
-def loss_of_all(outputs, labels, num_items_in_batch):  # as the original: of all logits
-    return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 def climb(rung: int) -> tuple:  # some steps with the first `rung` savings -> samples/s, GiB
     model = lora.prepare(random_model(WHISPER_TINY, TABLES["llm_trainer"]).cpu(), "lora", LORA)
@@ -152,12 +147,14 @@ def climb(rung: int) -> tuple:  # some steps with the first `rung` savings -> sa
         row["attention_mask"] = torch.ones_like(row["input_ids"])
         for name, value in dict(input_ids=0, labels=-100, attention_mask=0).items():
             row[name] = F.pad(row[name], (0, MAX_TEXT - TEXT), value=value)
+    def of_all(outputs, labels, num_items_in_batch):  # logits, as the original
+        return F.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
     register_optimizer_step_post_hook(lambda *_: stamps.append(time.perf_counter()))
     if rung < 3:
         settings = hf.TrainingArguments(tempfile.gettempdir(), max_steps=STEPS, **TABLES["trainer"],
                                         gradient_accumulation_steps=ACCUMULATION)
         hf.Trainer(model, settings, lambda _: dict(row), range(ACCUMULATION * STEPS),
-                   compute_loss_func=loss_of_all if rung < 2 else None).train()
+                   compute_loss_func=of_all if rung < 2 else None).train()
     else:
         step, _ = make_step(train.TrainConfig(), model)
         for _ in range(STEPS):
@@ -285,8 +282,8 @@ def bench_memory(args):
 
 def main() -> None:
     parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")
-    listed = ". ".join(f"{name}: {what}" for name, what in TABLES["benches"].items())
-    parser.add_argument("what", choices=TABLES["benches"], help=listed)
+    parser.add_argument("what", choices=TABLES["benches"],
+                        help="; ".join(map(": ".join, TABLES["benches"].items())))
     parser.add_argument("--size", "--random_size", choices=SIZES, help="5b for gpu, 110m for serve")
     parser.add_argument("--out", default="gpu.json", help="for gpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="for generate and serve")

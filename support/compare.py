@@ -25,15 +25,15 @@ def read_run(folder: Path) -> dict[str, dict]:  # its systems: {name: {"step", "
 
 def read_runs(folders: list[str]) -> dict[str, dict]:
     """read_run() of all. Raises UserError if they were not evaluated on the same utterances."""
-    def texts(run, kind):
-        return run["task"], [(r["split"], r["id"], r[kind]) for r in run["rows"]]
+    def asked(run):
+        return run["task"], [(r["split"], r["id"], r["reference"]) for r in run["rows"]]
     runs = {}
     for folder in folders:
         for name, run in read_run(Path(folder)).items():
-            if name in runs and texts(runs[name], "hypothesis") != texts(run, "hypothesis"):
+            if runs.get(name, run)["rows"] != run["rows"]:
                 name = f"{folder}/{name}"  # but a baseline that several folders hold is shown once
             runs[name], first = run, next(iter(runs), name)
-            if texts(run, "reference") != texts(runs[first], "reference"):
+            if asked(run) != asked(runs[first]):
                 raise UserError(f"{name} has other utterances or another --task than {first}")
     return runs
 
@@ -43,15 +43,6 @@ def p_value(differences: np.ndarray) -> float:
     either = min((differences <= 0).sum(), (differences >= 0).sum())
     return float(min(1.0, 2 * (either + 1) / (len(differences) + 1)))
 
-def published(columns: list[str]) -> list[tuple]:
-    """The post's runs: (name, steps, [figures in these of its splits, their average])."""
-    runs = []
-    for name, (steps, *figures, average) in PUBLISHED.items():
-        own = [x for c, x in zip(BENCHMARK, figures, strict=True) if c in columns]
-        own.append(average if len(own) == len(figures) else np.mean(own))
-        runs.append((f"{name} (published)", steps or None, own))
-    return runs
-
 def table(columns: list[str], runs: list[tuple]) -> str:
     return markdown([[*r[:2], *map(plain, r[2])] for r in runs], ["Run", "Steps", *columns, "Avg"])
 
@@ -60,8 +51,8 @@ def differences(columns: list[str], scores: dict[str, tuple]) -> list[str]:
     rows = []
     for a, b in combinations(scores, 2):
         gaps, draws = (x - y for x, y in zip(scores[a], scores[b], strict=True))
-        cells = [f"{x:+.2f} ({p_value(some):.3f})" for x, some in zip(gaps, draws, strict=True)]
-        rows.append([f"{a} - {b}", *cells])
+        rows.append([f"{a} - {b}", *(f"{x:+.2f} ({p_value(some):.3f})" if np.isfinite(x) else "-"
+                                     for x, some in zip(gaps, draws, strict=True))])
     return [NOTES["p_values"].format(len(draws.T)), markdown(rows, ["Difference", *columns, "Avg"])]
 
 def compare(folders: list[str], grade, score, normalizer: str, out: Path):
@@ -71,33 +62,31 @@ def compare(folders: list[str], grade, score, normalizer: str, out: Path):
     columns, metric = list(by_split(first["rows"])), TASKS[first["task"]][0]
     scores = {name: score([grade(r, run["task"], normalizer) for r in run["rows"]], metric)
               for name, run in runs.items()}
-    same = metric == "wer" and set(columns) <= set(BENCHMARK)  # speech: with the post's runs
+    same = metric == "wer" and columns == list(BENCHMARK)  # speech: with the post's runs
+    published = [(f"{name} (published)", n or None, xs) for name, (n, *xs) in PUBLISHED.items()]
     shown = [(name, run["step"], scores[name][0]) for name, run in runs.items()]
-    shown += published(columns) if same else []
+    shown += published if same else []
     shown.sort(key=lambda r: (np.isnan(r[2][-1]), r[2][-1] if metric == "wer" else -r[2][-1]))
     text = [f"{TITLES[metric]}, %, normaliser: {normalizer}.", table(columns, shown)]
     if len(scores) > 1:
         text += differences(columns, {name: scores[name] for name, *_ in shown if name in scores})
-    if same:
-        text.append(NOTES["same"])
-    elif metric == "wer":
-        text += [NOTES["other"], table(BENCHMARK, published(BENCHMARK))]
+    if metric == "wer":
+        text.append(NOTES["same" if columns[0] in BENCHMARK else "other"])
+        text += [] if same else [table(BENCHMARK, published)]
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "table.md", "\n\n".join(text) + "\n")
     plot_heatmap(shown, [*columns, "Avg"], metric, out / "heatmap.png")
-    print("\n\n".join([*text, f"wrote table.md and heatmap.png to {out}"]))
+    print(*text, f"wrote table.md and heatmap.png to {out}", sep="\n\n")
 
 def plot_heatmap(runs: list[tuple], columns: list[str], metric: str, path: Path) -> None:
     """Green is good. WER is shaded by its logarithm: 1 against 2 as 50 against 100, its worst."""
     names, _, figures = zip(*runs, strict=True)
-    values = np.ma.masked_invalid(np.array(figures, float))  # (runs, columns)
-    shade = np.ma.log(values.clip(0.5, 100)) if metric == "wer" else -values
-    low, high = np.log((0.5, 100)) if metric == "wer" else (-100, 0)
+    values = np.array(figures, float)  # (runs, columns)
+    scale = dict(norm="log", cmap="RdYlGn_r") if metric == "wer" else dict(cmap="RdYlGn")
     size = (1.3 * len(columns) + 0.1 * max(map(len, names)) + 0.5, 0.5 * len(names) + 1.4)
     with picture(path, figsize=size) as (_, axis):
-        axis.imshow(shade, cmap="RdYlGn_r", aspect="auto", vmin=low, vmax=high)
-        for (i, j), value in np.ndenumerate(values.filled(np.nan)):
-            color = "white" if shade[i, j] > low + 0.83 * (high - low) else "black"
-            axis.text(j, i, plain(value), ha="center", va="center", color=color)
+        axis.imshow(values.clip(0.5, 100), aspect="auto", vmin=0.5, vmax=100, alpha=0.7, **scale)
+        for (i, j), value in np.ndenumerate(values):
+            axis.text(j, i, plain(value), ha="center", va="center")
         axis.set_xticks(range(len(columns)), [c.replace("_", "\n", 1) for c in columns])
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel=f"{TITLES[metric]}, %")

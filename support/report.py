@@ -11,7 +11,7 @@ from support.recipes import TABLES
 from support.tasks import TASKS, TITLES
 
 NOTES, KINDS = TABLES["notes"], TABLES["kinds"]  # {kind of error: which ones, out of what}
-COUNTS = "sub", "del", "ins", "words", "samples", "failed"
+PAIR = "REF: {reference}\nHYP: {hypothesis}"
 
 def by_split(rows: list[dict]) -> dict[str, list[dict]]:
     splits = dict.fromkeys(r["split"] for r in rows)
@@ -47,16 +47,13 @@ def worst(rows: list[dict], task: str, n: int = 10) -> str:  # transcripts: alig
         return sum(r["wer"][:3]) if task == "asr" else 1 - r[TASKS[task][-1]][0]
     blocks = []
     for r in sorted(filter(errors, rows), key=errors, reverse=True)[:n]:
-        block = f"{r['id']}\n{pair(r)}"
+        text = PAIR.format_map(r)
         if task == "asr":
             words = jiwer.process_words(r["reference_normalised"], r["hypothesis_normalised"])
             text = jiwer.visualize_alignment(words, show_measures=False, line_width=110)
-            block = f"{r['id']}: {errors(r)} errors\n" + text.split("===\n", 1)[1].strip("\n")
-        blocks.append(block)
+            text = text.split("===\n", 1)[1].strip("\n")  # below its own headline
+        blocks.append(f"{r['id']}: {errors(r):.3g} errors\n{text}")
     return "\n\n".join(blocks)
-
-def pair(r: dict) -> str:
-    return f"REF: {r['reference']}\nHYP: {r['hypothesis']}"
 
 def markdown(rows: list, header="keys") -> str:  # names left, figures right; None: "-"
     return tabulate(rows, header, "pipe", disable_numparse=True, missingval="-",
@@ -73,11 +70,11 @@ def results_table(system: dict, task: str) -> str:  # by split; of transcripts a
     figures, kinds = [], []
     for split, r in system["splits"].items():
         row = {f"{TITLES[metric]} % [95 %]": with_interval(r, metric) for metric in TASKS[task]}
-        row |= {name: r[name] for name in COUNTS if name in r}
-        figures.append({"split": split, **row, "RTF": r["rtf"], "tokens/s": r["tokens_per_s"]})
+        columns = "sub", "del", "ins", "words", "samples", "failed", "rtf", "tokens_per_s"
+        figures.append({"split": split, **row} | {name: r[name] for name in columns if name in r})
         if task == "asr":
             row = {k: f"{100 * r[n] / max(1, r[total]):.1f}" for k, (n, total) in KINDS.items()}
-            silent = f"{r['text_on_silence']} of {r['silence']}" if r["silence"] else None
+            silent = f"{r['text_on_silence']} of {r['silence']}"
             kinds.append({"split": split, **row, "text on silence": silent})
     return "\n\n".join(map(markdown, filter(None, (figures, kinds))))
 
@@ -92,15 +89,14 @@ def overview(systems: dict[str, dict], task: str) -> str:  # one line a system, 
 def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:  # by split, with intervals
     metric, width = TASKS[task][0], 0.7 / len(systems)
     splits = [split.replace("_", "\n") for split in next(iter(systems.values()))["splits"]]
-    places = np.arange(len(splits))
     with picture(path, figsize=(max(4, (1 + 0.5 * len(systems)) * len(splits)), 4.5)) as (_, axis):
         for k, (name, system) in enumerate(systems.items()):
             table = [[r[metric], *r[f"{metric}_ci"]] for r in system["splits"].values()]
             values, *ends = np.array(table, float).T  # (splits,), None becomes nan
-            bars = axis.bar(places + k * width, values, width, yerr=abs(ends - values).tolist(),
-                            capsize=3, label=name)
+            bars = axis.bar(np.arange(len(splits)) + k * width, values, width, label=name,
+                            yerr=abs(ends - values).tolist(), capsize=3)
             axis.bar_label(bars, map(plain, values), padding=3, fontsize=8)
-        axis.set_xticks(places + 0.35 - width / 2, splits)
+        axis.set_xticks(np.arange(len(splits)) + 0.35 - width / 2, splits)
         axis.set(ymargin=0.15, ylabel=f"{TITLES[metric]}, % (bars: 95 % intervals)")
         axis.legend(frameon=False)
 
@@ -127,5 +123,6 @@ def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: 
             if block := worst(some, task):
                 text.append(f"## The worst of {system}, {split}\n\n```\n{block}\n```")
     write_text(out / "report.md", "\n\n".join(text) + "\n")
-    print("\n\n".join(["", *tables, *map(pair, rows[name][:3]), NOTES["wrote"].format(out)]))
+    tables += map(PAIR.format_map, rows[name][:3])
+    print("", *tables, NOTES["wrote"].format(out), sep="\n\n")
     return int(any(all(r["failed"] for r in own) for own in rows.values()))
