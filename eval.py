@@ -25,10 +25,9 @@ from transformers.data.metrics.squad_metrics import compute_f1
 from augment import HARD, augment
 from data import embedded, read_manifest
 from model import ENCODER, LLM
-from support import banks, checkpoint, compare, corpus, decoding, recipes, report, tasks
+from support import banks, checkpoint, compare, corpus, decoding, recipes, report, storage, tasks
 from support.cli import ArgumentParser, UserError, check_out, flag, run
 from support.rows import BadRows, load_audio
-from support.storage import fingerprint
 
 # ---- Configuration: every field is a flag
 @dataclass
@@ -203,7 +202,7 @@ def main():
     load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)
     early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
     asked = [tasks.open_ours(cfg, name, device)]
-    weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
+    weights = storage.fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
     splits = early or load()
     asked += tasks.open_baseline(cfg, name, trained_on.get("lang"), device)
     answers = tasks.answer_all(cfg, asked, splits, out)  # {system: rows}

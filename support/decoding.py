@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import time
-from collections import ChainMap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -147,4 +146,4 @@ class System:
         everyone = [done] * WORLD
         if WORLD > 1:
             dist.all_gather_object(everyone, done)
-        return dict(ChainMap(*everyone))
+        return {key: row for answers in everyone for key, row in answers.items()}
