@@ -107,7 +107,7 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
     return sound.limit(x)
 
 def mask(mel: torch.Tensor, frames: int, config: AugmentConfig, rng: Generator) -> torch.Tensor:
-    """SpecAugment (Park et al. 2019), (M, F): bands, and stretches of `frames`, become the mean."""
+    """SpecAugment (Park et al. 2019) of (M, F): bands, stretches of `frames`, become the mean."""
     counts = draw(config.mask, rng)
     if not counts or frames < 1:
         return mel
