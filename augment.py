@@ -45,9 +45,6 @@ def draw(effect: tuple, rng: Generator) -> list[float] | None:  # parameters, or
     p, *ends = effect
     return rng.uniform(ends[::2], ends[1::2]).tolist() if rng.random() < p else None
 
-def extra(effect: tuple, rng: Generator) -> int:  # how many more of something
-    return round(sum(draw(effect, rng) or [0]))
-
 # ---- A clip's fate. Waves are float32 arrays at 16 kHz, of any length from one sample up.
 # A tape of Gaussian noise: drawing it anew would take as long as an FFT.
 TAPE = np.random.default_rng(0).standard_normal(60 * SAMPLE_RATE, np.float32)
@@ -63,7 +60,7 @@ def draw_noise(speech: np.ndarray, n: int, config: AugmentConfig, rng: Generator
     if not (snr := draw(config.noise, rng)):
         return None
     total, power = 0, np.mean(np.square(speech))
-    for _ in range(1 + extra(config.more_noise, rng)):
+    for _ in range(1 + round(*draw(config.more_noise, rng) or [0])):
         tape = noises[rng.integers(len(noises))]
         total = total + noise_at(banks.crop(tape, rng, n), power, *snr)
         snr = draw((1, *config.noise[1:]), rng)            # of the next source
@@ -88,7 +85,8 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
         x, noise = x + noise[:len(x)], None
     irs = []
     if draw(config.room, rng) is not None:
-        irs = [rooms[i] for i in rng.integers(len(rooms), size=1 + extra(config.more_room, rng))]
+        count = 1 + round(*draw(config.more_room, rng) or [0])
+        irs = [rooms[i] for i in rng.integers(len(rooms), size=count)]
     filters = {name: draw(getattr(config, name), rng) for name in sound.FILTERS}  # EQ to telephony
     responses = [(sound.FILTERS[name], drawn) for name, drawn in filters.items() if drawn]
     # Filters and rooms multiply the spectrum, in any order; a spectrum cut or padded is the clip at
@@ -109,7 +107,7 @@ def augment(wave: np.ndarray, config: AugmentConfig, rng: Generator, noises: lis
     return sound.limit(x)
 
 def mask(mel: torch.Tensor, frames: int, config: AugmentConfig, rng: Generator) -> torch.Tensor:
-    """SpecAugment (Park et al. 2019), (M, F): bands, and stretches of `frames`, become the mean."""
+    """SpecAugment (Park et al. 2019) of (M, F): bands, stretches of `frames`, become the mean."""
     counts = draw(config.mask, rng)
     if not counts or frames < 1:
         return mel

@@ -25,10 +25,9 @@ from transformers.data.metrics.squad_metrics import compute_f1
 from augment import HARD, augment
 from data import embedded, read_manifest
 from model import ENCODER, LLM
-from support import banks, checkpoint, compare, corpus, decoding, recipes, report, tasks
+from support import banks, checkpoint, compare, corpus, decoding, recipes, report, storage, tasks
 from support.cli import ArgumentParser, UserError, check_out, flag, run
 from support.rows import BadRows, load_audio
-from support.storage import fingerprint
 
 # ---- Configuration: every field is a flag
 @dataclass
@@ -124,8 +123,7 @@ def assess(rows: list[dict], task: str) -> dict:  # graded rows of a system -> i
 
 # ---- Which utterances: {split: samples}
 def embedded_split(lang: str, name: str, n: int, seed: int) -> list:
-    """n held-out sentences by held-out voices. webinars, devices: clean in noises (some of them
-    babble of these voices) and rooms never trained on."""
+    """n held-out sentences by held-out voices; webinars, devices: clean in new noises and rooms."""
     if name not in HARD:
         return embedded(lang, name, n, seed)
     samples, made = embedded(lang, "clean", n, seed), banks.open_banks(voices="clean")
@@ -153,12 +151,13 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
     elif manifest:
         raise UserError(f"{cfg.ckpt} was trained on a manifest: name yours with --manifest FILE")
     else:
-        n, languages = corpus.EVAL_UTTERANCES, (cfg.lang or trained_on["lang"]).split(",")
+        available, languages = {}, (cfg.lang or trained_on["lang"]).split(",")
+        n = min(cfg.limit or corpus.EVAL_UTTERANCES, corpus.EVAL_UTTERANCES)
         if len(languages) > 1 and (cfg.baseline or cfg.fallback):
             raise UserError("--baseline listens in one language: give --lang ru or --lang en")
-        available = {f"{name}_{lang}" if lang != languages[0] else name: partial(
-            embedded_split, lang, name, min(cfg.limit or n, n), trained_on["seed"])
-            for lang, name in product(languages, (*corpus.EVAL_SPLITS, *HARD))}
+        for lang, name in product(languages, (*corpus.EVAL_SPLITS, *HARD)):
+            title = name if lang == languages[0] else f"{name}_{lang}"
+            available[title] = partial(embedded_split, lang, name, n, trained_on["seed"])
     if unknown := [name for name in wanted if name not in available]:
         raise UserError(f"--split {unknown[0]}: choose from {', '.join(available)}")
     splits = {name: load() for name, load in available.items() if name in wanted or not wanted}
@@ -203,7 +202,7 @@ def main():
     load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)
     early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
     asked = [tasks.open_ours(cfg, name, device)]
-    weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
+    weights = storage.fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
     splits = early or load()
     asked += tasks.open_baseline(cfg, name, trained_on.get("lang"), device)
     answers = tasks.answer_all(cfg, asked, splits, out)  # {system: rows}

@@ -68,12 +68,11 @@ def make_noises(voices: str, rng: np.random.Generator) -> list[np.ndarray]:
     """In turn: babble of 3 to 7 voices, each with nine utterances again and again; coloured noise
     (power falling as f^0 to f^-2); and coloured noise that swells and fades."""
     clips, speech = [], corpus.embedded_rows("ru", voices, corpus.CHUNK)
-    def voice():
-        nine = [speech[i]["audio"] for i in rng.integers(len(speech), size=9)]
-        return np.resize(np.concatenate(nine), CLIP).astype(np.float32)
     for i in range(MADE):
         if i % 3 == 0:
-            x = sum(voice() for _ in range(rng.integers(3, 8)))
+            x = np.zeros(CLIP, np.float32)
+            for nine in rng.integers(len(speech), size=(rng.integers(3, 8), 9)):
+                x += np.resize(np.concatenate([speech[j]["audio"] for j in nine]), CLIP)
         else:
             white = np.fft.rfft(rng.standard_normal(CLIP))
             x = np.fft.irfft(white * np.arange(1, CLIP // 2 + 2) ** -rng.uniform(0, 1), CLIP)

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import time
-from collections import ChainMap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,7 +53,7 @@ def digest_model(where: str) -> str:  # a local one by its files, one on the hub
     files = [p for p in sorted(folder.glob("*.json")) if p.name != "results.json"]
     return digest(storage.fingerprint(folder), [(p.name, p.read_bytes()) for p in files])
 
-def estimate_snr(wave: torch.Tensor) -> float:  # (samples,) -> of its speech, -10 to 60 dB
+def estimate_snr(wave: torch.Tensor) -> float:  # (samples,) -> speech / noise, -10 to 60 dB
     frame = SAMPLE_RATE // 50  # 20 ms
     power = wave.unfold(0, min(frame, len(wave)), frame).square().mean(1)
     power = power.where(power > 1e-10, torch.nan)  # digital silence aside
@@ -71,7 +70,7 @@ class System:
     settings: str = ""  # digest of both
     warned: bool = False  # that a batch fell apart
 
-    def read(self, folder: Path, reuse: bool) -> dict:  # {(split, number): row}, but what failed
+    def read(self, folder: Path, reuse: bool) -> dict:  # {(split, number): row} without what failed
         answers = {}
         for path in sorted(folder.glob("hypotheses*.jsonl" if reuse else "*.part.jsonl")):
             for line in path.read_bytes().split(b"\n"):
@@ -147,4 +146,4 @@ class System:
         everyone = [done] * WORLD
         if WORLD > 1:
             dist.all_gather_object(everyone, done)
-        return dict(ChainMap(*everyone))
+        return {key: row for answers in everyone for key, row in answers.items()}

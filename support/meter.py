@@ -21,7 +21,7 @@ class Silent:  # the Log of the other ranks: nothing happens
     write = note = close = staticmethod(lambda row=None: None)
 
 class Log:
-    """Rank 0's log: metrics.jsonl, a bar, and what --log names; rows after `start` go. UserError"""
+    """Rank 0's log: metrics.jsonl, a bar, and what --log names; rows after `start` go."""
     def __init__(self, cfg, start: int):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         self.path, self.board, self.tracker = Path(cfg.out, "metrics.jsonl"), None, None
@@ -33,7 +33,8 @@ class Log:
                 self.board = SummaryWriter(cfg.out, purge_step=start)
             elif cfg.log != "none":  # wandb, or trackio, which is called alike
                 self.tracker, group = import_module(cfg.log), Path(cfg.out).resolve().name
-                self.tracker.init(project="nanoborealis", group=group, config=vars(cfg))
+                place = dict(dir=cfg.out) if cfg.log == "wandb" else {}
+                self.tracker.init(project="nanoborealis", group=group, config=vars(cfg), **place)
         self.bar = tqdm(total=cfg.steps, initial=start, desc="training", unit="step",
                         mininterval=0.1 if sys.stderr.isatty() else 10)  # seconds; 10 in a file
 

@@ -1,7 +1,6 @@
 """support/sound.py -- signal processing under augment.py. Waves: float32, 16 kHz, any length."""
 import io
 import math
-from functools import lru_cache
 import numpy as np
 import soundfile
 import torch
@@ -34,23 +33,19 @@ FILTERS = {"eq": eq_response, "band_pass": band_response, "resample": resample_r
            "telephony": lambda f, rate, *band: resample_response(f, rate) * band_response(f, *band)}
 
 # ---- All that is linear, as one product of spectra
-@lru_cache
-def fast_sizes(limit: int) -> np.ndarray:
-    """All even products of 2, 3, 5, 7 and 11 up to limit, ascending: lengths an FFT is fast at."""
-    sizes = [2]
-    for p in (2, 3, 5, 7, 11):
-        for s in sizes:  # grows while it is read
-            sizes += [s * p] * (s * p <= limit)
-    return np.sort(sizes)
+SIZES = [2]  # all even products of 2, 3, 5, 7 and 11 up to 2 ** 34: an FFT is fast at them
+for p in (2, 3, 5, 7, 11):
+    for s in SIZES:  # grows while it is read
+        SIZES += [s * p] * (s * p <= 2 ** 34)
+SIZES = np.sort(SIZES)
 
 def fft_sizes(n: int, ratio: float) -> tuple[int, int]:
     """FFT lengths (N, M): N >= n, M / N within 1/1000 of ratio; mostly the first within 3e-4."""
-    sizes = fast_sizes(1 << max(16, int(4 * n).bit_length()))
-    first = np.searchsorted(sizes, n)
+    first = np.searchsorted(SIZES, n)
     if ratio == 1:
-        return sizes[first], sizes[first]
-    N = sizes[first:first + 64].repeat(2)                  # each with the sizes around N * ratio
-    M = sizes[np.searchsorted(sizes, N * ratio) - [1, 0] * (len(N) // 2)]
+        return SIZES[first], SIZES[first]
+    N = SIZES[first:first + 64].repeat(2)                  # each with the sizes around N * ratio
+    M = SIZES[np.searchsorted(SIZES, np.ceil(N * ratio).astype(int)) - np.arange(1, 129) % 2]
     best = np.argmin(np.maximum(np.abs(M / N / ratio - 1), 3e-4))  # of equals, the first
     return N[best], M[best]
 
