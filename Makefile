@@ -80,7 +80,6 @@ bench: $(READY) vllm
 	$(PY) -m support.bench train
 	$(PY) -m support.bench generate
 	$(PY) -m support.bench serve
-	$(PY) -m support.bench memory
 	$(if $(GPU),$(PY) -m support.bench gpu)
 
 pictures: demo

@@ -13,7 +13,7 @@ A failed utterance scores as an empty answer; interrupted, the same command goes
 Shapes: n utterances of a split, S splits, R draws of the bootstrap."""
 import string
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -24,38 +24,9 @@ import transformers
 from transformers.data.metrics.squad_metrics import compute_f1
 from augment import HARD, augment
 from data import embedded, read_manifest
-from model import ENCODER, LLM
 from support import banks, checkpoint, compare, corpus, decoding, recipes, report, storage, tasks
-from support.cli import ArgumentParser, UserError, check_out, flag, run
+from support.cli import ArgumentParser, UserError, check_out, run
 from support.rows import BadRows, load_audio
-
-# ---- Configuration: every field is a flag
-@dataclass
-class EvalConfig:
-    ckpt: str = flag("out", "folder that train.py wrote, or any other checkpoint")
-    encoder: str = flag(ENCODER, "what a checkpoint in the original's layout was made of")
-    llm: str = flag(LLM, "the same")
-    task: str = flag("asr", "by WER; by exact match and F1; by accuracy", choices=tasks.TASKS)
-    manifest: str | None = flag(None, "JSONL with recordings and references, see data.py")
-    split: str | None = flag(None, "only these, separated by commas")
-    lang: str | None = flag(None, "default: of training", choices=("ru", "en", "ru,en"))
-    data_dir: str | None = flag(None, "folder with a copy of the hub's dataset, at owner/name")
-    limit: int | None = flag(None, "at most so many utterances a split", low=1)
-    strict: bool = flag(False, "stop at the first unusable row of the data")
-    normalizer: str = flag("default", "post: the original's", choices=("default", "post"))
-    baseline: str | None = flag(None, f"a Whisper beside it; --fallback takes {ENCODER}")
-    fallback: str | None = flag(None, "noisy ones to the baseline", choices=("whisper",))
-    fallback_snr: float = flag(12.0, "noisy: with an estimated SNR below this, in dB")
-    chunk: str = flag("window", "vad: cut long recordings at pauses", choices=("window", "vad"))
-    engine: str = flag("native", "vllm: see serve_vllm.py", choices=("native", "vllm"))
-    batch_size: int | None = flag(None, "default: 16; 128 with --engine vllm", low=1)
-    max_new_tokens: int | None = flag(None, "default: 256; 64 for bigbench", low=1)
-    device: str = flag("auto", "where", choices=("auto", "cpu", "cuda"))
-    out: str | None = flag(None, "where results go; default: the checkpoint's folder")
-    reuse: bool = flag(False, "take answers from --out, if nothing they depend on has changed")
-    audio: str | None = flag(None, "answer for this file instead of measuring")
-    prompt: str | None = flag(None, "the question for --audio; default: transcribe")
-    compare: list[str] | None = flag(None, "put evaluated runs into one table", nargs="+")
 
 # ---- Text, normalised: what is compared
 def normalise(text: str) -> str:
@@ -165,9 +136,9 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
         raise UserError(f"the split {empty[0]} has no utterances: nothing to measure")
     return splits
 
-def parse_config() -> EvalConfig:
+def parse_config():  # -> the flags, see [eval] in support/flags.toml
     parser = ArgumentParser(prog="eval.py", description="Measure a checkpoint or ask it.")
-    cfg = EvalConfig(**vars(parser.add_flags(EvalConfig).parse_args()))
+    cfg = parser.add_tables("model", "eval").parse_args()
     cfg.batch_size = cfg.batch_size or (128 if cfg.engine == "vllm" else 16)
     cfg.max_new_tokens = cfg.max_new_tokens or (64 if cfg.task == "bigbench" else 256)
     cfg.out = cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_dir() else Path(cfg.ckpt).name)

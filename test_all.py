@@ -50,7 +50,7 @@ from support import align, banks, compare, engine, export, launch, lora, optim, 
 from support import ranks, recipes, sound, storage, tiny  # isort: skip
 from support import checkpoint as ckpt
 from support import corpus as spoken
-from support.cli import UserError
+from support.cli import ArgumentParser, UserError
 from support.tiny import tiny_config
 from train import TrainConfig as Config
 
@@ -1296,9 +1296,14 @@ def test_p_values_call_chance_chance():
     assert np.mean([p(0.6) < 0.05 for _ in range(50)]) > 0.9
     assert compare.p_value(np.zeros(2000)) == 1.0
 
+def test_flags_name_the_published_parts():
+    cfg = ArgumentParser().add_tables("model").parse_args([])
+    assert (cfg.encoder, cfg.llm) == (nb.ENCODER, nb.LLM)
+
 def test_six_splits_climb_the_ladder():
     def own_splits(**flags):
-        cfg = evaluation.EvalConfig(**flags)
+        cfg = ArgumentParser().add_tables("model", "eval").parse_args([])
+        vars(cfg).update(flags)
         return evaluation.load_splits(cfg, dict(embedded=True, lang="ru", seed=0))
     def brightness(waves):  # share of the power above 5.5 kHz, on average
         powers = [np.abs(np.fft.rfft(wave, 65536)) ** 2 for wave in waves]

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import train
 from augment import AugmentConfig, augment, examples
 from data import Dataset, embedded, load_audio
-from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3, BorealisConfig
+from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3
 from model import BorealisForConditionalGeneration as Borealis
 from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks, sound, storage
 from support.recipes import TABLES
@@ -118,8 +118,7 @@ def bench_augment(args):
 TEXT, LABELS = 160, 100  # tokens of text in a row, and how many of them are its answer
 ACCUMULATION, STEPS, MAX_TEXT = 2, 3, 1024  # one step is not counted; the original pads texts
 LORA = dict(rank=64, alpha=128, dropout=0.0)
-RUNGS = ("Trainer, the original's way", f"+ no padding to {MAX_TEXT}",
-         "+ logits at label positions only", "a step of train.py")
+LOOPS = "Trainer, the original's way", "a step of train.py"
 
 def make_batch(model: Borealis, rows: int, micro_batch: int) -> dict:
     """What Dataset.collate() makes of so many rows, each with a window of sound, and labels."""
@@ -139,22 +138,21 @@ def make_step(cfg, model: Borealis):
         optim.update(optimizers, cfg.lr, forget=True)
     return step, optimizers
 
-def climb(rung: int) -> tuple:  # some steps with the first `rung` savings -> samples/s, GiB
+def run_loop(name: str) -> tuple:  # some steps of it -> samples/s, peak GiB
     model = lora.prepare(random_model(WHISPER_TINY, TABLES["llm_trainer"]).cpu(), "lora", LORA)
     batch, stamps = make_batch(model, ACCUMULATION, 1), []
-    row = batch["micro"][0]
-    if rung == 0:
-        row["attention_mask"] = torch.ones_like(row["input_ids"])
-        for name, value in dict(input_ids=0, labels=-100, attention_mask=0).items():
-            row[name] = F.pad(row[name], (0, MAX_TEXT - TEXT), value=value)
     def of_all(outputs, labels, num_items_in_batch):  # logits, as the original
         return F.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
     register_optimizer_step_post_hook(lambda *_: stamps.append(time.perf_counter()))
-    if rung < 3:
+    if name == LOOPS[0]:
+        row = batch["micro"][0]
+        row["attention_mask"] = torch.ones_like(row["input_ids"])
+        for key, value in dict(input_ids=0, labels=-100, attention_mask=0).items():
+            row[key] = F.pad(row[key], (0, MAX_TEXT - TEXT), value=value)
         settings = hf.TrainingArguments(tempfile.gettempdir(), max_steps=STEPS, **TABLES["trainer"],
                                         gradient_accumulation_steps=ACCUMULATION)
         hf.Trainer(model, settings, lambda _: dict(row), range(ACCUMULATION * STEPS),
-                   compute_loss_func=of_all if rung < 2 else None).train()
+                   compute_loss_func=of_all).train()
     else:
         step, _ = make_step(train.TrainConfig(), model)
         for _ in range(STEPS):
@@ -165,8 +163,8 @@ def climb(rung: int) -> tuple:  # some steps with the first `rung` savings -> sa
 def bench_train(args):
     # Each in a process of its own: its peak memory is the loop's. It prints to standard error.
     with torch.multiprocessing.get_context("spawn").Pool(1, os.dup2, (2, 1), 1) as pool:
-        speeds, peaks = np.transpose(pool.map(climb, range(len(RUNGS)), 1))
-    print_rows({"loop": RUNGS, "samples/s": speeds, "peak memory, GiB": peaks,
+        speeds, peaks = np.transpose(pool.map(run_loop, LOOPS, 1))
+    print_rows({"loop": LOOPS, "samples/s": speeds, "peak memory, GiB": peaks,
                 "speed x": speeds / speeds[0], "memory x": peaks / peaks[0]})
     rows = []
     for name in ("adamw", "muon"):  # what a tiny model's step is made of
@@ -262,32 +260,11 @@ def bench_parts(args):
     print_rows(rows)
     print(f"Device: {name}" + (f"; ended early, {ended}" if ended else ""))
 
-# ---- memory: on the meta device and on paper, see meter.memory()
-def bench_memory(args):
-    rows, audio, text, n, length = [], 377, 512, 128, 377 + TEXT  # tokens; n rows a step
-    for kind in ("adapter", "lora", "lora --grad_checkpoint", "full --grad_checkpoint",
-                 "full --grad_checkpoint --shard"):
-        with torch.device("meta"):
-            model = lora.prepare(Borealis(BorealisConfig()), kind.split()[0],
-                                 dict(rank=256, alpha=512, dropout=0))
-        parts = meter.memory(model, audio + text, text, "checkpoint" in kind,
-                             ranks=8 if "shard" in kind else 1)
-        parts["total"] = sum(parts.values())
-        rows.append({"--train": kind} | {part: size / 1e9 for part, size in parts.items()})
-        if kind == "lora":
-            flops = meter.step_flops(model, n * length, n * length**2, 0.9 * n, n * LABELS)
-    print_rows(rows)
-    print(f"GB; bf16, fp32 masters, batch 1: {audio} tokens of audio, {text} labels\nLoRA: "
-          f"{flops / 1e15:.2f} PFLOP a step of {n} rows of {length} tokens, 90 % with audio")
-
 def main() -> None:
     parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")
     parser.add_argument("what", choices=TABLES["benches"],
                         help="; ".join(map(": ".join, TABLES["benches"].items())))
-    parser.add_argument("--size", "--random_size", choices=SIZES, help="5b for gpu, 110m for serve")
-    parser.add_argument("--out", default="gpu.json", help="for gpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="for generate and serve")
-    args = parser.parse_args()
+    args = parser.add_tables("bench").parse_args()
     args.size = args.size or ("5b" if args.what == "gpu" else "110m")
     usual = "bfloat16" if DEVICE == "cuda" or args.what == "serve" else "float32"
     args.dtype = getattr(torch, args.dtype or usual)

@@ -66,12 +66,7 @@ def scores(source: Path) -> str:  # what eval.py found: results.json beside the 
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m support.export", description="Write a model folder.")
-    parser.add_argument("--ckpt", default="out", help="a run's folder, or a step of it")
-    parser.add_argument("--to", required=True, help="new folder")
-    parser.add_argument("--push", metavar="USER/NAME", help="also upload it to the hub")
-    parser.add_argument("--encoder", default=ENCODER, help="for a checkpoint of the original")
-    parser.add_argument("--llm", default=LLM, help="likewise")
-    args = parser.parse_args()
+    args = parser.add_tables("model", "export").parse_args()
     with as_user_error("", ValueError, OSError):
         model = export(args.ckpt, args.to, args.encoder, args.llm, args.push)
     print(f"{args.to} holds {code.count(model):,} parameters in {model.dtype}, LoRA merged")

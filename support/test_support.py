@@ -723,13 +723,22 @@ def test_a_micro_batch_of_any_size_launches_as_many_kernels(capsys):
     assert counter.kernels == 2
     assert count_kernels(8) == count_kernels(1) == pytest.approx(9809, rel=0.01)  # MEASURED.md
 
-def test_bench_memory_prints_what_is_written(monkeypatch, capsys):
-    code, out, _ = exit_of(bench.main, monkeypatch, capsys, "memory")
-    def cells(text):
-        lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
-        return [[cell.strip(" `*") for cell in line] for line in lines]
-    printed, written = cells(out)[2:], cells((HERE / "docs" / "MEASURED.md").read_text())
-    assert code == 0 and len(printed) == 5 and all(line in written for line in printed)
+def test_memory_at_full_size_is_as_written():
+    text = (HERE / "docs" / "MEASURED.md").read_text()
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    written = [[cell.strip(" `*") for cell in line] for line in lines]
+    for kind in ("adapter", "lora", "lora --grad_checkpoint", "full --grad_checkpoint",
+                 "full --grad_checkpoint --shard"):
+        with torch.device("meta"):
+            model = lora.prepare(nb.BorealisForConditionalGeneration(nb.BorealisConfig()),
+                                 kind.split()[0], dict(rank=256, alpha=512, dropout=0))
+        gpus = 8 if "shard" in kind else 1
+        parts = meter.memory(model, 377 + 512, 512, "checkpoint" in kind, gpus)
+        sizes = [f"{size / 1e9:.2f}" for size in (*parts.values(), sum(parts.values()))]
+        assert [kind, *sizes] in written
+        if kind == "lora":
+            flops = meter.step_flops(model, 128 * 537, 128 * 537 ** 2, 0.9 * 128, 128 * 100)
+            assert f"{flops / 1e15:.2f} PFLOP" in text
 
 def test_bench_gpu_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     """All its parts but vLLM; where something does not fit, what was measured stays."""
