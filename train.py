@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
 from model import ENCODER, LLM, count
-from support import align, decoding, launch, lora, optim, ranks, storage
+from support import decoding, launch, lora, optim, ranks, storage
 from support.banks import open_banks
 from support.cli import UserError, as_user_error, flag, run
 from support.meter import Log, Silent, plot_loss, speed
@@ -67,7 +67,7 @@ class TrainConfig:
     weight_decay: float = flag(0.01, "on matrices only", low=0)
     beta2: float = flag(0.98, "of AdamW", low=0, high=0.999999)
     grad_clip: float = flag(1.0, "the gradient norm is cut to this; 0: never", low=0)
-    ctc: float = flag(0.0, "weight at first of support/align.py's loss; it fades out", low=0)
+    ctc: float = flag(0.0, "weight at first of support/optim.py's CTC; it fades out", low=0)
     bf16: bool = flag(False, "multiply in it on a CPU, too, if it is fast at that")
     seed: int = flag(0, "of data order, initial weights and dropout")
     # where and how it runs: --resume may change all below, and nothing above
@@ -168,7 +168,7 @@ def wrap(cfg, model, world):  # -> what computes the loss: under DDP, if there a
         for layer in [*model.encoder.layers, *model.llm.model.layers]:
             layer.compile(dynamic=True)  # all share one graph, and rows have many lengths
     if cfg.ctc:
-        model = align.WithCTC(model)
+        model = optim.WithCTC(model)
     if world == 1:
         return model
     if cfg.shard:
