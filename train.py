@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
 from model import ENCODER, LLM, count
-from support import align, decoding, launch, lora, optim, ranks, storage
+from support import decoding, launch, lora, optim, ranks, storage
 from support.banks import open_banks
 from support.cli import UserError, as_user_error, flag, run
 from support.meter import Log, Silent, plot_loss, speed
@@ -58,8 +58,7 @@ class TrainConfig:
     # optimisation
     steps: int = flag(1624, "optimizer steps", low=1)
     effective_batch: int = flag(128, "samples a step: 8 GPUs x 1 x accumulation 16", low=1)
-    optimizer: str = flag("adamw", "muon: for matrices, AdamW for the rest",
-                          choices=["adamw", "muon"])
+    optimizer: str = flag("adamw", "muon: for matrices, beside it", choices=["adamw", "muon"])
     lr: float = flag(1e-5, "peak learning rate", low=1e-12)
     muon_lr: float = flag(0.02, "the same of matrices that Muon trains", low=1e-12)
     min_lr: float = flag(0.0, "the cosine ends here, as a share of --lr", low=0, high=1)
@@ -67,7 +66,7 @@ class TrainConfig:
     weight_decay: float = flag(0.01, "on matrices only", low=0)
     beta2: float = flag(0.98, "of AdamW", low=0, high=0.999999)
     grad_clip: float = flag(1.0, "the gradient norm is cut to this; 0: never", low=0)
-    ctc: float = flag(0.0, "weight at first of support/align.py's loss; it fades out", low=0)
+    ctc: float = flag(0.0, "weight at first of support/optim.py's CTC; it fades out", low=0)
     bf16: bool = flag(False, "multiply in it on a CPU, too, if it is fast at that")
     seed: int = flag(0, "of data order, initial weights and dropout")
     # where and how it runs: --resume may change all below, and nothing above
@@ -103,8 +102,7 @@ def build(cfg, device):
     adapter does, and the LLM: all of it (full), matrices beside its linears (lora), or nothing."""
     torch.manual_seed(cfg.seed)
     model = launch.load_start(cfg)
-    if cfg.train != "scratch":
-        # Whatever --train says, lora.prepare freezes what does not train, makes the rest fp32.
+    if cfg.train != "scratch":  # lora.prepare freezes what does not train, makes the rest fp32
         lora.cast(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
         size = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout)
         lora.prepare(model, cfg.train, size if cfg.train == "lora" else None)
@@ -168,7 +166,7 @@ def wrap(cfg, model, world):  # -> what computes the loss: under DDP, if there a
         for layer in [*model.encoder.layers, *model.llm.model.layers]:
             layer.compile(dynamic=True)  # all share one graph, and rows have many lengths
     if cfg.ctc:
-        model = align.WithCTC(model)
+        model = optim.WithCTC(model)
     if world == 1:
         return model
     if cfg.shard:
@@ -177,21 +175,19 @@ def wrap(cfg, model, world):  # -> what computes the loss: under DDP, if there a
     return torch.nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
-CAUSAL = {"full_attention": None}  # no mask: else transformers looks at the GPU's data for one
-
 def backward(net, micro_batches, num_labels, world, device, bf16=False):
-    """Add up the gradients of the micro-batches -> the loss of the step on all ranks.
-    It is the mean over all num_labels label tokens of the effective batch. The mean of the
-    micro-batches' means is another number: with 10 label tokens in one and 1000 in the next, it
-    weighs a token of the first a hundred times as much. So the model sums, and divides by all."""
+    """Add up the gradients of the micro-batches -> the loss of the step on all ranks: the mean over
+    all num_labels label tokens of the effective batch. The mean of the micro-batches' means would
+    weigh a token among 10 a hundred times as much as one among 1000: so sum, and divide by all.
+    DDP takes the mean over the ranks, where we want the sum: so times `world`."""
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for i, inputs in enumerate(micro_batches, 1):
         # DDP synchronises gradients once a step: the last backward sends what all have added up.
         net.require_backward_grad_sync = i == len(micro_batches)  # DDP reads this
         inputs = {k: v.to(device, non_blocking=True) for k, v in inputs.items()}
+        inputs["attention_mask"] = {"full_attention": None}  # else transformers looks for one
         with optim.autocast(device.type, bf16):
-            # DDP takes the mean over the ranks, where we want the sum: so times `world`
-            part = net(**inputs, attention_mask=CAUSAL, num_items_in_batch=num_labels / world).loss
+            part = net(**inputs, num_items_in_batch=num_labels / world).loss
         part.backward()
         loss += part.detach().double() / world  # undone in the loss that is reported
     return ranks.all_sum(dict(loss=loss.item()), device)["loss"]
@@ -202,13 +198,13 @@ def train(cfg: TrainConfig) -> int:
     out = Path(cfg.out)
     model, dataset, data, shares = decoding.first_rank_first(
         load_data_and_model, cfg, rank, world, device)  # rank 0 fetches, or speaks, the data
-    sizes, net = [size for size, _ in data.values()], wrap(cfg, model, world)
+    net = wrap(cfg, model, world)
     optimizers = optim.make(cfg, model)
     # What a resume restores: trained weights, the moments, the step. Data order, augmentation
     # and dropout (that of each rank) follow from seed and step: there is no RNG state to save.
     start = storage.restore(out, optimizers) if cfg.resume else 0
-    schedule = Schedule(sizes, shares, cfg.seed, range(start, cfg.steps), cfg.effective_batch,
-                        rank, world)
+    schedule = Schedule([size for size, _ in data.values()], shares, cfg.seed,
+                        range(start, cfg.steps), cfg.effective_batch, rank, world)
     batches = ranks.load(dataset, schedule, cfg.workers, pin_memory=device.type == "cuda")
     saver = storage.Saver(out, cfg.keep, rank)
     if rank == 0 and cfg.overwrite and not cfg.resume:

@@ -30,18 +30,14 @@ def servable(ckpt: str | Path, encoder=model.ENCODER, llm=model.LLM) -> Path:
     if not folder.is_dir():
         raise ValueError(f"no checkpoint in {folder}: train one, or name one on the hub")
     config = checkpoint.read_config(folder)
-    exported = hasattr(config, "auto_map") and (folder / "generation_config.json").is_file()
-    if exported and not config.base:
-        return folder
-    code = [Path(model.__file__), Path(__file__).with_name("chat_template.jinja")]
+    if hasattr(config, "auto_map") and (folder / "generation_config.json").is_file():
+        return folder  # exported
+    code = Path(model.__file__), Path(__file__).with_name("chat_template.jinja")
     texts = [path.read_bytes() for path in (*code, *sorted(folder.iterdir()))
              if path.suffix in (".py", ".txt", ".jinja")]
     place = cache_dir() / f"served-{digest(decoding.digest_model(folder), encoder, llm, texts)}"
-    try:
+    if not place.exists():
         export.export(folder, place, encoder, llm)
-    except (ValueError, OSError):
-        if not place.exists():  # else it was there, or another process was first
-            raise
     return place
 
 def careful_settings() -> dict:  # of vLLM, on a CPU

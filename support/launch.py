@@ -3,7 +3,9 @@ import math
 import os
 import sys
 from dataclasses import fields, replace
+from itertools import takewhile
 from pathlib import Path
+from safetensors import SafetensorError
 from augment import CURRICULUM, Augmenter
 from support import checkpoint
 from support.banks import check_source
@@ -18,7 +20,7 @@ def parse_config(config: type, argv: list[str]):
     parser = ArgumentParser(prog="train.py", description="Fit a Borealis model.").add_flags(config)
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     first = parser.parse_args(argv)  # again: some presets name their --out
-    names, saved = [f.name for f in fields(config)], {}
+    saved = {}
     if first.resume:
         if not (newest_step(first.out) / "state.pt").is_file():
             raise UserError(f"nothing to resume in {first.out}: leave out --resume to start")
@@ -28,8 +30,8 @@ def parse_config(config: type, argv: list[str]):
     for f in fields(config):
         if f.type | None == f.type and getattr(cfg, f.name) in ("none", ""):
             setattr(cfg, f.name, None)
-    for name in names[:names.index("out")]:  # the fields behind are the machine's
-        if name in saved and getattr(cfg, name) != saved[name]:
+    for name, value in takewhile(lambda pair: pair[0] != "out", vars(cfg).items()):
+        if value != saved.get(name, value):  # the fields from out on are the machine's
             raise UserError(f"the run's --{name} was {saved[name]!r}: to change it, start another")
     check(cfg)
     return cfg
@@ -63,29 +65,21 @@ def stage_starts(cfg) -> list[float]:
     """--curriculum -> where in the run its four stages start, from 0 to 1. Raises UserError."""
     if cfg.curriculum == "none":
         return []
-    try:
+    with as_user_error("--curriculum: none, or where in the run its 4 stages start, as ascending "
+                       "fractions from 0, like 0,0.2,0.5,0.8: ", ValueError):
         starts = [float(s) for s in cfg.curriculum.split(",")]
-    except ValueError:
-        starts = []
-    if len(starts) != 4 or starts != sorted(starts) or starts[0] != 0 or not 0 <= starts[3] <= 1:
-        raise UserError("--curriculum: none, or where in the run its 4 stages start, as ascending "
-                        "fractions from 0: 0,0.2,0.5,0.8")
+        if len(starts) != 4 or starts != sorted(starts) or starts[0] or not 0 <= starts[3] <= 1:
+            raise ValueError(f"not {cfg.curriculum}")
     return starts
 
 def make_augmenter(cfg, banks, samples: int):
     """-> the Augmenter of --curriculum, whose fractions of the run become epochs, None for none."""
-    starts, stages = stage_starts(cfg), []
-    if not starts:
-        return None
-    epochs = cfg.steps * cfg.effective_batch / samples
-    for stage, at, end in zip(CURRICULUM, starts, [*starts[1:], 1], strict=True):
+    starts, epochs, stages = stage_starts(cfg), cfg.steps * cfg.effective_batch / samples, []
+    for stage, at, end in zip(CURRICULUM, starts, [*starts[1:], 1], strict=False):
         stages.append(replace(stage, start_epoch=at * epochs))
-        step, what = math.ceil(at * cfg.steps), f"stage {len(stages)} of 4"
-        if step == math.ceil(end * cfg.steps):
-            print(f"warning: --curriculum: {what} never starts", file=sys.stderr)
-        else:
-            print(f"{what}, {stage.name}, starts with step {step + 1}", file=sys.stderr)
-    return Augmenter(stages, *banks, cfg.seed)
+        if math.ceil(at * cfg.steps) == math.ceil(end * cfg.steps):
+            print(f"warning: --curriculum: stage {len(stages)} of 4 never starts", file=sys.stderr)
+    return Augmenter(stages, *banks, cfg.seed) if stages else None
 
 def check_data(cfg, data: dict) -> None:
     """{pool: (samples, digest)}: a resumed run must find what it was started on, or UserError."""
@@ -102,7 +96,7 @@ def load_start(cfg) -> checkpoint.Borealis:
     ways = ("; or do without: --init_from none (a new adapter), or --preset pretrain first and "
             "--init_from its --out") if cfg.init_from and not cfg.resume else ""
     with as_user_error(f"cannot start from {parts}: ", OSError, ValueError, RuntimeError,
-                       suffix=ways):
+                       SafetensorError, suffix=ways):
         if cfg.resume:  # on what the run was started on, wherever its flags would point by now
             folder = newest_step(cfg.out)
             config = checkpoint.read_config(folder)
@@ -112,8 +106,8 @@ def load_start(cfg) -> checkpoint.Borealis:
         if cfg.init_from:
             place = checkpoint.find_checkpoint(cfg.init_from)
             model = checkpoint.load_checkpoint(place, cfg.encoder, cfg.llm)
-            base["checkpoint"] = place if Path(cfg.init_from).exists() else cfg.init_from
-            base["fingerprint"] = fingerprint(place)
+            base |= dict(checkpoint=place if Path(cfg.init_from).exists() else cfg.init_from,
+                         fingerprint=fingerprint(place))
         else:
             model = checkpoint.from_parts(cfg.encoder, cfg.llm, adapter=cfg.adapter)
     here = Path(cfg.out, "step").resolve()  # as seen from the checkpoints: so all can move

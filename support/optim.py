@@ -1,11 +1,14 @@
-"""support/optim.py -- what computes a step: AdamW, or Muon for matrices beside it, in bf16."""
+"""support/optim.py -- what a step is made of: AdamW, or Muon for matrices beside it; bf16; CTC."""
 from contextlib import contextmanager, nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import ctc_loss
+from torch.nn.utils.rnn import pad_sequence
+from data import Sample
+from model import AUDIO
 
 class Muon(torch.optim.Muon):
-    """torch's (Keller Jordan, 2024), but all matrices of a size take their Newton-Schulz steps at
-    once, and in fp32 unless bf16. Tall matrices take longer steps, as in its "original"."""
+    """torch's (Keller Jordan, 2024), but in fp32 unless bf16: for CPUs that crawl in it."""
     bf16 = False
 
     @torch.no_grad()
@@ -13,28 +16,22 @@ class Muon(torch.optim.Muon):
         group, = self.param_groups
         params, grads, buffers = [], [], []
         self._init_group(group, params, grads, buffers)
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov's
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        sizes = {}
-        for p, update in zip(params, updates, strict=True):
-            tall = max(1, len(p) / p.shape[1]) ** 0.5  # such lie down: smaller squares
-            views = (p.T, update.T, tall) if tall > 1 else (p, update, tall)
-            sizes.setdefault(views[0].shape, []).append(views)
-        for views in sizes.values():
-            flat, updates, scale = zip(*views, strict=True)
-            x = torch.stack(updates)
-            new = orthogonal(x.bfloat16() if self.bf16 else x, group).to(x.dtype)
-            new *= torch.tensor(scale).view(-1, 1, 1).to(new)
-            torch._foreach_add_(flat, [*new], alpha=-group["lr"])
+        for p, grad, buffer in zip(params, grads, buffers, strict=True):
+            buffer.lerp_(grad, 1 - group["momentum"])
+            update = grad.lerp(buffer, group["momentum"])  # Nesterov's
+            x = orthogonal(update.bfloat16() if self.bf16 else update, group).to(p.dtype)
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(x, alpha=-group["lr"] * max(1, len(p) / p.shape[1]) ** 0.5)  # its "original"
 
 def orthogonal(x: torch.Tensor, group: dict) -> torch.Tensor:
-    """(n, rows, columns) -> nearly the closest matrices whose singular values are all 1."""
+    """(rows, columns) -> nearly the closest matrix whose singular values are all 1."""
+    if len(x) > x.shape[1]:
+        return orthogonal(x.T, group).T  # smaller squares
     a, b, c = group["ns_coefficients"]
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    x = x / x.norm().clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):  # a x + b (x x') x + c (x x')^2 x
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x
 
 def make(cfg, model) -> list[torch.optim.Optimizer]:
@@ -79,3 +76,38 @@ def autocast(device: str, bf16: bool):
     spelled_out = sdpa_kernel(SDPBackend.MATH) if on and device == "cpu" else nullcontext()
     with torch.autocast(device, torch.bfloat16, enabled=on), spelled_out:
         yield
+
+class WithCTC(torch.nn.Module):
+    """A model whose loss gets a second gradient: the adapter's output, read by the LLM's own head,
+    shall spell a transcript (CTC: Graves et al. 2006), for the LLM alone takes long to find out
+    which sounds are which words. model.ctc: its weight; nothing of it is saved."""
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.ends = model, torch.tensor(model.ends)
+        chat = model.tokenizer.apply_chat_template(Sample("", [b""]).messages()[:2], tokenize=False)
+        self.start = torch.tensor(model.tokenizer(chat.split(AUDIO)[0]).input_ids)  # of transcripts
+
+    def forward(self, input_ids, labels, num_items_in_batch, **inputs):
+        heard = []  # (W, N, D)
+        hook = self.model.adapter.register_forward_hook(lambda *args: heard.append(args[-1]))
+        out = self.model(input_ids, labels=labels, num_items_in_batch=num_items_in_batch, **inputs)
+        hook.remove()
+        second = self.model.ctc / num_items_in_batch * self.ctc(heard[0], input_ids, labels)
+        out.loss = out.loss + (second - second.detach())  # what is logged stays the LLM's
+        return out
+
+    def ctc(self, audio, input_ids, labels) -> torch.Tensor:
+        """(W, N, D), (B, L) ids and labels -> the sum of the transcripts' CTC losses."""
+        config = self.model.config
+        windows = (input_ids == config.audio_token_id).sum(1) // config.tokens_per_window
+        start = self.start[:input_ids.shape[1]].to(labels)
+        own = (input_ids[:, :len(start)] == start).all(1).nonzero().flatten()
+        if not len(own):
+            return audio.sum() * 0
+        audio = audio.split(windows.tolist())
+        sounds = [audio[i].flatten(0, 1) for i in own]  # (N * windows, D) each
+        texts = [row[(row >= 0) & ~torch.isin(row, self.ends.to(row))] for row in labels[own]]
+        logits = self.model.llm.lm_head(pad_sequence(sounds)).float()  # (T, rows, V)
+        lengths = [torch.tensor([*map(len, some)]) for some in (sounds, texts)]
+        return ctc_loss(logits.log_softmax(-1), torch.cat(texts), *lengths, self.model.ends[1],
+                        "sum", zero_infinity=True)  # of more tokens than places

@@ -10,9 +10,10 @@ from itertools import count
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
+from transformers.modeling_utils import load_state_dict
 from support import lora
 from support.cli import UserError, as_user_error
 from support.recipes import TABLES
@@ -32,17 +33,17 @@ class Saver:
     """Writes checkpoints in a thread while training goes on; one process a folder, or UserError."""
     def __init__(self, out: Path, keep: int, rank: int):
         self.out, self.keep, self.rank = out, keep, rank
-        self.thread, self.pending, self.buffers = ThreadPoolExecutor(1), None, {}
+        self.thread, self.buffers = ThreadPoolExecutor(1), {}
+        self.pending = self.thread.submit(int)
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # unlocks when we end
+            self.lock = os.fdopen(os.open(out / ".lock", os.O_RDWR | os.O_CREAT), "r+")
             try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until we end
             except OSError:
-                other = os.read(self.lock, 99).decode().strip()
-                raise UserError(f"process {other} is writing into {out}: wait until it ends, or "
-                                "choose another --out") from None
-            os.write(self.lock, f"{os.getpid():<20}".encode())
+                raise UserError(f"process {self.lock.read().strip()} is writing into {out}: wait "
+                                "until it ends, or choose another --out") from None
+            print(f"{os.getpid():<20}", file=self.lock, flush=True)
 
     def clear(self) -> None:  # of what an earlier run and its evaluation left, and nothing else
         prune(steps_in(self.out))
@@ -72,14 +73,13 @@ class Saver:
     def wait(self) -> None:
         with as_user_error(f"cannot write to {self.out}: ", OSError, RuntimeError, SafetensorError,
                            suffix="; make room, and go on with --resume"):
-            if self.pending:
-                self.pending.result()
+            self.pending.result()
 
     def close(self) -> None:
         self.wait()
         if self.rank == 0:
             os.remove(self.out / ".lock")
-            os.close(self.lock)
+            self.lock.close()
 
     def write(self, model, tensors: dict, state: dict, config: dict, also) -> None:
         """out/step-0000500, whole or not there at all; of the old ones the newest `keep` stay."""
@@ -91,18 +91,13 @@ class Saver:
         text = json.dumps(config | {"step": state["step"]}, indent=1, ensure_ascii=False)
         (fresh / "train_config.json").write_text(text)
         torch.save(state, fresh / "state.pt")
-        for path in (*fresh.iterdir(), fresh):  # else a power cut may leave empty files behind
-            sync(path)
+        for path in fresh.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # else a power cut may leave empty files behind
         os.replace(fresh, self.out / f"step-{state['step']:07d}")
-        sync(self.out)
         if self.keep:
             prune(steps_in(self.out)[:-self.keep])
         also()
-
-def sync(path: Path) -> None:  # to disk: a file, or a folder's list of files
-    file = os.open(path, os.O_RDONLY)
-    os.fsync(file)
-    os.close(file)
 
 def prune(folders: list[Path]) -> None:  # half deleted, none looks like a checkpoint
     for old in folders:
@@ -117,8 +112,8 @@ def restore_weights(folder: str | Path, model: torch.nn.Module) -> None:
     tensors, mine = read_weights(newest_step(folder)), lora.stored(model)
     both = mine.keys() & tensors.keys()
     resized = [name for name in both if mine[name].shape != tensors[name].shape]
-    check_state_dict(folder, missing_keys=mine.keys() - both,
-                     unexpected_keys=tensors.keys() - both, mismatched_keys=resized)
+    check_state_dict(folder, missing_keys=mine.keys() - both, mismatched_keys=resized,
+                     unexpected_keys=tensors.keys() - both)
     for name, p in mine.items():
         p.copy_(tensors[name])
 
@@ -156,8 +151,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for file in files:
         try:
-            tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(
-                file, weights_only=True, mmap=True)
+            tensors |= load_state_dict(file)
         except Exception as e:  # pickle's and safetensors' own kinds
             raise ValueError(f"{file} is no file of plain tensors ({type(e).__name__})") from None
     return tensors
