@@ -125,21 +125,16 @@ class Augmenter:
     def __init__(self, stages: list[AugmentationStage], noises: list, rooms: list, seed: int = 0):
         self.stages = sorted(stages, key=lambda stage: stage.start_epoch)
         self.banks, self.seed = (noises, rooms), seed % 2 ** 32
-
     def stage(self, epoch: float) -> AugmentationStage:  # an epoch need not be whole
         return [s for s in self.stages if s.start_epoch <= epoch][-1]
-
     def rng(self, epoch: float, index: int, use: int):  # 0: touches, 1: masked, 2, 3...: wave
         return Generator(SFC64([self.seed, int(epoch), index, use]))
-
     def touches(self, epoch: float, index: int) -> bool:  # the sound of this sample?
         return self.rng(epoch, index, 0).random() < self.stage(epoch).config.touched
-
     def wave(self, epoch: float, index: int, wave: torch.Tensor, part: int) -> torch.Tensor:
         """Recording number `part` of sample `index`, a tensor (n,), as this epoch hears it."""
         rng = self.rng(epoch, index, 2 + part)
         return torch.from_numpy(augment(wave.numpy(), self.stage(epoch).config, rng, *self.banks))
-
     def masked(self, mels: torch.Tensor, windows: list, index: int, epoch: float) -> torch.Tensor:
         """Spectrograms (W, M, F) of these windows of sound -> masked, whether touched or not."""
         config, rng = self.stage(epoch).config, self.rng(epoch, index, 1)

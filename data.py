@@ -39,7 +39,6 @@ class Sample:  # a question about any number of recordings, and its answer
     system: str = model.ASR_SYSTEM
     history: list = field(default_factory=list)  # earlier turns of a text-only conversation
     name: str = ""                               # "my.jsonl:12" or "ru-clean/3/m7", for reports
-
     def messages(self, with_answer: bool = True) -> list[dict]:
         """The sample as a chat, with one <|AUDIO|> in the question for each recording."""
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -96,10 +95,8 @@ class HubSamples:
     """A dataset of the hub as a pool; a row is read when asked for, and named if it is a BadRow."""
     def __init__(self, source: recipes.Source, data_dir=None, limit: int | None = None):
         self.source, self.table = source, recipes.open_source(source, data_dir, limit)
-
     def __len__(self):
         return len(self.table)
-
     def __getitem__(self, i: int) -> Sample:
         name = f"{self.source.hub}/{self.source.split}:{i}"
         row = self.source.manifest_row(self.table[i]) | {"name": name}
@@ -154,14 +151,12 @@ class Dataset(torch.utils.data.Dataset):
         self.samples, self.config = samples, config
         self.augment, self.batch_size = augment, batch_size
         self.encode = partial(encode, tokenizer=tokenizer, config=config, **limits)
-
     def item(self, i: int, epoch: float = 0.0) -> tuple:  # recordings change if it is their turn
         if self.augment and self.augment.touches(epoch, i):
             with contextlib.suppress(TooLong):  # slowed down too far: then it stays as it was
                 change = partial(self.augment.wave, epoch, i)
                 return *self.encode(self.samples[i], change=change), (i, epoch)
         return *self.encode(self.samples[i]), (i, epoch)
-
     def __getitem__(self, key: tuple[int, float]):
         """Key -> (item, or None after RETRIES bad rows; [(reason, row, too long?) left out])."""
         i, epoch = key
@@ -175,7 +170,6 @@ class Dataset(torch.utils.data.Dataset):
                 patience -= 1 if too_long else 20
             i = (i + 1) % len(self.samples)
         return None, left_out
-
     def collate(self, dealt: list) -> dict:
         """One rank's part of a step -> micro-batches of neighbours in length, and counts of it."""
         items, size = [item for item, _ in dealt if item], self.batch_size
@@ -188,7 +182,6 @@ class Dataset(torch.utils.data.Dataset):
                     left_out=[row for _, left_out in dealt for row in left_out],
                     hopeless=len(dealt) - len(items), seconds=sum(windows) / SAMPLE_RATE,
                     windows=len(windows), tokens=sum(tokens), squares=sum(n * n for n in tokens))
-
     def pad(self, items: list) -> dict[str, torch.Tensor]:
         """B items -> input_ids (B, L) and labels (B, L), padded on the right, and input_features
         (W, M, F), all windows in reading order. Labels are found here: a GPU would wait for it."""
@@ -223,7 +216,6 @@ class Schedule(torch.utils.data.Sampler):
         counts = np.floor(exact).astype(int)  # what is left goes to the largest remainders
         counts[np.argsort(counts - exact, kind="stable")[:BLOCK - counts.sum()]] += 1
         self.counts = tuple(counts.tolist())
-
     def at(self, position: int) -> tuple[int, float]:
         """Of A (3 samples) and B, in turns AABAAB: position 4 is A's 4th turn: its next pass."""
         block, i = divmod(position, BLOCK)
@@ -233,7 +225,6 @@ class Schedule(torch.utils.data.Sampler):
         passes, i = divmod(earlier, self.sizes[pool])
         order = shuffled(self.sizes[pool], (self.seed + 7919 * pool) * 1_000_003 + passes)
         return self.starts[pool] + order[i], position / self.starts[-1]
-
     def __iter__(self):
         for step in self.steps:
             positions = range(step * self.effective_batch, (step + 1) * self.effective_batch)

@@ -62,7 +62,6 @@ class BorealisConfig(PretrainedConfig):  # which makes a dataclass of it
     trained: str | None = None  # "adapter", "lora" or "full", if a checkpoint holds only that
     lora: dict | None = None  # its rank, alpha and dropout
     base: dict | None = None  # where everything else comes from, see support/checkpoint.py
-
     def __post_init__(self, **kwargs):
         if not isinstance(self.encoder_config, WhisperConfig):
             self.encoder_config = WhisperConfig(**(self.encoder_config or WHISPER_LARGE_V3))
@@ -70,11 +69,9 @@ class BorealisConfig(PretrainedConfig):  # which makes a dataclass of it
             self.llm_config = Qwen3Config(**(self.llm_config or QWEN3_4B))
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.llm_config.tie_word_embeddings
-
     @property
     def window_samples(self) -> int:  # 1500 * 2 * 160 = 480,000 samples = 30 s
         return self.encoder_config.max_source_positions * CONV_STRIDE * HOP
-
     @property
     def tokens_per_window(self) -> int:  # N = ceil(1500 / 4) = 375
         return -(-self.encoder_config.max_source_positions // self.downsample_factor)
@@ -183,7 +180,6 @@ class Adapter(nn.Module):
                           nn.Dropout(p), nn.Linear(wide, D, bias=False), nn.Dropout(p))
             for _ in range(config.adapter_layers if deep else 0))
         self.norm = nn.LayerNorm(D) if deep else nn.GELU()  # no norm in the simple one
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.w_in(x)  # (..., k*E) -> (..., D)
         for block in self.blocks:
@@ -194,7 +190,6 @@ class BorealisForConditionalGeneration(PreTrainedModel):
     """encoder.* (Whisper), adapter.* (ours), llm.* (Qwen3); support/checkpoint.py loads weights."""
     config_class = BorealisConfig
     _supports_sdpa = True
-
     def __init__(self, config: BorealisConfig, encoder=None, llm=None):
         super().__init__(config)
         self.encoder = WhisperEncoder(config.encoder_config) if encoder is None else encoder
@@ -202,34 +197,28 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         self.llm = Qwen3ForCausalLM(config.llm_config) if llm is None else llm
         self.post_init()
         self.freeze(*config.frozen)
-
     def _init_weights(self, module):  # the other parts come with their own initialisers
         if isinstance(module, Adapter):
             for weight in module.parameters():
                 if weight.dim() == 2:  # not a norm's
                     nn.init.xavier_uniform_(weight)
-
     @classmethod
     def from_pretrained(cls, *args, device=None, **settings) -> PreTrainedModel:
         model = super().from_pretrained(*args, **settings)
         return model if device is None else model.to(device)  # the post's snippet wants it there
-
     @cached_property
     def tokenizer(self):  # the one beside the weights, unless another was set
         return AutoTokenizer.from_pretrained(self.config._name_or_path)
-
     def freeze(self, *parts: str) -> nn.Module:
         """No gradients for these parts, and no dropout in the encoder. --train: support/lora.py"""
         self.config.frozen = list(parts)
         for part in parts:
             getattr(self, part).requires_grad_(False)
         return self.train(self.training)
-
     def train(self, mode: bool = True) -> nn.Module:
         super().train(mode)
         self.encoder.train(mode and "encoder" not in self.config.frozen)  # Qwen3 has no dropout
         return self
-
     def encode_audio(self, input_features: torch.Tensor) -> torch.Tensor:
         """(W, M, F) log-mel -> (W, N, D) embeddings."""
         x, config = input_features.to(self.encoder.conv1.weight), self.config.encoder_config
@@ -240,7 +229,6 @@ class BorealisForConditionalGeneration(PreTrainedModel):
             x = x.new_zeros(0, config.max_source_positions, config.d_model) + zero
         x = downsample(x, self.config.downsample_factor)  # (W, N, k*E)  [W, 375, 5120]
         return self.adapter(x.to(self.adapter.w_in.weight.dtype))  # (W, N, D)  [W, 375, 2560]
-
     def embed(self, input_ids: torch.Tensor, input_features: torch.Tensor | None) -> torch.Tensor:
         """The one splice: (B, L) ids -> (B, L, D), with audio in its slots, in reading order."""
         slots = input_ids == self.config.audio_token_id  # (B, L)
@@ -251,7 +239,6 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         audio = self.encode_audio(input_features).flatten(0, 1)  # (W*N, D)
         assert slots.is_cuda or slots.sum() == len(audio), f"{slots.sum()} slots for {len(audio)}"
         return embeds.masked_scatter(slots.unsqueeze(-1), audio.to(embeds.dtype))
-
     def forward(self, input_ids, input_features=None, attention_mask=None, labels=None,
                 label_positions=None, num_items_in_batch=None, **kwargs) -> CausalLMOutputWithPast:
         """(B, L) ids -> logits (B, L, V); with labels, the loss, and logits (number of labels, V).
@@ -268,7 +255,6 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         # Divided by the labels of the whole effective batch: see backward() in train.py.
         return CausalLMOutputWithPast(loss / (num_items_in_batch or len(logits)), logits)
-
     def generate(self, audio=None, user_prompt=ASR_PROMPT, system_prompt=ASR_SYSTEM, **settings):
         """Answers -> new ids (B, <= max_new_tokens), padded at the end. Raises ValueError. audio:
         see group_recordings(). user_prompt: one for all, or a list. settings: see chat()."""
@@ -282,7 +268,6 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         chats = [[*system, {"role": "user", "content": place_audio(prompt, len(waves))}]
                  for prompt, waves in zip(prompts, groups, strict=True)]
         return self.chat(chats, groups, **settings)
-
     @torch.no_grad()
     def chat(self, conversations, recordings, max_new_tokens=256, do_sample=False, streamer=None,
              **sampling):
@@ -303,11 +288,9 @@ class BorealisForConditionalGeneration(PreTrainedModel):
                                     eos_token_id=[end, pad], pad_token_id=pad, **sampling)
         return self.llm.generate(None, settings, streamer=streamer, inputs_embeds=embeds,
                                  attention_mask=mask)
-
     @property
     def ends(self) -> list[int]:  # tokens that end an answer; the second is Qwen3's padding, too
         return self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-
     def decode(self, ids) -> str | list[str]:  # 1-D ids -> a text, 2-D -> a list of texts
         texts = self.tokenizer.decode(ids, skip_special_tokens=True)
         return texts.strip() if isinstance(texts, str) else [text.strip() for text in texts]

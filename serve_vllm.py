@@ -44,10 +44,8 @@ class BorealisProcessingInfo(processing.BaseProcessingInfo):
     """Any number of recordings (--limit-mm-per-prompt caps them), mono at 16 kHz."""
     def get_data_parser(self):
         return parse.MultiModalDataParser(target_sr=SAMPLE_RATE, target_channels=1)
-
     def get_supported_mm_limits(self):
         return {"audio": None}
-
     def get_mm_max_tokens_per_item(self, seq_len, mm_counts=None):
         """N for each window of the longest recording that fits the context, and two markers."""
         config = self.get_hf_config()
@@ -59,7 +57,6 @@ class BorealisDummyInputsBuilder(processing.BaseDummyInputsBuilder):
     """The largest prompt: recordings of silence, each as long as it may be."""
     def get_dummy_text(self, mm_counts):
         return AUDIO * mm_counts.get("audio", 0)
-
     def get_dummy_mm_data(self, seq_len, mm_counts, mm_options):
         config = self.info.get_hf_config()
         tokens = self.info.get_mm_max_tokens_per_item(seq_len)["audio"]
@@ -76,12 +73,10 @@ class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
         cut = [model.cut_windows(wave, config) for wave in waves]
         mels = model.log_mel(list(chain(*cut)), config)  # (W, M, F)
         return BatchFeature(dict(input_features=mels, num_windows=torch.tensor([*map(len, cut)])))
-
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):  # rows of which recording
         counts = hf_inputs.get("num_windows", torch.zeros(0, dtype=torch.long))  # none: only text
         return {"input_features": inputs.MultiModalFieldConfig.flat_from_sizes("audio", counts),
                 "num_windows": inputs.MultiModalFieldConfig.batched("audio", keep_on_cpu=True)}
-
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
         """select_token_id: only the slots take embeddings of sound, the markers stay text."""
         config = self.info.get_hf_config()
@@ -91,7 +86,6 @@ class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
             ids = [config.audio_start_id, *[config.audio_token_id] * n, config.audio_end_id]
             return processing.PromptUpdateDetails.select_token_id(ids, config.audio_token_id)
         return [processing.PromptReplacement("audio", [config.audio_token_id], slots)]
-
     def apply(self, inputs, *args, **kwargs):  # ids may come with a wrong number of placeholders
         placed = inputs.prompt.count(self.info.get_hf_config().audio_token_id)
         given = inputs.mm_data_items.get_all_counts().get("audio", 0)
@@ -105,11 +99,9 @@ class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMulti
                                        interfaces.SupportsPP, interfaces.SupportsTranscription):
     """encoder.*, adapter.*, llm.* as in our checkpoints; llm is vLLM's Qwen3."""
     supported_languages = {"ru": "Russian", "en": "English"}
-
     @classmethod
     def get_placeholder_str(cls, modality, i):
         return AUDIO
-
     def __init__(self, *, vllm_config, prefix=""):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
@@ -124,40 +116,32 @@ class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMulti
         # In the original's layout <|AUDIO|> has no row in the table.
         self.configure_mm_token_handling(config.llm_config.vocab_size, [config.audio_token_id])
         self.make_empty_intermediate_tensors = self.llm.make_empty_intermediate_tensors
-
     def embed_multimodal(self, input_features, num_windows, **_):
         """(W, M, F) -> for each recording (its windows x N, D), which vLLM puts into its slots."""
         mels = input_features.to(self.adapter.w_in.weight)                      # its dtype, device
         x = self.encoder(mels).last_hidden_state                                # (W, T, E)
         x = self.adapter(model.downsample(x, self.config.downsample_factor))    # (W, N, D)
         return [part.flatten(0, 1) for part in x.split(num_windows.tolist())]
-
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **_):
         return self.llm.model(input_ids, positions, intermediate_tensors, inputs_embeds)
-
     def compute_logits(self, hidden_states):
         return self.llm.compute_logits(hidden_states)
-
     def load_weights(self, weights):
         return utils.AutoWeightsLoader(self).load_weights(weights)
-
     # ---- for /v1/audio/transcriptions, where vLLM cuts what is longer than a window
     @classmethod
     def get_speech_to_text_config(cls, model_config, task_type):
         seconds = model_config.hf_config.window_samples // SAMPLE_RATE
         return SpeechToTextConfig(sample_rate=SAMPLE_RATE, max_audio_clip_s=seconds)
-
     @classmethod
     def get_other_languages(cls):
         return {}  # those of Whisper, about which vLLM would only warn
-
     @classmethod
     def get_generation_prompt(cls, stt_params):  # that of training, whatever the language
         if stt_params.task_type != "transcribe":
             raise ValueError("this model does not translate: ask /v1/audio/transcriptions")
         tokenizer = cached_tokenizer_from_config(stt_params.model_config)
         return engine.prompt(tokenizer, engine.TRANSCRIBE, [stt_params.audio])
-
     @classmethod
     def post_process_output(cls, text):
         return text.strip()

@@ -63,7 +63,6 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line, not a page of usage, and a near miss gets a hint."""
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
-
     def add_flags(self, config: type) -> "ArgumentParser":
         """One --flag for each field of the dataclass `config`; returns the parser."""
         for f in fields(config):
@@ -78,7 +77,6 @@ class ArgumentParser(argparse.ArgumentParser):
                 settings["type"] = ranged(kind, low, high)
             self.add_argument(*names, **settings)
         return self
-
     def add_tables(self, *tables: str) -> "ArgumentParser":
         """The flags of these tables of flags.toml, added as those of a dataclass are."""
         declared = {}
@@ -88,7 +86,6 @@ class ArgumentParser(argparse.ArgumentParser):
             (name, TYPES.get(f.get("type")) or type(f["default"]), flag(f.get("default"), **{
                 k: v for k, v in f.items() if k not in ("default", "type")}))
             for name, f in declared.items()]))
-
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -96,7 +93,6 @@ class ArgumentParser(argparse.ArgumentParser):
             near = difflib.get_close_matches(name, self._option_string_actions, 1)
             self.error(f"unknown argument {name}" + (f", did you mean {near[0]}?" if near else ""))
         return parsed
-
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')}; see --help")
 

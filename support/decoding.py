@@ -69,7 +69,6 @@ class System:
     facts: tuple        # what its answers depend on, besides the samples
     settings: str = ""  # digest of both
     warned: bool = False  # that a batch fell apart
-
     def read(self, folder: Path, reuse: bool) -> dict:  # {(split, number): row} without what failed
         answers = {}
         for path in sorted(folder.glob("hypotheses*.jsonl" if reuse else "*.part.jsonl")):
@@ -79,7 +78,6 @@ class System:
                     if row["settings"] == self.settings and not row["failed"]:
                         answers[row["split"], row["row"]] = {name: row[name] for name in ROW}
         return answers
-
     def ask(self, batch: list[tuple]) -> list[dict]:
         """[(row, sample, waves)] -> the rows, filled in; where all together raise, one by one."""
         rows, samples, waves = zip(*batch, strict=True)
@@ -97,7 +95,6 @@ class System:
         took = round((time.perf_counter() - began) / len(rows), 5)
         return [row | dict(hypothesis=pauses.without_thoughts(text), tokens=n, cut=cut, took=took)
                 for row, (text, n, cut) in zip(rows, answers, strict=True)]
-
     def ask_block(self, block: list[tuple], done: dict, batch_size: int) -> Iterator[dict]:
         """A block's rows, batch by batch, longest first; batches that are done are left out."""
         queue = []
@@ -118,7 +115,6 @@ class System:
             batch = queue[i:i + batch_size]
             if any((row["split"], row["row"]) not in done for row, *_ in batch):
                 yield from self.ask(batch)
-
     def decode(self, jobs: list[tuple], folder: Path, batch_size: int, reuse: bool) -> dict:
         """[((split, number), sample)] -> {(split, number): row}, the same on all ranks."""
         # They share out blocks: what is in a batch depends neither on their number nor on a stop.

@@ -36,8 +36,11 @@ def servable(ckpt: str | Path, encoder=model.ENCODER, llm=model.LLM) -> Path:
     texts = [path.read_bytes() for path in (*code, *sorted(folder.iterdir()))
              if path.suffix in (".py", ".txt", ".jinja")]
     place = cache_dir() / f"served-{digest(decoding.digest_model(folder), encoder, llm, texts)}"
-    if not place.exists():
+    try:
         export.export(folder, place, encoder, llm)
+    except (ValueError, OSError):
+        if not place.exists():  # else it was there, or another process was first
+            raise
     return place
 
 def careful_settings() -> dict:  # of vLLM, on a CPU
@@ -65,7 +68,6 @@ class Offline:
         self.tokenizer = self.engine.get_tokenizer()
         self.config = self.engine.llm_engine.model_config.hf_config
         self.greedy = vllm.SamplingParams(temperature=0, max_tokens=max_new_tokens)
-
     def __call__(self, samples: list[Sample], waves: list) -> list[tuple[str, int, bool]]:
         prompts = [prompt(self.tokenizer, s, w) for s, w in zip(samples, waves, strict=True)]
         answers = [o.outputs[0] for o in self.engine.generate(prompts, self.greedy, use_tqdm=False)]

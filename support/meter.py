@@ -37,7 +37,6 @@ class Log:
                 self.tracker.init(project="nanoborealis", group=group, config=vars(cfg), **place)
         self.bar = tqdm(total=cfg.steps, initial=start, desc="training", unit="step",
                         mininterval=0.1 if sys.stderr.isatty() else 10)  # seconds; 10 in a file
-
     def write(self, row: dict):
         self.rows.append(row)
         with open(self.path, "a") as f:
@@ -50,10 +49,8 @@ class Log:
         text = [f"{k} {v:,.0f}" if v >= 100 else f"{k} {v:.3g}" for k, v in figures.items()]
         self.bar.set_postfix_str(", ".join(text), refresh=False)
         self.bar.update()
-
     def note(self, text: str):  # a line on standard error, above the bar
         self.bar.write(text, file=sys.stderr)
-
     def close(self):
         self.bar.close()
         if self.tracker:

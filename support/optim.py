@@ -10,7 +10,6 @@ from model import AUDIO
 class Muon(torch.optim.Muon):
     """torch's (Keller Jordan, 2024), but in fp32 unless bf16: for CPUs that crawl in it."""
     bf16 = False
-
     @torch.no_grad()
     def step(self):
         group, = self.param_groups
@@ -86,7 +85,6 @@ class WithCTC(torch.nn.Module):
         self.model, self.ends = model, torch.tensor(model.ends)
         chat = model.tokenizer.apply_chat_template(Sample("", [b""]).messages()[:2], tokenize=False)
         self.start = torch.tensor(model.tokenizer(chat.split(AUDIO)[0]).input_ids)  # of transcripts
-
     def forward(self, input_ids, labels, num_items_in_batch, **inputs):
         heard = []  # (W, N, D)
         hook = self.model.adapter.register_forward_hook(lambda *args: heard.append(args[-1]))
@@ -95,7 +93,6 @@ class WithCTC(torch.nn.Module):
         second = self.model.ctc / num_items_in_batch * self.ctc(heard[0], input_ids, labels)
         out.loss = out.loss + (second - second.detach())  # what is logged stays the LLM's
         return out
-
     def ctc(self, audio, input_ids, labels) -> torch.Tensor:
         """(W, N, D), (B, L) ids and labels -> the sum of the transcripts' CTC losses."""
         config = self.model.config

@@ -71,17 +71,13 @@ class Phrases:
     def __init__(self, longest: int):
         self.longest, self.levels = longest, deque(maxlen=MEMORY)  # dB
         self.start(np.zeros(0, np.float32))
-
     def start(self, phrase: np.ndarray) -> None:
         self.phrase, self.begun, self.last_pass, self.said, self.heard = phrase, False, [], 0, 0
-
     def add(self, piece: np.ndarray) -> None:  # a PIECE of samples, or the rest
         self.phrase = np.concatenate([self.phrase, piece])
         self.levels.extend(loudness(piece))
-
     def due(self) -> bool:  # is a pass over the phrase so far worth it?
         return self.begun and len(self.phrase) - self.heard >= STEP * FRAME
-
     def find_end(self, last: bool = False) -> int:
         """Drop the quiet before the phrase -> samples of the phrase if it is over, else 0. last: no
         more will come. A long phrase is cut where cut_at_pauses() cuts a recording."""
@@ -101,7 +97,6 @@ class Phrases:
         if not self.begun or end < MIN_SECONDS * SAMPLE_RATE:
             return 0
         return len(cut_at_pauses(torch.from_numpy(self.phrase[:end]), self.longest)[0])
-
     def take(self, text: str, n: int, over: bool) -> str:
         """The text of the first n samples -> its words that are new and certain (if the phrase is
         over, all), which are never taken back. A phrase ends with a line break."""

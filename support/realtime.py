@@ -44,11 +44,9 @@ class Connection(connection.RealtimeConnection):
         await super().handle_event(event)
         while self.audio_queue.qsize() >= AHEAD and not self.generation_task.done():
             await asyncio.sleep(0.05)
-
     async def start_generation(self) -> None:
         if self.generation_task is None or self.generation_task.done():
             self.generation_task = asyncio.create_task(self.transcribe())
-
     async def pieces(self):
         """Samples, a PIECE at a time, then the rest; do more wait already? Are these the last?"""
         rest = np.zeros(0, np.float32)
@@ -59,7 +57,6 @@ class Connection(connection.RealtimeConnection):
                 more = len(rest) >= pauses.PIECE or not self.audio_queue.empty()
                 yield piece, more, False
         yield rest, False, True
-
     async def transcribe(self) -> None:
         window = self.serving.model_config.hf_config.window_samples
         phrases, params = pauses.Phrases(window), SamplingParams(**GREEDY)

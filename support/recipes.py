@@ -23,12 +23,10 @@ class Source:
     only: tuple = ()
     rows: int | None = None
     evaluation: bool = False  # nothing is left out that has a reference, see data.parse_row
-
     @property
     def columns(self) -> list[str]:
         asked = [self.question] if self.question else []
         return [self.conversation] if self.conversation else [self.audio, *asked, self.answer]
-
     def manifest_row(self, row: dict) -> dict:  # -> in the format of a manifest, see data.py
         if self.conversation:
             chat = row[self.conversation]

@@ -35,22 +35,18 @@ class BadRows:
     """Counts unusable rows by reason, none is dropped silently. strict: the first is an error."""
     def __init__(self, strict: bool = False):
         self.strict, self.reasons, self.first = strict, Counter(), {}
-
     def add(self, reason: str, where: str) -> None:
         if self.strict:
             raise UserError(f"{where}: {reason} (--strict stops at the first bad row)")
         self.reasons[reason] += 1
         self.first.setdefault(reason, where)
-
     def check(self, total: int, name: str) -> None:  # UserError if too many of `total` are unusable
         if (bad := self.reasons.total()) > MAX_BAD_SHARE * total:
             raise UserError(f"{name}: {bad} of {total} rows are unusable, fix them: {self}")
-
     def report(self, total: int, name: str) -> None:  # check(), then say once what was left out
         self.check(total, name)
         if bad := self.reasons.total():
             print(f"{name}: left out {bad} of {total} rows: {self}", file=sys.stderr)
-
     def __str__(self):
         reasons = self.reasons.most_common()
         return ", ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in reasons)

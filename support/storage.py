@@ -44,12 +44,10 @@ class Saver:
                 raise UserError(f"process {self.lock.read().strip()} is writing into {out}: wait "
                                 "until it ends, or choose another --out") from None
             print(f"{os.getpid():<20}", file=self.lock, flush=True)
-
     def clear(self) -> None:  # of what an earlier run and its evaluation left, and nothing else
         prune(steps_in(self.out))
         for name in TABLES["run"]["results"]:
             (self.out / name).unlink(missing_ok=True)
-
     def copy(self, key: int, x: torch.Tensor) -> torch.Tensor | None:
         """All ranks gather what is sharded; rank 0 copies it, to memory kept: pinning is slow."""
         x = x.full_tensor() if isinstance(x, DTensor) else x.detach().contiguous()
@@ -58,7 +56,6 @@ class Saver:
         if key not in self.buffers:
             self.buffers[key] = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
         return self.buffers[key].copy_(x, non_blocking=True)
-
     def save(self, model: torch.nn.Module, optimizers, config: dict, step: int, also) -> None:
         """On all ranks. also(): more for the thread. UserError if the last one was not written."""
         self.wait()
@@ -69,18 +66,15 @@ class Saver:
         if self.rank == 0:
             state = dict(step=step, optimizer=moments)
             self.pending = self.thread.submit(self.write, model, tensors, state, config, also)
-
     def wait(self) -> None:
         with as_user_error(f"cannot write to {self.out}: ", OSError, RuntimeError, SafetensorError,
                            suffix="; make room, and go on with --resume"):
             self.pending.result()
-
     def close(self) -> None:
         self.wait()
         if self.rank == 0:
             os.remove(self.out / ".lock")
             self.lock.close()
-
     def write(self, model, tensors: dict, state: dict, config: dict, also) -> None:
         """out/step-0000500, whole or not there at all; of the old ones the newest `keep` stay."""
         fresh = self.out / ".new-step"

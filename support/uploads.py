@@ -43,7 +43,6 @@ class Recordings(MediaConnector):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.allowed_media_domains = self.allowed_media_domains or ["data-urls-only.invalid"]
-
     async def load_from_url_async(self, *args, **kwargs):
         try:
             return await super().load_from_url_async(*args, **kwargs)
