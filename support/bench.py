@@ -271,5 +271,4 @@ def main() -> None:
     with cli.as_user_error("", ModuleNotFoundError, suffix="; see support/requirements-bench.txt"):
         globals().get(f"bench_{args.what}", bench_parts)(args)
 
-if __name__ == "__main__":
-    cli.run(main)
+cli.run(main, __name__)

@@ -11,7 +11,7 @@ import sys
 import time
 import tomllib
 import typing
-from dataclasses import field, fields, make_dataclass
+from dataclasses import field, fields
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -20,8 +20,10 @@ from transformers.utils.logging import disable_progress_bar
 class UserError(Exception):
     """Something the user can fix; the message says how, in a line, without a traceback."""
 
-def run(main) -> None:
+def run(main, name="__main__") -> None:  # name: __name__, for nothing happens on import
     """Call main() and exit: 2 and one line for a UserError, 130 for Ctrl-C, 1 for a closed pipe."""
+    if name != "__main__":
+        return
     disable_progress_bar()  # one for each file that is read or written is noise
     try:
         code = main()
@@ -66,26 +68,22 @@ class ArgumentParser(argparse.ArgumentParser):
     def add_flags(self, config: type) -> "ArgumentParser":
         """One --flag for each field of the dataclass `config`; returns the parser."""
         for f in fields(config):
-            settings = dict(default=f.default) | f.metadata
-            low, high = settings.pop("low"), settings.pop("high")
-            names = [f"--{f.name}", *settings.pop("aliases", ())]
-            names += [name.replace("_", "-") for name in names if "_" in name]
             kind = (*typing.get_args(f.type), f.type)[0]  # of "int | None": int
-            if kind is bool:
-                settings["action"] = argparse.BooleanOptionalAction  # also --no-x
-            elif kind in (int, float):
-                settings["type"] = ranged(kind, low, high)
-            self.add_argument(*names, **settings)
+            self.add_flag(f.name, kind, default=f.default, **f.metadata)
         return self
     def add_tables(self, *tables: str) -> "ArgumentParser":
-        """The flags of these tables of flags.toml, added as those of a dataclass are."""
-        declared = {}
-        for table in tables:
-            declared |= FLAGS[table]
-        return self.add_flags(make_dataclass("Flags", [
-            (name, TYPES.get(f.get("type")) or type(f["default"]), flag(f.get("default"), **{
-                k: v for k, v in f.items() if k not in ("default", "type")}))
-            for name, f in declared.items()]))
+        """The same for the lines of these tables of flags.toml."""
+        for name, f in (line for table in tables for line in FLAGS[table].items()):
+            self.add_flag(name, TYPES.get(f.get("type")) or type(f["default"]), **f)
+        return self
+    def add_flag(self, name, kind, low=-math.inf, high=math.inf, aliases=(), type="", **settings):
+        names = [f"--{name}", *aliases]
+        names += [name.replace("_", "-") for name in names if "_" in name]
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction  # also --no-x
+        elif kind in (int, float):
+            settings["type"] = ranged(kind, low, high)
+        self.add_argument(*names, **settings)
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:

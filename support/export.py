@@ -76,5 +76,4 @@ def main() -> None:
             huggingface_hub.create_repo(args.push, exist_ok=True)
             print("pushed:", huggingface_hub.upload_folder(repo_id=args.push, folder_path=args.to))
 
-if __name__ == "__main__":
-    run(main)
+run(main, __name__)

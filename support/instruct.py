@@ -130,5 +130,4 @@ def main() -> None:
         raise cli.UserError("requests failed, or no answer is usable: see above; repeat to go on")
     part.unlink()
 
-if __name__ == "__main__":
-    cli.run(main)
+cli.run(main, __name__)

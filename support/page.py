@@ -100,5 +100,4 @@ def main():
         question.submit(event, [sound, question], [answer, *shown])
     page.queue(**TABLES["queue"]).launch(server_port=cfg.port, share=cfg.share, **TABLES["launch"])
 
-if __name__ == "__main__":
-    cli.run(main)
+cli.run(main, __name__)

@@ -17,7 +17,7 @@ import data
 import eval as evaluation
 import model as nb
 from conftest import HERE, exit_of, is_one_line, needs_vllm, start, tone, wait_for, wav_bytes
-from support import pauses, rows, subtitles, tiny, transcripts
+from support import pauses, rows, tiny, transcripts
 
 srt = pytest.importorskip("srt", reason="pip install -r support/requirements-dev.txt")
 av = pytest.importorskip("av", reason="pip install -r support/requirements-page.txt")
@@ -25,7 +25,7 @@ with suppress(ImportError):  # vLLM brings it
     from websockets.exceptions import ConnectionClosed
     from websockets.sync.client import connect
 
-# ---- support/subtitles.py
+# ---- support/pauses.py
 @pytest.mark.parametrize("seed", range(6))
 def test_cues_fit_a_screen(seed):
     """Whatever is said: at most two lines of 42 letters and 7 s, in order, no word lost."""
@@ -36,22 +36,22 @@ def test_cues_fit_a_screen(seed):
         seconds = rng.uniform(0.5, 30)
         piece = tone(seconds) * torch.from_numpy(rng.random(round(seconds * 16000)) > 0.5)
         piece[:len(piece) // 5] = 0  # nobody speaks yet
-        segments.append(subtitles.word_times(piece, " ".join(words), at))
+        segments.append(pauses.word_times(piece, " ".join(words), at))
         assert at + seconds / 5 - 0.1 <= segments[-1][0][0] <= segments[-1][-1][1] <= at + seconds
         said, at = said + words, at + seconds
-    cues = list(subtitles.cues(segments))
+    cues = list(pauses.cues(segments))
     for begin, end, lines in cues:
         assert len(lines) <= 2 and max(map(len, lines)) <= 42 and 0 <= end - begin <= 7.001
     assert all(end <= begin for (_, end, _), (begin, *_) in zip(cues, cues[1:], strict=False))
     assert " ".join(" ".join(lines) for *_, lines in cues).split() == said
-    parsed = list(srt.parse(subtitles.to_srt(segments)))
+    parsed = list(srt.parse(pauses.to_srt(segments)))
     assert [p.content.split("\n") for p in parsed] == [lines for *_, lines in cues]
     for cue, (begin, end, _) in zip(parsed, cues, strict=True):
         assert abs(cue.start.total_seconds() - begin) < 1e-3 > abs(cue.end.total_seconds() - end)
 
 def test_other_formats_of_a_transcript():
     segments = [[(0.5, 1.0, "да"), (1.0, 3661.5, "<i>")], [(3661.5, 3662.25, "нет")]]
-    formats = {kind: write(segments, 4000.0) for kind, write in subtitles.FORMATS.items()}
+    formats = {kind: write(segments, 4000.0) for kind, write in pauses.FORMATS.items()}
     assert formats["txt"] == "да <i>\nнет\n"
     assert formats["tsv"] == "start\tend\ttext\n500\t3661500\tда <i>\n3661500\t3662250\tнет\n"
     assert formats["vtt"].startswith("WEBVTT\n\n00:00:00.500 --> 00:00:01.000\nда\n\n")

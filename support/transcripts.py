@@ -4,7 +4,7 @@
     python -m support.transcripts --ckpt out/ --transcribe folder/ --format srt,vtt --out_dir texts/
 
 The same flags of serve_vllm.py do it in vLLM. A recording is cut at pauses into pieces of at most a
-window, the segments, see support/subtitles.py; with PyAV, m4a, mp4 and webm are read too."""
+window, the segments, see support/pauses.py; with PyAV, m4a, mp4 and webm are read too."""
 import json
 import sys
 from collections import Counter
@@ -17,7 +17,7 @@ from data import Sample
 from model import SAMPLE_RATE
 from support import checkpoint, cli, pauses, rows, tasks
 from support.cli import UserError, check_out, first_line, write_text
-from support.subtitles import FORMATS, spoken, word_times
+from support.pauses import FORMATS, spoken, word_times
 
 TRANSCRIBE = Sample("", [b""])  # the transcription prompt of training; the sound comes beside it
 FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm")
@@ -117,5 +117,4 @@ def main() -> None:
     answer = tasks.native(model, cfg.max_new_tokens)
     transcribe(answer, model.config.window_samples, cfg.batch_size, cfg)
 
-if __name__ == "__main__":
-    cli.run(main)
+cli.run(main, __name__)

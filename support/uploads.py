@@ -18,7 +18,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, audi
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.tokenizers import cached_tokenizer_from_config
 from model import SAMPLE_RATE
-from support import engine, pauses, rows, subtitles
+from support import engine, pauses, rows
 from support.recipes import TABLES
 
 LIMIT = "BOREALIS_MAX_AUDIO_SECONDS"  # in the environment, which reaches all of vLLM's processes
@@ -79,13 +79,13 @@ async def with_times(raw_request: Request, request) -> Response:
     segments, facts, at = [], [], 0.0
     for piece, output in zip(pieces, outputs, strict=True):
         said = output.outputs[0]
-        if words := subtitles.word_times(piece, pauses.without_thoughts(said.text), at):
+        if words := pauses.word_times(piece, pauses.without_thoughts(said.text), at):
             segments.append(words)
             facts.append(whisper_facts(said, form.temperature, at))
         at += len(piece) / SAMPLE_RATE
     if form.response_format != "verbose_json":
-        return PlainTextResponse(subtitles.FORMATS[form.response_format](segments, at))
-    body = subtitles.to_json(segments, at)
+        return PlainTextResponse(pauses.FORMATS[form.response_format](segments, at))
+    body = pauses.to_json(segments, at)
     body["segments"] = [a | b for a, b in zip(body["segments"], facts, strict=True)]
     return JSONResponse(body | dict(usage=dict(type="duration", seconds=math.ceil(at))))
 
