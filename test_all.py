@@ -1724,9 +1724,9 @@ def test_offline_in_vllm(checkpoint, net, manifest, tmp_path, monkeypatch, capsy
 
 @needs_vllm
 @pytest.mark.parametrize("argv, says", [
-    ("--max_audio_seconds nan", "between"), ("--live nowhere.wav", "no such file"),
+    ("--max_audio_seconds nan", "between"), ("--live nowhere.wav", "missing file"),
     ("--transcribe nowhere.wav", "no file or folder"), ("--transcribe .", "files in ."),
-    ("--live - --transcribe a.wav", "not both"), ("--live .", "no such file"),
+    ("--live - --transcribe a.wav", "not both"), ("--live .", "missing file"),
     ("--live - --server x --y 1", "flag --y"), ("--live - --ckpt nowhere", "no checkpoint in"),
     ("--ckpt nowhere", "no checkpoint in"), ("--ckpt no/where", "cannot fetch"),
     ("--live - --server http://127.0.0.1:9", "refused"), ("--transcribe . --x 1", "flag --x"),

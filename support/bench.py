@@ -19,7 +19,7 @@ from augment import AugmentConfig, augment, examples
 from data import Dataset, embedded, load_audio
 from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3
 from model import BorealisForConditionalGeneration as Borealis
-from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks, sound, storage
+from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks, sound
 from support.recipes import TABLES
 from support.tasks import native
 from support.tiny import texts_of, tiny_config, train_tokenizer
@@ -216,7 +216,7 @@ def time_training(rows: list, what: str, args) -> None:
     cfg = train.TrainConfig(**{flag[2:]: True for flag in what.split()[1:]})
     model = random_model(*SIZES[args.size][:2], args.dtype)
     lora.prepare(model, "lora", dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=0.0))
-    step, optimizers = make_step(cfg, model)
+    step, _ = make_step(cfg, model)
     for micro in (1, 2, 4, 8):
         batch = make_batch(model, cfg.effective_batch // 8, micro)
         if DEVICE == "cuda":
@@ -227,15 +227,6 @@ def time_training(rows: list, what: str, args) -> None:
         paper = sum(meter.memory(model, tokens, micro * LABELS, cfg.grad_checkpoint).values())
         measured = meter.speed(model, batch, s, 1, model.device)
         rows[-1] |= dict(samples_per_s=batch["windows"] / s, **measured, paper_gb=paper / 1e9)
-    if what == "train":
-        with tempfile.TemporaryDirectory() as out:
-            saver = storage.Saver(Path(out), keep=1, rank=0)
-            for i in (1, 2):  # the first gets its memory, too
-                save = partial(saver.save, model, optimizers, {}, i, lambda: None)
-                record(rows, f"save {i}: the loop waits", None, save)
-                record(rows, f"save {i}: then, until it is written", None, saver.wait)
-            record(rows, "resume: weights", None, partial(storage.restore_weights, out, model))
-            record(rows, "resume: optimizer", None, partial(storage.restore, out, optimizers))
 
 def bench_parts(args):
     """gpu, generate, serve: a row at each batch size; what was measured stays if memory ends."""

@@ -11,10 +11,8 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from uuid import uuid4
 import numpy as np
 import torch
@@ -95,11 +93,9 @@ CHUNK = SAMPLE_RATE // 10  # samples sent at once
 def open_sound(source: str, max_seconds: float) -> Iterator[bytes]:
     """A file as fast as it was spoken, or "-": raw 16-bit mono PCM at 16 kHz on standard input, as
     it comes in -> chunks of such PCM. UserError."""
+    if source == "-":
+        return from_pcm(0)
     with as_user_error(f"--live {source}: ", ValueError, OSError):
-        if source == "-":
-            return from_pcm(0)
-        if not Path(source).is_file():
-            raise ValueError("no such file")
         wave = decode(source, max_seconds)
     return in_real_time((wave.numpy() * 32767).round().astype("<i2"))
 
@@ -110,9 +106,9 @@ def from_pcm(file: int | str) -> Iterator[bytes]:
 
 def in_real_time(samples: np.ndarray) -> Iterator[bytes]:
     start = time.monotonic()
-    for i in range(0, len(samples), CHUNK):
-        time.sleep(max(0, start + min(i + CHUNK, len(samples)) / SAMPLE_RATE - time.monotonic()))
-        yield samples[i:i + CHUNK].tobytes()
+    for end in range(CHUNK, len(samples) + CHUNK, CHUNK):
+        time.sleep(max(0, start + end / SAMPLE_RATE - time.monotonic()))
+        yield samples[end - CHUNK:end].tobytes()
 
 @contextmanager
 def own_server(command: list[str]):
@@ -123,21 +119,20 @@ def own_server(command: list[str]):
         process = subprocess.Popen([sys.executable, *command, "--port", str(port)], stdout=log,
                                    stderr=log, start_new_session=True)  # Ctrl-C is not for it
         try:
-            while not is_ready(f"http://127.0.0.1:{port}/health"):
-                if process.poll() is not None:
-                    log.seek(0)
-                    lines = [x for x in log if x.startswith("error: ")] or ["no server: see --help"]
-                    raise UserError(lines[-1].removeprefix("error: ").strip())
+            while process.poll() is None and not is_open(port):
                 time.sleep(0.2)
+            if process.poll() is not None:
+                log.seek(0)
+                lines = [x for x in log if x.startswith("error: ")] or ["the server ended: --help"]
+                raise UserError(lines[-1].removeprefix("error: ").strip())
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
             process.wait()
 
-def is_ready(url: str) -> bool:
-    with suppress(OSError):
-        return urllib.request.urlopen(url, timeout=5).status == 200
-    return False
+def is_open(port: int) -> bool:  # vLLM opens it when all is loaded
+    with socket.socket() as test:
+        return test.connect_ex(("127.0.0.1", port)) == 0
 
 def follow(pieces: Iterable[bytes], url: str, model: str = "borealis") -> None:
     """Print what the server at `url` hears, a line a phrase. Raises UserError."""

@@ -1,10 +1,6 @@
 """support/transcripts.py -- recordings -> texts and subtitles, by our model without vLLM:
-
-    python -m support.transcripts --ckpt out/ --transcribe a.mp3 folder/ > texts.jsonl
-    python -m support.transcripts --ckpt out/ --transcribe folder/ --format srt,vtt --out_dir texts/
-
-The same flags of serve_vllm.py do it in vLLM. A recording is cut at pauses into pieces of at most a
-window, the segments, see support/pauses.py; with PyAV, m4a, mp4 and webm are read too."""
+    python -m support.transcripts --ckpt out/ --transcribe a.m4a dir/ --format srt --out_dir texts/
+The same flags of serve_vllm.py do it in vLLM. What a window is too short for is cut at pauses."""
 import json
 import sys
 from collections import Counter
