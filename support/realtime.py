@@ -25,9 +25,8 @@ from vllm.sampling_params import RequestOutputKind
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 from model import SAMPLE_RATE
-from support import pauses, uploads
+from support import pauses, rows, uploads
 from support.cli import UserError, as_user_error, first_line
-from support.transcripts import decode
 
 GREEDY = dict(temperature=0, max_tokens=256, output_kind=RequestOutputKind.FINAL_ONLY)
 AHEAD = 1000  # pieces of sound that may wait; who sends more is read no faster than heard
@@ -96,7 +95,7 @@ def open_sound(source: str, max_seconds: float) -> Iterator[bytes]:
     if source == "-":
         return from_pcm(0)
     with as_user_error(f"--live {source}: ", ValueError, OSError):
-        wave = decode(source, max_seconds)
+        wave = rows.load_audio(source, silence=True, max_seconds=max_seconds)
     return in_real_time((wave.numpy() * 32767).round().astype("<i2"))
 
 def from_pcm(file: int | str) -> Iterator[bytes]:

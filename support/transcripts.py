@@ -7,7 +7,6 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 import soundfile
-import torch
 from tqdm import tqdm
 from data import Sample
 from model import SAMPLE_RATE
@@ -19,9 +18,6 @@ TRANSCRIBE = Sample("", [b""])  # the transcription prompt of training; the soun
 FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm")
 
 # ---- Files
-def decode(source: str | bytes, max_seconds: float) -> torch.Tensor:  # or ValueError
-    return rows.load_audio(source, silence=True, max_seconds=max_seconds)
-
 def find_recordings(places: list[str]) -> list[tuple[Path, Path]]:
     """Files, in folders too, and what each is called in --out_dir, without an ending. UserError."""
     found = {}
@@ -79,7 +75,8 @@ def transcribe(answer, window: int, batch_size: int, cfg) -> None:
     def pieces():  # of one recording after the other, and whether it is the last
         for file, paths in todo:
             try:
-                wave = decode(str(file), cfg.max_audio_seconds or rows.MAX_SECONDS)
+                most = cfg.max_audio_seconds or rows.MAX_SECONDS
+                wave = rows.load_audio(str(file), silence=True, max_seconds=most)
             except (ValueError, OSError) as e:
                 failed.append((dict(audio=str(file), error=first_line(e)), paths))
                 continue

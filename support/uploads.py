@@ -80,21 +80,18 @@ async def with_times(raw_request: Request, request) -> Response:
     for piece, output in zip(pieces, outputs, strict=True):
         said = output.outputs[0]
         if words := pauses.word_times(piece, pauses.without_thoughts(said.text), at):
+            data, n = said.text.encode(), len(said.token_ids)
             segments.append(words)
-            facts.append(whisper_facts(said, form.temperature, at))
+            facts.append(dict(  # what else OpenAI's clients expect; the last is Whisper's alone
+                seek=int(at), tokens=[*said.token_ids], temperature=form.temperature,
+                avg_logprob=said.cumulative_logprob / n,
+                compression_ratio=len(data) / len(zlib.compress(data)), no_speech_prob=None))
         at += len(piece) / SAMPLE_RATE
     if form.response_format != "verbose_json":
         return PlainTextResponse(pauses.FORMATS[form.response_format](segments, at))
     body = pauses.to_json(segments, at)
     body["segments"] = [a | b for a, b in zip(body["segments"], facts, strict=True)]
     return JSONResponse(body | dict(usage=dict(type="duration", seconds=math.ceil(at))))
-
-def whisper_facts(said, temperature: float, at: float) -> dict:
-    """What else OpenAI's clients expect of a segment; no_speech_prob is Whisper's alone."""
-    data, tokens = said.text.encode(), list(said.token_ids)
-    return dict(seek=int(at), tokens=tokens, temperature=temperature, no_speech_prob=None,
-                avg_logprob=said.cumulative_logprob / len(tokens),
-                compression_ratio=len(data) / len(zlib.compress(data)))
 
 api_router.router.routes.clear()
 @api_router.router.post("/v1/audio/transcriptions")
