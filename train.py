@@ -1,12 +1,10 @@
 """train.py -- fit a Borealis model: one flat loop for a laptop, one GPU, or eight under torchrun.
+A run writes metrics.jsonl, loss.png and checkpoints (step-0000500, ...) into --out.
 
     torchrun --nproc_per_node=8 --shutdown_timeout 600 train.py  # the post's best: LoRA + adapter
-    torchrun --nproc_per_node=8 train.py --preset pretrain   # another one: support/recipes.py
     python train.py --preset tiny                            # from nothing; minutes on a CPU
     python train.py --preset tiny --train_manifest my.jsonl  # on your own recordings
-    python train.py --resume --out out                       # go on where a run stopped
-
-A run writes metrics.jsonl, loss.png and checkpoints (step-0000500, ...) into --out."""
+    python train.py --resume --out out                       # go on where a run stopped"""
 import json
 import math
 import signal
@@ -14,10 +12,8 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 import torch
-import torch.distributed as dist
 from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
 from model import ENCODER, LLM, count
 from support import decoding, launch, lora, optim, ranks, storage
@@ -111,18 +107,16 @@ def build(cfg, device):
             storage.restore_weights(cfg.out, model)
     return model
 
-def build_tiny(cfg, samples):  # -> a small, random model, with a tokenizer of its own
-    # Later runs may start here, with questions and English: the tokenizer needs their words.
+def build_tiny(cfg, samples):  # -> a random model; its tokenizer knows the words of later runs, too
     more = ["ru_audio", "en_audio", "text"] if cfg.mix else []
-    texts = chain(samples, *(tiny_pool(pool, 1000, cfg.seed) for pool in more))
+    texts = Chain([samples, *(tiny_pool(pool, 1000, cfg.seed) for pool in more)])
     torch.manual_seed(cfg.seed)
     return scratch_model(texts, 2048 if more else 1024, adapter=cfg.adapter)
 
 def load_data_and_model(cfg, rank, world, device):
     """-> (model, dataset, {pool: (samples, digest)}, [their shares]). Raises UserError."""
-    bad, path = BadRows(cfg.strict), cfg.train_manifest
-    fresh = cfg.train == "scratch" and not cfg.resume
-    model = None if fresh else build(cfg, device)  # before hours of data
+    bad, path = BadRows(cfg.strict), cfg.train_manifest  # the model first, before hours of data:
+    model = None if cfg.train == "scratch" and not cfg.resume else build(cfg, device)
     banks = open_banks(cfg.noise, cfg.rooms) if cfg.curriculum != "none" else None
     if path:
         samples, total = read_manifest(path, bad)
@@ -143,11 +137,10 @@ def load_data_and_model(cfg, rank, world, device):
     dataset = Dataset(samples, augment=augmenter, batch_size=batch_size, **settings)
     if rank == 0:
         launch.check_data(cfg, data)
-        accumulation = math.ceil(cfg.effective_batch / world / batch_size)
         print(json.dumps(asdict(cfg), ensure_ascii=False))
-        print(f"{len(samples)} samples; {count(model):,} parameters, "
-              f"{count(model, trained_only=True):,} trained; {world} process(es) on {device.type}, "
-              f"batch {batch_size} x accumulation {accumulation}", flush=True)
+        print(f"{len(samples)} samples; {count(model):,} parameters, {count(model, True):,} trained"
+              f"; {world} process(es) on {device.type}, batch {batch_size} x accumulation "
+              f"{math.ceil(cfg.effective_batch / world / batch_size)}", flush=True)
     return model.to(device), dataset, data, shares
 
 # ---- The loop
@@ -176,10 +169,9 @@ def wrap(cfg, model, world):  # -> what computes the loss: under DDP, if there a
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 def backward(net, micro_batches, num_labels, world, device, bf16=False):
-    """Add up the gradients of the micro-batches -> the loss of the step on all ranks: the mean over
-    all num_labels label tokens of the effective batch. The mean of the micro-batches' means would
-    weigh a token among 10 a hundred times as much as one among 1000: so sum, and divide by all.
-    DDP takes the mean over the ranks, where we want the sum: so times `world`."""
+    """Add up gradients -> the loss of the step on all ranks: the mean over all num_labels label
+    tokens. A mean of the micro-batches' means would weigh a token among 10 a hundred times as much
+    as one among 1000. So sum, divide by all, and times `world`: DDP takes the mean of the ranks."""
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for i, inputs in enumerate(micro_batches, 1):
         # DDP synchronises gradients once a step: the last backward sends what all have added up.
@@ -200,8 +192,7 @@ def train(cfg: TrainConfig) -> int:
         load_data_and_model, cfg, rank, world, device)  # rank 0 fetches, or speaks, the data
     net = wrap(cfg, model, world)
     optimizers = optim.make(cfg, model)
-    # What a resume restores: trained weights, the moments, the step. Data order, augmentation
-    # and dropout (that of each rank) follow from seed and step: there is no RNG state to save.
+    # Data order, augmentation, dropout (of each rank) follow from seed and step: no RNG to restore.
     start = storage.restore(out, optimizers) if cfg.resume else 0
     schedule = Schedule([size for size, _ in data.values()], shares, cfg.seed,
                         range(start, cfg.steps), cfg.effective_batch, rank, world)
@@ -242,8 +233,8 @@ def train(cfg: TrainConfig) -> int:
     log.close()
     del net  # DDP must not be the last to hold the process group: its destructor can deadlock
     if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     for left_out in filter(None, [str(bad), str(too_long)]):
         log.note(f"left out, and replaced by the next rows: {left_out}")
     if diverged:
@@ -257,10 +248,8 @@ def train(cfg: TrainConfig) -> int:
     return 130 if stopped and signal.SIGINT in signals else 0
 
 def main() -> int:
-    try:
+    with as_user_error("use --grad_checkpoint or a lower --batch_size: ", torch.OutOfMemoryError):
         return train(launch.parse_config(TrainConfig, sys.argv[1:]))
-    except torch.cuda.OutOfMemoryError:
-        raise UserError("GPU full: --grad_checkpoint, a lower --batch_size, --max_tokens") from None
 
 if __name__ == "__main__":
     run(main)

@@ -13,6 +13,7 @@ from support.cli import as_user_error
 
 EMBEDDINGS = "llm.model.embed_tokens.weight"
 END = "<|end_of_audio|>"  # ends a recording in the original's checkpoints, where ours have MARKER
+ERRORS = OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError  # of loading
 FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.py"]
 
 def find_checkpoint(where: str | Path) -> Path:
@@ -141,6 +142,5 @@ def load_base(folder: Path, config: BorealisConfig, dtype: torch.dtype | None = 
 def load_model(where: str | Path, device, encoder: str = ENCODER, llm: str = LLM) -> Borealis:
     """Any checkpoint on its device, ready to answer, bf16 on a GPU. Raises UserError."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    with as_user_error(f"cannot load {where}: ", OSError, ValueError, AttributeError, TypeError,
-                       RuntimeError, SafetensorError):
+    with as_user_error(f"cannot load {where}: ", *ERRORS):
         return load_checkpoint(where, encoder, llm, dtype).to(device)

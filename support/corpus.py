@@ -17,7 +17,6 @@ from support import cli, rows
 DATA = json.loads(Path(__file__).with_name("grammar.json").read_text(encoding="utf-8"))
 GRAMMAR = DATA["grammar"]  # of each language: name -> alternatives, in which {name} draws another
 QUESTIONS = DATA["questions"]  # about a text: its first word, its last word, how many there are
-LANGUAGES = tuple(GRAMMAR)
 # Variants of espeak-ng's voice that sound like people. Those for evaluation are never trained on.
 TRAIN_VOICES, EVAL_VOICES = DATA["voices"]["train"], DATA["voices"]["eval"]
 EVAL_SPLITS = ["clean", "voices", "books", "speak"]  # augment.py makes two more out of clean

@@ -27,13 +27,11 @@ def loading(ckpt: str | Path):  # "with loading(ckpt):" what goes wrong is a Use
 def servable(ckpt: str | Path, encoder=model.ENCODER, llm=model.LLM) -> Path:
     """Any checkpoint -> itself if exported, or an up-to-date export. ValueError or OSError."""
     folder = checkpoint.find_checkpoint(ckpt)
-    if not folder.is_dir():
-        raise ValueError(f"no checkpoint in {folder}: train one, or name one on the hub")
     config = checkpoint.read_config(folder)
     if hasattr(config, "auto_map") and (folder / "generation_config.json").is_file():
         return folder  # exported
     code = Path(model.__file__), Path(__file__).with_name("chat_template.jinja")
-    texts = [path.read_bytes() for path in (*code, *sorted(folder.iterdir()))
+    texts = [path.read_bytes() for path in (*code, *sorted(folder.glob("*")))
              if path.suffix in (".py", ".txt", ".jinja")]
     place = cache_dir() / f"served-{digest(decoding.digest_model(folder), encoder, llm, texts)}"
     try:
@@ -71,7 +69,6 @@ class Offline:
     def __call__(self, samples: list[Sample], waves: list) -> list[tuple[str, int, bool]]:
         prompts = [prompt(self.tokenizer, s, w) for s, w in zip(samples, waves, strict=True)]
         answers = [o.outputs[0] for o in self.engine.generate(prompts, self.greedy, use_tqdm=False)]
-        texts = self.tokenizer.batch_decode(  # vLLM's own lack letters that were cut in half
-            [a.token_ids for a in answers], skip_special_tokens=True)
-        return [(text.strip(), len(a.token_ids), a.finish_reason == "length")
-                for text, a in zip(texts, answers, strict=True)]
+        return [(self.tokenizer.decode(a.token_ids, skip_special_tokens=True).strip(),
+                 len(a.token_ids), a.finish_reason == "length")
+                for a in answers]  # their own texts lack letters that were cut in half

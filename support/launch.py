@@ -3,9 +3,7 @@ import math
 import os
 import sys
 from dataclasses import fields, replace
-from itertools import takewhile
 from pathlib import Path
-from safetensors import SafetensorError
 from augment import CURRICULUM, Augmenter
 from support import checkpoint
 from support.banks import check_source
@@ -20,7 +18,7 @@ def parse_config(config: type, argv: list[str]):
     parser = ArgumentParser(prog="train.py", description="Fit a Borealis model.").add_flags(config)
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     first = parser.parse_args(argv)  # again: some presets name their --out
-    saved = {}
+    names, saved = [f.name for f in fields(config)], {}
     if first.resume:
         if not (newest_step(first.out) / "state.pt").is_file():
             raise UserError(f"nothing to resume in {first.out}: leave out --resume to start")
@@ -30,8 +28,8 @@ def parse_config(config: type, argv: list[str]):
     for f in fields(config):
         if f.type | None == f.type and getattr(cfg, f.name) in ("none", ""):
             setattr(cfg, f.name, None)
-    for name, value in takewhile(lambda pair: pair[0] != "out", vars(cfg).items()):
-        if value != saved.get(name, value):  # the fields from out on are the machine's
+    for name in names[:names.index("out")]:  # the fields behind are the machine's
+        if name in saved and getattr(cfg, name) != saved[name]:
             raise UserError(f"the run's --{name} was {saved[name]!r}: to change it, start another")
     check(cfg)
     return cfg
@@ -39,9 +37,8 @@ def parse_config(config: type, argv: list[str]):
 def check(cfg) -> None:  # what the flags' own ranges cannot tell. Raises UserError
     if cfg.data_dir and not Path(cfg.data_dir).is_dir():
         raise UserError(f"no folder at --data_dir {cfg.data_dir}")
-    if stage_starts(cfg):
-        check_source(cfg.noise)
-        check_source(cfg.rooms)
+    for source in (cfg.noise, cfg.rooms) if stage_starts(cfg) else ():
+        check_source(source)
     if cfg.shard and (cfg.optimizer, cfg.ctc) != ("adamw", 0):
         raise UserError("--shard goes with --optimizer adamw and --ctc 0: they want whole weights")
     check_out(cfg.out)
@@ -93,10 +90,9 @@ def load_start(cfg) -> checkpoint.Borealis:
     """What to train on, loaded; model.config.base names it for later. Raises UserError."""
     base = dict(checkpoint=None, encoder=cfg.encoder, llm=cfg.llm)
     parts = f"--init_from {cfg.init_from} --encoder {cfg.encoder} --llm {cfg.llm}"
-    ways = ("; or do without: --init_from none (a new adapter), or --preset pretrain first and "
-            "--init_from its --out") if cfg.init_from and not cfg.resume else ""
-    with as_user_error(f"cannot start from {parts}: ", OSError, ValueError, RuntimeError,
-                       SafetensorError, suffix=ways):
+    ways = "; or --init_from none (a new adapter), or --preset pretrain first and its --out here"
+    with as_user_error(f"cannot start from {parts}: ", *checkpoint.ERRORS,
+                       suffix=ways if cfg.init_from and not cfg.resume else ""):
         if cfg.resume:  # on what the run was started on, wherever its flags would point by now
             folder = newest_step(cfg.out)
             config = checkpoint.read_config(folder)

@@ -20,8 +20,7 @@ def add_matrices(llm: nn.Module, rank: int, alpha: float, dropout: float) -> Non
     peft.inject_adapter_in_model(peft.LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear"), llm)
     for module in llm.modules():  # autocast casts; peft's cast would keep two more copies of x
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
+        module.cast_input_dtype_enabled = False
 
 def add_rows(model: nn.Module) -> None:
     """Let the embeddings of our tokens train, on the way in and, in a tied LLM, on the way out.
@@ -31,8 +30,7 @@ def add_rows(model: nn.Module) -> None:
     model.new_rows = nn.Parameter(table.weight[tokens].detach())
     def way_in(module, args, embeds):  # (B, L) ids -> (B, L, D)
         for token, row in zip(tokens, model.new_rows, strict=True):
-            here = (args[0] == token).unsqueeze(-1)  # (B, L, 1)
-            embeds = torch.where(here, row.to(embeds.dtype), embeds)
+            embeds = torch.where((args[0] == token)[..., None], row.to(embeds.dtype), embeds)
         return embeds
     def way_out(module, args, logits):  # (..., D) -> (..., V)
         own = nn.functional.linear(args[0], model.new_rows).to(logits.dtype)

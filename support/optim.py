@@ -2,8 +2,6 @@
 from contextlib import contextmanager, nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import ctc_loss
-from torch.nn.utils.rnn import pad_sequence
 from data import Sample
 from model import AUDIO
 
@@ -58,13 +56,11 @@ def update(optimizers: list, lr: float, forget: bool) -> None:
         optimizer.zero_grad(set_to_none=forget)
 
 def describe(optimizers: list) -> str:
-    shares = [(type(o).__name__, [p for group in o.param_groups for p in group["params"]])
-              for o in optimizers]
+    shares = {type(o).__name__: sum((g["params"] for g in o.param_groups), []) for o in optimizers}
     return "; ".join(f"{name}: {len(ps)} tensors, {sum(p.numel() for p in ps):,} parameters"
-                     for name, ps in shares)
+                     for name, ps in shares.items())
 
-def use_bf16(device: str, wanted: bool) -> bool:
-    """GPUs always; a CPU if it is wanted, and has instructions for it: else it would crawl."""
+def use_bf16(device: str, wanted: bool) -> bool:  # a CPU without instructions for it would crawl
     return device == "cuda" or wanted and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 @contextmanager
@@ -77,10 +73,9 @@ def autocast(device: str, bf16: bool):
         yield
 
 class WithCTC(torch.nn.Module):
-    """A model whose loss gets a second gradient: the adapter's output, read by the LLM's own head,
-    shall spell a transcript (CTC: Graves et al. 2006), for the LLM alone takes long to find out
-    which sounds are which words. model.ctc: its weight; nothing of it is saved."""
-    def __init__(self, model):
+    """Adds a gradient: the adapter's output, read by the LLM's own head, shall spell a transcript
+    (CTC: Graves et al. 2006): the LLM alone takes long to find out which sounds are which words."""
+    def __init__(self, model):  # model.ctc: its weight
         super().__init__()
         self.model, self.ends = model, torch.tensor(model.ends)
         chat = model.tokenizer.apply_chat_template(Sample("", [b""]).messages()[:2], tokenize=False)
@@ -104,7 +99,7 @@ class WithCTC(torch.nn.Module):
         audio = audio.split(windows.tolist())
         sounds = [audio[i].flatten(0, 1) for i in own]  # (N * windows, D) each
         texts = [row[(row >= 0) & ~torch.isin(row, self.ends.to(row))] for row in labels[own]]
-        logits = self.model.llm.lm_head(pad_sequence(sounds)).float()  # (T, rows, V)
+        logits = self.model.llm.lm_head(torch.nn.utils.rnn.pad_sequence(sounds)).float()
         lengths = [torch.tensor([*map(len, some)]) for some in (sounds, texts)]
-        return ctc_loss(logits.log_softmax(-1), torch.cat(texts), *lengths, self.model.ends[1],
-                        "sum", zero_infinity=True)  # of more tokens than places
+        return torch.nn.functional.ctc_loss(  # zero: of more tokens than places
+            logits.log_softmax(-1), torch.cat(texts), *lengths, self.model.ends[1], "sum", True)

@@ -15,18 +15,18 @@ from support.rows import BadRows
 def start_process(cfg) -> tuple[int, int, torch.device]:
     """(rank, number of ranks, device) of this process, as torchrun says. Raises UserError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, gpus = torch.device(pick_device(cfg.device)), torch.cuda.device_count()
+    gpu, gpus = pick_device(cfg.device) == "cuda", torch.cuda.device_count()
     if cfg.effective_batch % world:
         raise UserError(f"--effective_batch {cfg.effective_batch} is no multiple of {world} ranks")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= gpus:
             raise UserError(f"{world} processes, but {gpus} GPUs: torchrun --nproc_per_node={gpus}")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:  # the others may wait for long while rank 0 reads the data
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=3))
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=3))
     # A step from the loader is hundreds of pieces of shared memory: by name, not by file handle.
     torch.multiprocessing.set_sharing_strategy("file_system")
     return rank, world, device
@@ -35,13 +35,12 @@ def pick_batch(cfg, model, device: torch.device, world: int) -> int:
     """--batch_size; by default as many rows of --max_tokens as fit the GPU, see meter.memory()."""
     if cfg.batch_size or device.type != "cuda":
         return cfg.batch_size or 1
-    room = 0.85 * torch.cuda.get_device_properties(device).total_memory
-    def fits(rows):
-        ranks = world if cfg.shard else 1
-        need = memory(model, *[rows * cfg.max_tokens] * 2, cfg.grad_checkpoint, ranks)
-        return sum(need.values()) < room
-    share = cfg.effective_batch // world
-    return max((n for n in (1, 2, 4, 8, 16) if share % n == 0 and fits(n)), default=1)
+    room, ranks = 0.85 * torch.cuda.get_device_properties(device).total_memory, cfg.shard * world
+    for rows in (16, 8, 4, 2):
+        need = memory(model, *[rows * cfg.max_tokens] * 2, cfg.grad_checkpoint, max(1, ranks))
+        if cfg.effective_batch // world % rows == 0 and sum(need.values()) < room:
+            return rows
+    return 1
 
 def shard(model: torch.nn.Module) -> torch.nn.Module:
     """FSDP2: each rank keeps a part of all weights, gradients and moments; a layer is gathered when
@@ -70,9 +69,8 @@ def add_left_out(bad: BadRows, long: BadRows, rows: list[tuple], total: dict, se
     collate()'s counts. seen: rows read so far. UserError if too many are unusable, not too long."""
     if not total["left_out"]:
         return
-    everyone = [rows]
-    if dist.is_initialized():
-        everyone *= dist.get_world_size()
+    everyone = [rows] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(everyone) > 1:
         dist.all_gather_object(everyone, rows)
     for reason, name, too_long in sum(everyone, []):
         (long if too_long else bad).add(reason, name)

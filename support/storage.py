@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
@@ -32,8 +31,7 @@ def newest_step(folder: str | Path) -> Path:  # of a run; any other folder: itse
 class Saver:
     """Writes checkpoints in a thread while training goes on; one process a folder, or UserError."""
     def __init__(self, out: Path, keep: int, rank: int):
-        self.out, self.keep, self.rank = out, keep, rank
-        self.thread, self.buffers = ThreadPoolExecutor(1), {}
+        self.out, self.keep, self.rank, self.thread = out, keep, rank, ThreadPoolExecutor(1)
         self.pending = self.thread.submit(int)
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -48,21 +46,14 @@ class Saver:
         prune(steps_in(self.out))
         for name in TABLES["run"]["results"]:
             (self.out / name).unlink(missing_ok=True)
-    def copy(self, key: int, x: torch.Tensor) -> torch.Tensor | None:
-        """All ranks gather what is sharded; rank 0 copies it, to memory kept: pinning is slow."""
-        x = x.full_tensor() if isinstance(x, DTensor) else x.detach().contiguous()
-        if self.rank > 0:
-            return None
-        if key not in self.buffers:
-            self.buffers[key] = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
-        return self.buffers[key].copy_(x, non_blocking=True)
+    def copy(self, x: torch.Tensor) -> torch.Tensor | None:  # all ranks gather what is sharded
+        x = x.full_tensor() if isinstance(x, DTensor) else x.detach()
+        return x.to("cpu", copy=True).contiguous() if self.rank == 0 else None
     def save(self, model: torch.nn.Module, optimizers, config: dict, step: int, also) -> None:
         """On all ranks. also(): more for the thread. UserError if the last one was not written."""
         self.wait()
-        keys, state = count(), (lora.stored(model), [o.state_dict() for o in optimizers])
-        tensors, moments = tree_map_only(torch.Tensor, lambda x: self.copy(next(keys), x), state)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies are there
+        state = lora.stored(model), [optimizer.state_dict() for optimizer in optimizers]
+        tensors, moments = tree_map_only(torch.Tensor, self.copy, state)
         if self.rank == 0:
             state = dict(step=step, optimizer=moments)
             self.pending = self.thread.submit(self.write, model, tensors, state, config, also)
