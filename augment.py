@@ -179,5 +179,4 @@ def main() -> None:
     sound.plot_mels(shown, f"{args.out}/spectrograms.png")
     print(f"wrote {len(shown)} recordings and spectrograms.png to {args.out}")
 
-if __name__ == "__main__":
-    run(main)
+run(main, __name__)

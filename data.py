@@ -266,5 +266,4 @@ def main():
         soundfile.write(args.wav, torch.cat(windows).numpy(), SAMPLE_RATE)
         print(f"wrote {args.wav}")
 
-if __name__ == "__main__":
-    cli.run(main)
+cli.run(main, __name__)

@@ -192,5 +192,4 @@ def main():
         part.unlink()  # hypotheses.jsonl has it all
     return code
 
-if __name__ == "__main__":
-    run(main)
+run(main, __name__)

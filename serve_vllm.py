@@ -196,5 +196,4 @@ def main() -> int | None:
         print(f"listening at {address}", file=sys.stderr)
         realtime.follow(sound, address)
 
-if __name__ == "__main__":
-    run(main)
+run(main, __name__)

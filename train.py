@@ -251,5 +251,4 @@ def main() -> int:
     with as_user_error("use --grad_checkpoint or a lower --batch_size: ", torch.OutOfMemoryError):
         return train(launch.parse_config(TrainConfig, sys.argv[1:]))
 
-if __name__ == "__main__":
-    run(main)
+run(main, __name__)

@@ -337,6 +337,7 @@ def test_clients_that_vanish_or_send_garbage(heard, sentences):
     assert talk(heard, sentences[:2])[0] == lines(sentences[:2])
 
 @needs_vllm
+@pytest.mark.heavy
 def test_ten_minutes_are_as_quick_as_one(heard, sentences):
     """Phrase by phrase: the time to answer does not grow, nor does the prompt."""
     speaker, took, n = Speaker(heard), [], 0

@@ -374,7 +374,7 @@ def test_headers_are_not_believed(tmp_path):
 
 def test_corpus_same_seed_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path))
-    for lang in spoken.LANGUAGES:  # caches of earlier versions stay valid
+    for lang in ("ru", "en"):  # caches of earlier versions stay valid
         spoken.embedded_rows(lang, "train", 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["en-0-0e76672b", "ru-0-8729db0f"]
     monkeypatch.setattr(spoken, "CHUNK", 12)
