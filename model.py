@@ -9,6 +9,7 @@ Letters for shapes [full size]: B batch, L sequence length, W windows in the bat
 [128], F mel frames [3000], T encoder frames [1500], k frames in an audio token [4], N audio
 tokens in a window [375], E encoder width [1280], D LLM width [2560], V vocabulary [151671].
 No import from the project: this file travels inside exported checkpoints as remote code."""
+import sys
 from functools import cache, cached_property
 from pathlib import Path
 import torch
@@ -300,6 +301,9 @@ def count(module: nn.Module, trained_only: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        print("error: to export: python -m support.export --ckpt out/ --to hf/", file=sys.stderr)
+        sys.exit(2)
     for adapter in ("simple", "deep"):
         with torch.device("meta"):  # shapes without memory
             model = BorealisForConditionalGeneration(BorealisConfig(adapter=adapter))

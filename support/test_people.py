@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import torch
 import data
 import eval as evaluation
 import model as nb
-from conftest import HERE, exit_of, is_one_line, needs_vllm, start, tone, wait_for, wav_bytes
+from conftest import HERE, begin, exit_of, is_one_line, needs_vllm, start, tone, wait_for, wav_bytes
 from support import pauses, rows, tiny, transcripts
 
 srt = pytest.importorskip("srt", reason="pip install -r support/requirements-dev.txt")
@@ -279,6 +281,7 @@ def lines(sentences) -> str:
     return "".join(f"{s.answer}\n" for s in sentences)
 
 @needs_vllm
+@pytest.mark.heavy
 def test_one_speaker_and_eight_at_once(heard, sentences):
     """Each phrase once, in order, by the model's words; early where the machine keeps up."""
     text, late = talk(heard, sentences, pace=1)
@@ -290,6 +293,7 @@ def test_one_speaker_and_eight_at_once(heard, sentences):
     assert [text for text, _ in heard_by] == [lines(order) for order in orders]
 
 @needs_vllm
+@pytest.mark.heavy
 def test_words_come_before_their_phrase_is_over(heard, sentences):
     speaker, longest = Speaker(heard), max(sentences, key=lambda s: len(s.audio[0]))
     speaker.say(np.concatenate([QUIET, longest.audio[0]]), pace=0.7)
@@ -299,6 +303,7 @@ def test_words_come_before_their_phrase_is_over(heard, sentences):
     assert speaker.end() == lines([longest])
 
 @needs_vllm
+@pytest.mark.heavy
 def test_silence_says_nothing_and_brings_nothing_back(heard, sentences):
     first, second = sentences[:2]
     speaker, noise = Speaker(heard), np.random.default_rng(0).normal(0, 30, 160000)
@@ -313,6 +318,7 @@ def test_silence_says_nothing_and_brings_nothing_back(heard, sentences):
     assert Speaker(heard).end() == ""  # nothing was sent at all
 
 @needs_vllm
+@pytest.mark.heavy
 def test_clients_that_vanish_or_send_garbage(heard, sentences):
     for _ in range(5):  # in mid-word
         speaker = Speaker(heard)
@@ -351,6 +357,7 @@ def test_ten_minutes_are_as_quick_as_one(heard, sentences):
     assert np.median(took[-40:]) < 2 * np.median(took[:40])
 
 @needs_vllm
+@pytest.mark.heavy
 def test_live_is_a_client_of_the_socket(heard, sentences, tmp_path):
     """A file in real time; a microphone on standard input, which Ctrl-C ends."""
     (tmp_path / "a.wav").write_bytes(wav_bytes(sentences[0].audio[0]))
@@ -401,3 +408,15 @@ def test_books_are_heard_live_as_well_as_in_files(tmp_path):
         process.wait(60)
     print(f"WER of files {files:.2f}, live {lives:.2f}")
     assert lives <= 1.1 * files
+
+@needs_vllm
+@pytest.mark.heavy
+def test_live_starts_a_server_where_none_is_named(checkpoint, sentences, tmp_path):
+    """And ends it: what was on its port is gone afterwards."""
+    (tmp_path / "a.wav").write_bytes(wav_bytes(sentences[0].audio[0]))
+    live = begin(tmp_path, "serve_vllm.py", "--live", "a.wav", "--ckpt", checkpoint)
+    out, err = live.communicate(timeout=240)
+    assert live.returncode == 0 and out.decode().split(), err.decode()[-2000:]
+    address = re.search(r"127\.0\.0\.1:(\d+)", err.decode())[1]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(address))).close()
