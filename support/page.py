@@ -50,7 +50,7 @@ def connect(cfg):  # -> the same
 
 def find_examples(cfg) -> dict:  # label -> what gr.Audio takes. Raises UserError
     if cfg.examples:
-        return {str(name): str(path) for path, name in find_recordings([cfg.examples])}
+        return {path.name: str(path) for path, _ in find_recordings([cfg.examples])}
     lang = "ru" if cfg.server else checkpoint.training_config(cfg.ckpt).get("lang", "ru")[:2]
     said = {split: corpus.embedded_rows(lang, split, 1)[0] for split in corpus.EVAL_SPLITS}
     return {f"{k}: {row['text']}": (SAMPLE_RATE, row["audio"]) for k, row in said.items()}

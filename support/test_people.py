@@ -42,14 +42,14 @@ def test_cues_fit_a_screen(seed):
         assert at + seconds / 5 - 0.1 <= segments[-1][0][0] <= segments[-1][-1][1] <= at + seconds
         said, at = said + words, at + seconds
     cues = list(pauses.cues(segments))
-    for begin, end, lines in cues:
-        assert len(lines) <= 2 and max(map(len, lines)) <= 42 and 0 <= end - begin <= 7.001
-    assert all(end <= begin for (_, end, _), (begin, *_) in zip(cues, cues[1:], strict=False))
+    for first, last, lines in cues:
+        assert len(lines) <= 2 and max(map(len, lines)) <= 42 and 0 <= last - first <= 7.001
+    assert all(last <= first for (_, last, _), (first, *_) in zip(cues, cues[1:], strict=False))
     assert " ".join(" ".join(lines) for *_, lines in cues).split() == said
     parsed = list(srt.parse(pauses.to_srt(segments)))
     assert [p.content.split("\n") for p in parsed] == [lines for *_, lines in cues]
-    for cue, (begin, end, _) in zip(parsed, cues, strict=True):
-        assert abs(cue.start.total_seconds() - begin) < 1e-3 > abs(cue.end.total_seconds() - end)
+    for cue, (first, last, _) in zip(parsed, cues, strict=True):
+        assert abs(cue.start.total_seconds() - first) < 1e-3 > abs(cue.end.total_seconds() - last)
 
 def test_other_formats_of_a_transcript():
     segments = [[(0.5, 1.0, "да"), (1.0, 3661.5, "<i>")], [(3661.5, 3662.25, "нет")]]
