@@ -12,8 +12,7 @@ vLLM does not know our model. Four classes tell it what it must know:
     MultiModalProcessor       a recording -> mel windows, and the tokens that stand for it
     ForConditionalGeneration  the network: our encoder and adapter, and vLLM's own Qwen3
 
-A recording of 70 s is three windows of one chat prompt. For /v1/audio/transcriptions (by vLLM) and
---transcribe (by support/pauses.py) it is cut at quiet places, each piece a prompt, texts joined."""
+70 s are three windows of one chat prompt; for a transcript, pieces cut at pauses, each a prompt."""
 import math
 import os
 import sys

@@ -223,10 +223,8 @@ def time_training(rows: list, what: str, args) -> None:
             batch["micro"] = [{k: v.pin_memory() for k, v in m.items()} for m in batch["micro"]]
             torch.cuda.reset_peak_memory_stats()
         s = record(rows, what, micro, partial(step, batch), rounds=2)
-        tokens = batch["micro"][0]["input_ids"].numel()
-        paper = sum(meter.memory(model, tokens, micro * LABELS, cfg.grad_checkpoint).values())
         measured = meter.speed(model, batch, s, 1, model.device)
-        rows[-1] |= dict(samples_per_s=batch["windows"] / s, **measured, paper_gb=paper / 1e9)
+        rows[-1] |= dict(samples_per_s=batch["windows"] / s, **measured)
 
 def bench_parts(args):
     """gpu, generate, serve: a row at each batch size; what was measured stays if memory ends."""
