@@ -113,8 +113,7 @@ class Phrases:
         self.start(self.phrase[n:])  # what follows may become the next phrase
         return new
 
-# ---- When was it said? The model tells no times: inside of a piece between two pauses, its words
-# share the time in which somebody speaks, by their letters (docs/MEASURED.md).
+# ---- When was it said? Inside of a piece, words share the time of speech by their letters.
 LINE, LINES, SECONDS = 42, 2, 7  # of a cue, at most: letters in a line, lines, seconds
 
 def word_times(piece: torch.Tensor, text: str, offset: float = 0.0) -> list[tuple]:
