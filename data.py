@@ -106,6 +106,7 @@ class HubSamples:
             e.where = name
             raise
 
+TRANSCRIBE = Sample("", [b""])  # the transcription prompt; answer and sound come from elsewhere
 Chain = torch.utils.data.ConcatDataset  # Chain([a, b]): first a, then b
 
 def digest(pool) -> str:

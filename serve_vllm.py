@@ -140,7 +140,7 @@ class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMulti
         if stt_params.task_type != "transcribe":
             raise ValueError("this model does not translate: ask /v1/audio/transcriptions")
         tokenizer = cached_tokenizer_from_config(stt_params.model_config)
-        return engine.prompt(tokenizer, engine.TRANSCRIBE, [stt_params.audio])
+        return engine.prompt(tokenizer, [stt_params.audio])
     @classmethod
     def post_process_output(cls, text):
         return text.strip()
@@ -184,9 +184,9 @@ def main() -> int | None:
         raise UserError(f"unknown flag {vllm_flags[0]}; vLLM's own flags are for the server")
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # file names may be bytes
     if args.transcribe:
-        transcripts.plan(args)  # wrong ones show before vLLM has loaded the model
+        planned = transcripts.plan(args)  # wrong ones show before vLLM has loaded the model
         vllm = engine.Offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm)
-        return transcripts.transcribe(vllm, vllm.config.window_samples, BATCH, args)
+        return transcripts.transcribe(vllm, vllm.config.window_samples, BATCH, args, planned)
     sound = realtime.open_sound(args.live, args.max_audio_seconds or rows.MAX_SECONDS)
     if args.server:
         return realtime.follow(sound, args.server)

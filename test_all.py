@@ -923,7 +923,7 @@ def test_a_failed_save_ends_the_run(manifest, tmp_path, monkeypatch, capsys):
     assert is_one_line(code, err, "cannot write to"), err
 
 def test_models_are_looked_for_before_data(parts, original, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_pools", lambda cfg: pytest.fail("read data first"))
+    monkeypatch.setattr(train, "load_pools", lambda *_: pytest.fail("read data first"))
     monkeypatch.setattr(train, "read_manifest", train.load_pools)
     llm, whisper = ["--llm", parts["plain"]], ["--encoder", parts["encoder"]]
     fresh = ["--preset", "pretrain", *llm]

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 import torch
+import torch.distributed as dist
 from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
 from model import ENCODER, LLM, count
 from support import decoding, launch, lora, optim, ranks, storage
@@ -82,7 +83,12 @@ class TrainConfig:
     log: str = flag("none", "a tracker, too", choices=["none", "wandb", "tensorboard", "trackio"])
 
 # ---- Data and model
-def load_pools(cfg):  # -> ({name: pool of samples}, their shares). Raises UserError
+def load_pools(cfg, bad):  # -> (banks, {name: pool of samples}, their shares). Raises UserError
+    banks = open_banks(cfg.noise, cfg.rooms) if cfg.curriculum != "none" else None
+    if cfg.train_manifest:
+        samples, total = read_manifest(cfg.train_manifest, bad)
+        bad.check(total, cfg.train_manifest)
+        return banks, {"manifest": samples}, [1]
     shares, pools = MIXES[cfg.mix] if cfg.mix else {"pretrain": 1}, {}  # plain transcription
     for name in shares:
         if cfg.embedded:
@@ -91,7 +97,7 @@ def load_pools(cfg):  # -> ({name: pool of samples}, their shares). Raises UserE
             pools[name] = Chain([HubSamples(s, cfg.data_dir, cfg.max_rows) for s in POOLS[name]])
         if not len(pools[name]):
             raise UserError(f"the pool {name} is empty: its datasets have no fitting rows")
-    return pools, list(shares.values())
+    return banks, pools, list(shares.values())
 
 def build(cfg, device):
     """-> a model from a checkpoint, or pretrained parts. A tiny one trains as a whole; else the
@@ -115,21 +121,20 @@ def build_tiny(cfg, samples):  # -> a random model; its tokenizer knows the word
 
 def load_data_and_model(cfg, rank, world, device):
     """-> (model, dataset, {pool: (samples, digest)}, [their shares]). Raises UserError."""
-    bad, path = BadRows(cfg.strict), cfg.train_manifest  # the model first, before hours of data:
+    bad = BadRows(cfg.strict)  # the model first, before hours of data, which rank 0 fetches:
     model = None if cfg.train == "scratch" and not cfg.resume else build(cfg, device)
-    banks = open_banks(cfg.noise, cfg.rooms) if cfg.curriculum != "none" else None
-    if path:
-        samples, total = read_manifest(path, bad)
-        bad.check(total, path)
-        pools, shares = {"manifest": samples}, [1]
-    else:
-        pools, shares = load_pools(cfg)
+    banks, pools, shares = decoding.first_rank_first(load_pools, cfg, bad)
     model = model or build_tiny(cfg, next(iter(pools.values())))
     settings = dict(tokenizer=model.tokenizer, config=model.config, max_tokens=cfg.max_tokens,
                     max_windows=cfg.max_windows, max_seconds=cfg.max_seconds)
-    if path:  # small enough to look at every recording beforehand
-        pools["manifest"] = usable(samples, Dataset(samples, **settings), bad, path)
-        bad.report(total, path)
+    if cfg.train_manifest:  # small enough to look at every recording beforehand
+        found, path = [pools["manifest"]], cfg.train_manifest
+        if rank == 0:
+            found = [usable(found[0], Dataset(found[0], **settings), bad, path)]
+            bad.report(len(found[0]) + bad.reasons.total(), path)
+        if world > 1:
+            dist.broadcast_object_list(found)
+        pools["manifest"], = found
     # On resume the data must be what it was: rank 0 looks.
     data = {name: (len(pool), digest(pool) if rank == 0 else "") for name, pool in pools.items()}
     batch_size, samples = ranks.pick_batch(cfg, model, device, world), Chain(pools.values())
@@ -188,9 +193,9 @@ def train(cfg: TrainConfig) -> int:
     """The run, from data to the last checkpoint -> exit code: 1 diverged, 130 stopped by Ctrl-C."""
     rank, world, device = ranks.start_process(cfg)
     out = Path(cfg.out)
-    model, dataset, data, shares = decoding.first_rank_first(
-        load_data_and_model, cfg, rank, world, device)  # rank 0 fetches, or speaks, the data
+    model, dataset, data, shares = load_data_and_model(cfg, rank, world, device)
     net = wrap(cfg, model, world)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = optim.make(cfg, model)
     # Data order, augmentation, dropout (of each rank) follow from seed and step: no RNG to restore.
     start = storage.restore(out, optimizers) if cfg.resume else 0
@@ -215,7 +220,7 @@ def train(cfg: TrainConfig) -> int:
         total = ranks.all_sum(batch | dict(left_out=len(rows), stop=len(signals)), device)
         ranks.add_left_out(bad, too_long, rows, total, (step + 1 - start) * cfg.effective_batch)
         loss = backward(net, micro_batches, total["labels"], world, device, cfg.bf16)
-        norm = ranks.clip_gradients([*net.parameters()], cfg.grad_clip or math.inf)
+        norm = ranks.clip_gradients(trained, cfg.grad_clip or math.inf)
         diverged = not math.isfinite(loss + norm)
         if diverged:
             break

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 import train
 from augment import AugmentConfig, augment, examples
-from data import Dataset, embedded, load_audio
+from data import TRANSCRIBE, Dataset, embedded, load_audio
 from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3
 from model import BorealisForConditionalGeneration as Borealis
 from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks, sound
@@ -203,7 +203,7 @@ def time_answers(rows: list, what: str, args) -> None:
     beside = {row["batch"]: row["samples_per_s"] for row in rows if row["what"] == "native"}
     for n in counts:
         def ask(n=n):  # each time other sounds: vLLM does not encode twice what it has heard
-            answer([engine.TRANSCRIBE] * n, [*torch.randn(n, 1, seconds * SAMPLE_RATE) / 9])
+            answer([TRANSCRIBE] * n, [*torch.randn(n, 1, seconds * SAMPLE_RATE) / 9])
         speed = n / record(rows, what, n, ask, rounds=3 if n <= 4 else 1)
         own.append(speed)
         rows[-1] |= dict(samples_per_s=speed, tokens_per_s=speed * tokens,

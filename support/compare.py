@@ -73,7 +73,6 @@ def compare(folders: list[str], grade, score, normalizer: str, out: Path):
     if metric == "wer":
         text.append(NOTES["same" if columns[0] in BENCHMARK else "other"])
         text += [] if same else [table(BENCHMARK, published)]
-    out.mkdir(parents=True, exist_ok=True)
     write_text(out / "table.md", "\n\n".join(text) + "\n")
     plot_heatmap(shown, [*columns, "Avg"], metric, out / "heatmap.png")
     print(*text, f"wrote table.md and heatmap.png to {out}", sep="\n\n")

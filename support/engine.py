@@ -5,13 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import model
-from data import Sample
+from data import TRANSCRIBE, Sample
 from support import checkpoint, decoding, export
 from support.cli import UserError, as_user_error, cache_dir, digest
 from support.recipes import TABLES
 
 INSTALLED = util.find_spec("vllm") is not None
-TRANSCRIBE = Sample("", [b""])  # the transcription prompt of training; the sound comes beside it
 os.environ.update(TABLES["vllm"] | os.environ)
 if hasattr(os, "sched_getaffinity"):  # by default it leaves a core idle
     cores = sorted(os.sched_getaffinity(0))
@@ -44,7 +43,7 @@ def servable(ckpt: str | Path, encoder=model.ENCODER, llm=model.LLM) -> Path:
 def careful_settings() -> dict:  # of vLLM, on a CPU
     return {} if torch.cuda.is_available() else TABLES["vllm_cpu"]
 
-def prompt(tokenizer, sample: Sample, waves: list) -> dict:
+def prompt(tokenizer, waves: list, sample: Sample = TRANSCRIBE) -> dict:
     """A request: waves at 16 kHz; ids with one <|AUDIO|> a wave, for our MultiModalProcessor."""
     ids = tokenizer.apply_chat_template(sample.messages(with_answer=False), return_dict=False,
                                         add_generation_prompt=True)
@@ -67,7 +66,7 @@ class Offline:
         self.config = self.engine.llm_engine.model_config.hf_config
         self.greedy = vllm.SamplingParams(temperature=0, max_tokens=max_new_tokens)
     def __call__(self, samples: list[Sample], waves: list) -> list[tuple[str, int, bool]]:
-        prompts = [prompt(self.tokenizer, s, w) for s, w in zip(samples, waves, strict=True)]
+        prompts = [prompt(self.tokenizer, w, s) for s, w in zip(samples, waves, strict=True)]
         answers = [o.outputs[0] for o in self.engine.generate(prompts, self.greedy, use_tqdm=False)]
         return [(self.tokenizer.decode(a.token_ids, skip_special_tokens=True).strip(),
                  len(a.token_ids), a.finish_reason == "length")

@@ -23,7 +23,6 @@ class Silent:  # the Log of the other ranks: nothing happens
 class Log:
     """Rank 0's log: metrics.jsonl, a bar, and what --log names; rows after `start` go."""
     def __init__(self, cfg, start: int):
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
         self.path, self.board, self.tracker = Path(cfg.out, "metrics.jsonl"), None, None
         self.rows = read_metrics(self.path, start)
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))

@@ -2,7 +2,7 @@
 from contextlib import contextmanager, nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from data import Sample
+from data import TRANSCRIBE
 from model import AUDIO
 
 class Muon(torch.optim.Muon):
@@ -82,7 +82,7 @@ class WithCTC(torch.nn.Module):
     def __init__(self, model):  # model.ctc: its weight
         super().__init__()
         self.model, self.ends = model, torch.tensor(model.ends)
-        chat = model.tokenizer.apply_chat_template(Sample("", [b""]).messages()[:2], tokenize=False)
+        chat = model.tokenizer.apply_chat_template(TRANSCRIBE.messages()[:2], tokenize=False)
         self.start = torch.tensor(model.tokenizer(chat.split(AUDIO)[0]).input_ids)  # of transcripts
     def forward(self, input_ids, labels, num_items_in_batch, **inputs):
         heard = []  # (W, N, D)

@@ -10,7 +10,7 @@ from pathlib import Path
 import soundfile
 from matplotlib.figure import Figure
 from transformers import TextIteratorStreamer
-from data import TASK_SYSTEM, Sample
+from data import TASK_SYSTEM, TRANSCRIBE, Sample
 from model import ASR_SYSTEM, AUDIO, HOP, SAMPLE_RATE, BorealisConfig, cut_windows, log_mel
 from support import checkpoint, cli, corpus, pauses, rows
 from support.transcripts import find_recordings
@@ -69,7 +69,7 @@ def reply(cfg, config, stream, same, path, question=None):  # yields what three 
     try:
         wave = rows.load_audio(path or "", max_seconds=cfg.max_audio_seconds)
         windows = pieces = pauses.cut_at_pauses(wave, config.window_samples)
-        sample, seconds = Sample("", [b""]), len(wave) / SAMPLE_RATE
+        sample, seconds = TRANSCRIBE, len(wave) / SAMPLE_RATE
         if question is not None:
             sample = Sample("", [b""], rows.check_text(question), TASK_SYSTEM)
             windows, pieces = cut_windows(wave, config), [wave]

@@ -153,11 +153,11 @@ def clock(seconds: float, mark: str) -> str:
 def spoken(segments) -> list[str]:
     return [" ".join(word for *_, word in words) for words in segments]
 
-def to_json(segments, duration: float, **more) -> dict:
+def to_json(segments, duration: float) -> dict:
     """As OpenAI's verbose_json; its language is told by the letters, as the model does not say."""
     texts = spoken(segments)
     russian = any("а" <= c <= "я" for c in " ".join(texts).lower())
-    return dict(task="transcribe", language="russian" if russian else "english", **more,
+    return dict(task="transcribe", language="russian" if russian else "english",
                 duration=round(duration, 3), text=" ".join(texts), segments=[
                     dict(id=i, start=words[0][0], end=words[-1][1], text=text)
                     for i, (words, text) in enumerate(zip(segments, texts, strict=True))])

@@ -8,13 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 import soundfile
 from tqdm import tqdm
-from data import Sample
+from data import TRANSCRIBE
 from model import SAMPLE_RATE
 from support import checkpoint, cli, pauses, rows, tasks
 from support.cli import UserError, check_out, first_line, write_text
-from support.pauses import FORMATS, spoken, word_times
 
-TRANSCRIBE = Sample("", [b""])  # the transcription prompt of training; the sound comes beside it
 FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm")
 
 # ---- Files
@@ -38,8 +36,8 @@ def plan(cfg) -> list[tuple[Path, dict]]:
     if cfg.format and not cfg.out_dir:
         raise UserError("--format is of files: name a folder for them with --out_dir")
     formats = (cfg.format or "txt").split(",") if cfg.out_dir else []
-    if unknown := set(formats) - set(FORMATS):
-        raise UserError(f"--format {unknown.pop()}: choose from {','.join(FORMATS)}")
+    if unknown := set(formats) - set(pauses.FORMATS):
+        raise UserError(f"--format {unknown.pop()}: choose from {','.join(pauses.FORMATS)}")
     found = find_recordings(cfg.transcribe)
     if cfg.out_dir:
         check_out(cfg.out_dir)
@@ -57,18 +55,17 @@ def deliver(row: dict, paths: dict, segments: list, duration: float) -> None:
     if problem := row.get("error") or row["cut"] and "cut off: try more --max_new_tokens":
         tqdm.write(f"{row['audio']}: {problem}", sys.stderr)
     for kind, path in paths.items() if "text" in row else ():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, FORMATS[kind](segments, duration))
+        write_text(path, pauses.FORMATS[kind](segments, duration))
 
 def length(file: Path) -> float:  # in seconds, as far as its header tells
     with suppress(RuntimeError, OSError):
         return min(soundfile.info(str(file)).duration, rows.MAX_SECONDS)
     return 0.0
 
-def transcribe(answer, window: int, batch_size: int, cfg) -> None:
-    """The texts of all recordings of cfg.transcribe, in pieces of <= `window` samples, so many at
-    once, by a system as eval.py's. Raises UserError if none is usable."""
-    planned, failed = plan(cfg), []
+def transcribe(answer, window: int, batch_size: int, cfg, planned: list) -> None:
+    """The texts of what plan() found, in pieces of <= `window` samples, so many at once, by a
+    system as eval.py's. Raises UserError if none is usable."""
+    failed = []
     todo = [(file, paths) for file, paths in planned if not is_done(file, paths)]
     if len(todo) < len(planned):
         print(f"{len(planned) - len(todo)} of {len(planned)} are done already", file=sys.stderr)
@@ -86,13 +83,13 @@ def transcribe(answer, window: int, batch_size: int, cfg) -> None:
     segments, at, any_cut = [], 0.0, False
     with tqdm(total=sum(length(file) for file, _ in todo), unit=" s", unit_scale=True) as bar:
         for (_, [piece], end), (text, _, cut) in pauses.in_batches(answer, pieces(), batch_size):
-            segments.append(word_times(piece, pauses.without_thoughts(text), at))
+            segments.append(pauses.word_times(piece, pauses.without_thoughts(text), at))
             seconds, any_cut = len(piece) / SAMPLE_RATE, any_cut or cut
             bar.total, at = max(bar.total, bar.n + seconds), at + seconds
             bar.update(seconds)
             if end:
                 segments = [words for words in segments if words]
-                text = " ".join(spoken(segments))
+                text = " ".join(pauses.spoken(segments))
                 deliver(dict(audio=end[0], text=text, cut=any_cut), end[1], segments, at)
                 segments, at, any_cut = [], 0.0, False
     for row, paths in failed:
@@ -105,9 +102,9 @@ def main() -> None:
     cfg = parser.add_tables("model", "transcribe", "native").parse_args()
     if not cfg.transcribe:
         raise UserError("name recordings, or folders of them: --transcribe a.mp3 folder/")
-    plan(cfg)  # wrong flags show before the model is loaded
+    planned = plan(cfg)  # wrong flags show before the model is loaded
     model = checkpoint.load_model(cfg.ckpt, cli.pick_device(cfg.device), cfg.encoder, cfg.llm)
     answer = tasks.native(model, cfg.max_new_tokens)
-    transcribe(answer, model.config.window_samples, cfg.batch_size, cfg)
+    transcribe(answer, model.config.window_samples, cfg.batch_size, cfg, planned)
 
 cli.run(main, __name__)

@@ -54,7 +54,7 @@ class Recordings(MediaConnector):
 async def answer(server, wave: torch.Tensor, params, name: str):
     """One fresh request: the transcription prompt with this wave -> vLLM's RequestOutput."""
     config = server.model_config
-    prompt = engine.prompt(cached_tokenizer_from_config(config), engine.TRANSCRIBE, [wave])
+    prompt = engine.prompt(cached_tokenizer_from_config(config), [wave])
     inputs = await server.renderer.render_cmpl_async([parse_model_prompt(config, prompt)])
     async for output in server.engine_client.generate(inputs[0], params, name):
         last = output
