@@ -60,19 +60,19 @@ def load_bigbench(category: str, data_dir: str | None, strict: bool) -> list:
 
 def native(model, max_new_tokens: int):  # our model, greedily, as decoding.System wants it
     def answer(samples, waves):
-        messages = [s.messages(with_answer=False) for s in samples]
-        ids = model.chat(messages, waves, max_new_tokens=max_new_tokens).cpu()  # (B, <= max)
+        ids = model.chat([s.messages(False) for s in samples], waves, max_new_tokens=max_new_tokens)
         return with_lengths(model.decode(ids), ids, model.ends)
     return answer
 
 def answer_one(model, path: str, prompt: str | None, max_new_tokens: int) -> None:
     """Print the answer to a question about one file; without a question, its transcript."""
     with as_user_error(f"{path}: ", ValueError):
+        asked = ASR_PROMPT if prompt is None else rows.check_text(prompt, placeholders=True)
         wave = rows.load_audio(path)
         windows = -(-len(wave) // model.config.window_samples)
         print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s), "
               f"{windows * model.config.tokens_per_window} audio tokens", file=sys.stderr)
-        ids = model.generate(wave, prompt or ASR_PROMPT, max_new_tokens=max_new_tokens)
+        ids = model.generate(wave, asked, max_new_tokens=max_new_tokens)
     print(pauses.without_thoughts(model.decode(ids[0])))
 
 # ---- Who answers: our checkpoint, a Whisper, or both

@@ -97,8 +97,12 @@ def tab(browser):
     tab.close()
 
 def upload(tab, path):
-    """Opens the page anew and gives it a file."""
+    """Opens the page anew, notes all texts that its first box shows, and gives it a file."""
     tab.reload()
+    tab.evaluate("""() => {
+        seen = new Set()
+        setInterval(() => seen.add(document.querySelector(".said textarea")?.value), 5)
+    }""")
     tab.locator(".source-selection button").first.click()
     tab.locator("input[type=file]").set_input_files(path)
 
@@ -137,6 +141,7 @@ def check(tab, path, net, text=None, answer=None):
     upload(tab, path)
     figures = wait_for(tab, "said", text or words, tokens)
     assert figures[:2] == [f"{len(wave) / 16000:.1f} с", str(len(pieces))] and float(figures[4]) > 0
+    assert tab.evaluate("seen.size") > 3  # words appeared while others were decoded
     assert tab.locator(".picture img").evaluate("image => image.naturalWidth") > 500
     ask(tab, "что слышно?")
     words, tokens = joined(net, [wave], **QUESTION)
