@@ -148,16 +148,20 @@ def encode(sample, tokenizer, config, change=None, load=load_audio, max_windows=
 
 class Dataset(torch.utils.data.Dataset):
     """Key (index, epoch) -> (ids, labels, windows of sound, key), of it or the next usable one."""
-    def __init__(self, samples, tokenizer, config, augment=None, batch_size=1, **limits):
-        self.samples, self.config = samples, config
+    def __init__(self, samples, tokenizer, config, augment=None, batch_size=1, context=None,
+                 **limits):
+        self.samples, self.config, self.context = samples, config, context
         self.augment, self.batch_size = augment, batch_size
         self.encode = partial(encode, tokenizer=tokenizer, config=config, **limits)
     def item(self, i: int, epoch: float = 0.0) -> tuple:  # recordings change if it is their turn
+        plain, change = self.samples[i], None
+        sample = self.context(plain, epoch, i) if self.context else plain
         if self.augment and self.augment.touches(epoch, i):
+            change = partial(self.augment.wave, epoch, i)
+        if change or sample is not plain:
             with contextlib.suppress(TooLong):  # slowed down too far: then it stays as it was
-                change = partial(self.augment.wave, epoch, i)
-                return *self.encode(self.samples[i], change=change), (i, epoch)
-        return *self.encode(self.samples[i]), (i, epoch)
+                return *self.encode(sample, change=change), (i, epoch)
+        return *self.encode(plain), (i, epoch)
     def __getitem__(self, key: tuple[int, float]):
         """Key -> (item, or None after RETRIES bad rows; [(reason, row, too long?) left out])."""
         i, epoch = key

@@ -24,8 +24,20 @@ import transformers
 from transformers.data.metrics.squad_metrics import compute_f1
 from augment import HARD, augment
 from data import embedded, read_manifest
-from support import banks, checkpoint, compare, corpus, decoding, recipes, report, storage, tasks
-from support.cli import ArgumentParser, UserError, check_out, run
+from support import (
+    banks,
+    checkpoint,
+    compare,
+    context,
+    corpus,
+    decoding,
+    nonspeech,
+    recipes,
+    report,
+    storage,
+    tasks,
+)
+from support.cli import ArgumentParser, UserError, as_user_error, check_out, run
 from support.rows import BadRows, load_audio
 
 # ---- Text, normalised: what is compared
@@ -50,6 +62,7 @@ def grade(row: dict, task: str, normalizer: str) -> dict:
     ref, hyp = clean(row["reference"]), clean(row["hypothesis"])
     if task == "asr":
         counts = dict(wer=edits(ref, hyp), cer=edits(ref, hyp, jiwer.process_characters))
+        counts |= report.more_counts(ref.split(), hyp.split(), row["seconds"])
     elif task == "qa":
         counts = dict(em=[float(ref == hyp), 1], f1=[compute_f1(ref, hyp), 1])
     else:
@@ -87,7 +100,7 @@ def score(rows: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
 def assess(rows: list[dict], task: str) -> dict:  # graded rows of a system -> its results.json
     results = {name: report.describe(own, task) for name, own in report.by_split(rows).items()}
     mean, main = {}, tasks.TASKS[task][0]
-    for metric in tasks.TASKS[task]:
+    for metric in tasks.TASKS[task]:  # titles: [titles] in support/recipes.toml
         for own, x, draws in zip([*results.values(), mean], *score(rows, metric), strict=True):
             own |= {metric: rounded(x), f"{metric}_ci": interval(draws)}
     return {"splits": results, f"avg_{main}": mean[main], f"avg_{main}_ci": mean[f"{main}_ci"]}
@@ -95,6 +108,10 @@ def assess(rows: list[dict], task: str) -> dict:  # graded rows of a system -> i
 # ---- Which utterances: {split: samples}
 def embedded_split(lang: str, name: str, n: int, seed: int) -> list:
     """n held-out sentences by held-out voices; webinars, devices: clean in new noises and rooms."""
+    if name in nonspeech.SPLITS:
+        return nonspeech.split(name, n, seed)
+    if name.startswith("names_"):
+        return context.told(lang, name, embedded(lang, "names", n, seed), seed)
     if name not in HARD:
         return embedded(lang, name, n, seed)
     samples, made = embedded(lang, "clean", n, seed), banks.open_banks(voices="clean")
@@ -126,15 +143,16 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
         n = min(cfg.limit or corpus.EVAL_UTTERANCES, corpus.EVAL_UTTERANCES)
         if len(languages) > 1 and (cfg.baseline or cfg.fallback):
             raise UserError("--baseline listens in one language: give --lang ru or --lang en")
-        for lang, name in product(languages, (*corpus.EVAL_SPLITS, *HARD)):
+        for lang, name in product(languages, (*corpus.EVAL_SPLITS, *HARD, *corpus.MORE_SPLITS)):
             title = name if lang == languages[0] else f"{name}_{lang}"
             available[title] = partial(embedded_split, lang, name, n, trained_on["seed"])
     if unknown := [name for name in wanted if name not in available]:
         raise UserError(f"--split {unknown[0]}: choose from {', '.join(available)}")
-    splits = {name: load() for name, load in available.items() if name in wanted or not wanted}
+    wanted = wanted or [name for name in available if not name.startswith(corpus.MORE_SPLITS)]
+    splits = {name: load() for name, load in available.items() if name in wanted}
     if empty := [name for name, samples in splits.items() if not samples]:
         raise UserError(f"the split {empty[0]} has no utterances: nothing to measure")
-    return splits
+    return {name: [context.tell(s, cfg.context) for s in own] for name, own in splits.items()}
 
 def parse_config():  # -> the flags, see [eval] in support/flags.toml
     parser = ArgumentParser(prog="eval.py", description="Measure a checkpoint or ask it.")
@@ -142,7 +160,9 @@ def parse_config():  # -> the flags, see [eval] in support/flags.toml
     cfg.batch_size = cfg.batch_size or (128 if cfg.engine == "vllm" else 16)
     cfg.max_new_tokens = cfg.max_new_tokens or (64 if cfg.task == "bigbench" else 256)
     cfg.out = cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_dir() else Path(cfg.ckpt).name)
-    for_asr = cfg.baseline or cfg.fallback or cfg.chunk == "vad"
+    with as_user_error("--context: ", ValueError):
+        cfg.context = context.parse(cfg.context)
+    for_asr = cfg.baseline or cfg.fallback or cfg.context or cfg.chunk == "vad"
     fixed = cfg.audio or cfg.split or cfg.task == "bigbench"
     for wrong, message in (
             (cfg.prompt is not None and not cfg.audio, "--prompt asks about one file: add --audio"),
@@ -150,7 +170,7 @@ def parse_config():  # -> the flags, see [eval] in support/flags.toml
             (cfg.audio and not Path(cfg.audio).is_file(), f"no file at {cfg.audio}"),
             (cfg.data_dir and not Path(cfg.data_dir).is_dir(), f"no folder at {cfg.data_dir}"),
             (cfg.task == "qa" and not cfg.manifest, "--task qa: name a --manifest with questions"),
-            (cfg.task != "asr" and for_asr, "--baseline, --fallback, --chunk vad: for --task asr"),
+            (cfg.task != "asr" and for_asr, "--baseline, --fallback, --context, --chunk: for asr"),
             (decoding.WORLD > 1 and cfg.engine == "vllm", "--engine vllm: leave out torchrun")):
         if wrong:
             raise UserError(message)
@@ -167,7 +187,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()  # remarks about flags, once a batch
     if cfg.audio:
         model = checkpoint.load_model(cfg.ckpt, device, cfg.encoder, cfg.llm)
-        return tasks.answer_one(model, cfg.audio, cfg.prompt, cfg.max_new_tokens)
+        return tasks.answer_one(model, cfg)
     trained_on = checkpoint.training_config(cfg.ckpt)
     name = trained_on.get("preset", Path(cfg.ckpt).resolve().name)
     load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)

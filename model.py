@@ -9,7 +9,6 @@ Letters for shapes [full size]: B batch, L sequence length, W windows in the bat
 [128], F mel frames [3000], T encoder frames [1500], k frames in an audio token [4], N audio
 tokens in a window [375], E encoder width [1280], D LLM width [2560], V vocabulary [151671].
 No import from the project: this file travels inside exported checkpoints as remote code."""
-import sys
 from functools import cache, cached_property
 from pathlib import Path
 import torch
@@ -34,6 +33,8 @@ ASR_SYSTEM = ("Вы полезный помощник по автоматиче�
               "распознаванию речи. "
               "Точно транскрибируйте аудио в текст.")
 ASR_PROMPT = f"Транскрибируйте это аудио: {AUDIO}"
+
+CONTEXT = " Возможные слова: "  # then words that may be said: names, terms; see with_context()
 
 ENCODER, LLM = "openai/whisper-large-v3", "Qwen/Qwen3-4B"  # and their published shapes:
 WHISPER_LARGE_V3 = dict(d_model=1280, encoder_layers=32, encoder_attention_heads=20,
@@ -94,6 +95,10 @@ def place_audio(prompt: str, recordings: int) -> str:
         raise ValueError(f"the prompt has {n} {AUDIO} placeholders for {recordings} recordings")
     return prompt
 
+def with_context(system: str, words: list[str]) -> str:
+    """The system prompt with the one sentence in which training tells of words that may be said."""
+    return system + CONTEXT + ", ".join(words) + "." if words else system
+
 def group_recordings(audio, prompts: list[str]) -> list[list]:
     """A list of recordings for each answer. A wave (1-D, float, 16 kHz) -> [[wave]]. [a, b] ->
     [[a], [b]]; for one prompt with two AUDIO, [[a, b]]. [[a, b], None] -> [[a, b], []]."""
@@ -128,6 +133,21 @@ def build_ids(tokenizer, config, messages: list[dict], counts=()) -> tuple[list[
 def find_labels(labels: torch.Tensor) -> torch.Tensor:
     """(B, L) -> where in the flat (B * L,) the next token has a label: there are logits needed."""
     return (F.pad(labels[:, 1:], (0, 1), value=-100) != -100).flatten().nonzero().flatten()
+
+NGRAM, REPEATS = 8, 6  # 8 tokens or fewer that come more than 6 times in a row are a loop
+
+def speech_limit(samples: int) -> int:  # tokens of a transcript; the densest has 16 a second
+    return 16 + 16 * samples // SAMPLE_RATE
+
+def guard(ids: list[int], limit: int | None) -> list[int]:
+    """An answer's ids -> of a loop at their end only its first n-gram, and at most limit."""
+    repeats = 2 if limit and len(ids) > limit else REPEATS  # beyond the limit, thrice will do
+    ids = ids[:limit]
+    for n in range(1, NGRAM + 1):
+        if len(ids) > n * repeats and ids[-n * repeats:] == ids[-n * (repeats + 1):-n]:
+            while ids[-2 * n:-n] == ids[-n:]:
+                ids = ids[:-n]
+    return ids
 
 def check_wave(wave) -> torch.Tensor:
     """One recording at 16 kHz -> (samples,) float32 in [-1, 1], or ValueError. One that passes 1
@@ -270,24 +290,38 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         return self.chat(chats, groups, **settings)
     @torch.no_grad()
     def chat(self, conversations, recordings, max_new_tokens=256, do_sample=False, streamer=None,
-             **sampling):
+             loop_guard=True, **sampling):
         """B lists of messages and B lists of recordings for their AUDIO -> new ids, see generate().
-        Greedy unless do_sample; then temperature, top_p, ... go to transformers, as a streamer."""
-        rows, pieces = [], []
+        Greedy unless do_sample; then temperature, top_p, ... go to transformers, as a streamer.
+        loop_guard: see guard(). An answer that was cut has no end token."""
+        rows, pieces, limits = [], [], []
         for messages, waves in zip(conversations, recordings, strict=True):
             windows = [cut_windows(check_wave(wave), self.config) for wave in waves]
             ids, _ = build_ids(self.tokenizer, self.config, messages, map(len, windows))
             rows.append(torch.tensor(ids, device=self.device))
             pieces += sum(windows, [])
+            speech = messages[-1]["content"] == ASR_PROMPT
+            limits.append(speech_limit(sum(map(len, waves))) if speech else None)
         # Padded on the left and masked, so that each row gets the tokens it would get alone.
-        end, pad = self.ends
+        pad = self.config.audio_start_id
+        def guarded(rows):  # of an answer there may be several, side by side
+            return [guard(row, limits[i * len(limits) // len(rows)]) for i, row in enumerate(rows)]
+        def cut(ids, *_, **__):  # which rows loop, or are longer than they may be?
+            rows = ids.tolist()
+            done = [kept != row for kept, row in zip(guarded(rows), rows, strict=True)]
+            return torch.tensor(done, device=ids.device)
         ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
         embeds = self.embed(ids, log_mel(pieces, self.config))  # (B, L, D)
         settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=do_sample,
-                                    eos_token_id=[end, pad], pad_token_id=pad, **sampling)
-        return self.llm.generate(None, settings, streamer=streamer, inputs_embeds=embeds,
-                                 attention_mask=mask)
+                                    eos_token_id=self.ends, pad_token_id=pad, **sampling)
+        new = self.llm.generate(None, settings, streamer=streamer, inputs_embeds=embeds,
+                                attention_mask=mask, stopping_criteria=[cut] if loop_guard else [])
+        said = [row[row != pad].tolist() for row in new]
+        for row, own, kept in zip(new, said, guarded(said), strict=True):
+            if loop_guard and set(own).isdisjoint(self.ends):
+                row[len(kept):] = pad
+        return new
     @property
     def ends(self) -> list[int]:  # tokens that end an answer; the second is Qwen3's padding, too
         return self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
@@ -301,9 +335,6 @@ def count(module: nn.Module, trained_only: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        print("error: to export: python -m support.export --ckpt out/ --to hf/", file=sys.stderr)
-        sys.exit(2)
     for adapter in ("simple", "deep"):
         with torch.device("meta"):  # shapes without memory
             model = BorealisForConditionalGeneration(BorealisConfig(adapter=adapter))

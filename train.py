@@ -20,7 +20,9 @@ from model import ENCODER, LLM, count
 from support import decoding, launch, lora, optim, ranks, storage
 from support.banks import open_banks
 from support.cli import UserError, as_user_error, flag, run
+from support.context import Context
 from support.meter import Log, Silent, plot_loss, speed
+from support.nonspeech import Silence, without_babble
 from support.recipes import MIXES, POOLS, PRESETS
 from support.rows import BadRows, usable
 from support.tiny import scratch_model
@@ -39,6 +41,8 @@ class TrainConfig:
     curriculum: str = flag("none", "fractions of the run where augment.py's stages start, or none")
     noise: str = flag("made", "for the curriculum: made, hub, or a folder of recordings")
     rooms: str = flag("made", "impulse responses for it: made, hub, or a folder")
+    silence: float = flag(0.0, "share of rows in which nobody speaks, made of noises", 0, 0.99)
+    context: float = flag(0.0, "share of transcripts that are told some words before", 0, 1)
     max_tokens: int = flag(2048, "a longer row, audio included, is left out and counted", low=1)
     max_windows: int = flag(4, "so is a recording of more windows (30 s each)", low=1)
     max_seconds: int = flag(3600, "and a longer one, which is not decoded to its end", low=1)
@@ -84,12 +88,13 @@ class TrainConfig:
 
 # ---- Data and model
 def load_pools(cfg, bad):  # -> (banks, {name: pool of samples}, their shares). Raises UserError
-    banks = open_banks(cfg.noise, cfg.rooms) if cfg.curriculum != "none" else None
+    wanted = cfg.silence or cfg.curriculum != "none"
+    banks = open_banks(cfg.noise, cfg.rooms) if wanted else None
+    shares, pools = MIXES[cfg.mix] if cfg.mix else {"pretrain": 1}, {}  # plain transcription
     if cfg.train_manifest:
         samples, total = read_manifest(cfg.train_manifest, bad)
         bad.check(total, cfg.train_manifest)
-        return banks, {"manifest": samples}, [1]
-    shares, pools = MIXES[cfg.mix] if cfg.mix else {"pretrain": 1}, {}  # plain transcription
+        shares, pools = {}, {"manifest": samples}
     for name in shares:
         if cfg.embedded:
             pools[name] = tiny_pool(name, cfg.utterances, cfg.seed, cfg.lang.split(","))
@@ -97,7 +102,13 @@ def load_pools(cfg, bad):  # -> (banks, {name: pool of samples}, their shares). 
             pools[name] = Chain([HubSamples(s, cfg.data_dir, cfg.max_rows) for s in POOLS[name]])
         if not len(pools[name]):
             raise UserError(f"the pool {name} is empty: its datasets have no fitting rows")
-    return banks, pools, list(shares.values())
+    shares = list(shares.values()) or [1]
+    if cfg.silence:
+        n = math.ceil(cfg.silence * sum(map(len, pools.values())))
+        noises = without_babble(banks[0]) if cfg.noise == "made" else banks[0]
+        pools["silence"] = Silence(noises, n, 6 if cfg.embedded else 30, cfg.seed)
+        shares.append(cfg.silence / (1 - cfg.silence) * sum(shares))
+    return banks, pools, shares
 
 def build(cfg, device):
     """-> a model from a checkpoint, or pretrained parts. A tiny one trains as a whole; else the
@@ -139,7 +150,9 @@ def load_data_and_model(cfg, rank, world, device):
     data = {name: (len(pool), digest(pool) if rank == 0 else "") for name, pool in pools.items()}
     batch_size, samples = ranks.pick_batch(cfg, model, device, world), Chain(pools.values())
     augmenter = launch.make_augmenter(cfg, banks, len(samples))
-    dataset = Dataset(samples, augment=augmenter, batch_size=batch_size, **settings)
+    context = Context(pools.values(), cfg.context, cfg.seed) if cfg.context else None
+    dataset = Dataset(samples, augment=augmenter, batch_size=batch_size, context=context,
+                      **settings)
     if rank == 0:
         launch.check_data(cfg, data)
         print(json.dumps(asdict(cfg), ensure_ascii=False))

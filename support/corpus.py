@@ -16,19 +16,30 @@ from support import cli, rows
 
 DATA = json.loads(Path(__file__).with_name("grammar.json").read_text(encoding="utf-8"))
 GRAMMAR = DATA["grammar"]  # of each language: name -> alternatives, in which {name} draws another
+NAMES = DATA["names"]  # the same of sentences with names; those of evaluation are held_out
 QUESTIONS = DATA["questions"]  # about a text: its first word, its last word, how many there are
 # Variants of espeak-ng's voice that sound like people. Those for evaluation are never trained on.
 TRAIN_VOICES, EVAL_VOICES = DATA["voices"]["train"], DATA["voices"]["eval"]
 EVAL_SPLITS = ["clean", "voices", "books", "speak"]  # augment.py makes two more out of clean
+MORE_SPLITS = "names", "names_context", "names_wrong", "silence", "sounds"  # only if asked for
 EVAL_UTTERANCES = 250            # in each held-out split
 SENTENCE_SHARE = 0.7             # of the training set; the rest is words that cannot be guessed
 TRAIN_MANNERS = ["clean", "books", "speak"], [0.5, 0.25, 0.25]  # of the training set, and shares
 CHUNK = 250  # utterances spoken by one process; fixed, so that bytes do not depend on the machine
 
-def sentence(lang: str, rng: random.Random) -> str:
-    text = "{sentence}"
+def sentence(lang: str, rng: random.Random, more=()) -> str:  # more: rules beside the grammar's
+    text, rules = "{sentence}", GRAMMAR[lang] | dict(more)
     while "{" in text:  # expand the leftmost name until none is left
-        text = re.sub(r"\{(\w+)\}", lambda m: rng.choice(GRAMMAR[lang][m[1]]), text, count=1)
+        text = re.sub(r"\{(\w+)\}", lambda m: rng.choice(rules[m[1]]), text, count=1)
+    return text
+
+def named(lang: str, split: str, rng: random.Random) -> str:
+    """With names: new ones each time, or, for evaluation, those that training never says."""
+    rules, own = NAMES[lang], set(NAMES[lang]["held_out"])
+    if split == "names":
+        return sentence(lang, rng, rules | dict(name=rules["held_out"]))
+    while own & set((text := sentence(lang, rng, rules)).split()):
+        pass
     return text
 
 @lru_cache
@@ -41,7 +52,9 @@ def held_out(text: str) -> bool:  # for evaluation only: one text in six, whoeve
 
 def fresh(lang: str, split: str, rng: random.Random, said: set) -> str:
     """A text of a split. Evaluation says held-out sentences only, and none twice."""
-    training = split == "train"
+    training = split in ("train", "named")
+    if split in ("named", "names"):
+        return named(lang, split, rng)
     guessable = not training or rng.random() < SENTENCE_SHARE
     while True:
         words = [] if guessable else rng.choices(vocabulary(lang), k=rng.randint(1, 4))
@@ -94,7 +107,9 @@ def synthesise(job: tuple) -> None:
     speeds, pitches = ((150, 260), (15, 85)) if split == "voices" else ((190, 230), (40, 60))
     spoken = []
     for i in range(CHUNK):
-        voice = rng.choice(TRAIN_VOICES) if split == "train" else EVAL_VOICES[i % len(EVAL_VOICES)]
+        voice = EVAL_VOICES[i % len(EVAL_VOICES)]
+        if split in ("train", "named"):
+            voice = rng.choice(TRAIN_VOICES)
         parts, pieces = script(lang, split, rng, said), []
         speed, pitch = rng.randint(*speeds), rng.randint(*pitches)
         for part in parts:
@@ -110,7 +125,7 @@ def synthesise(job: tuple) -> None:
 
 def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
     """The first n rows of "train" or of one of EVAL_SPLITS, spoken now or read from the cache."""
-    recipe = [GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, SENTENCE_SHARE, TRAIN_MANNERS[1], CHUNK, 2]
+    recipe = [DATA, SENTENCE_SHARE, TRAIN_MANNERS[1], CHUNK, 2]
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]  # 2: of synthesise
     folder = cli.cache_dir() / f"{lang}-{seed}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from data import TRANSCRIBE
-from model import AUDIO
+from model import ASR_SYSTEM
 
 class Muon(torch.optim.Muon):
     """torch's (Keller Jordan, 2024), but in fp32 unless bf16, and all of a shape at once."""
@@ -82,8 +82,9 @@ class WithCTC(torch.nn.Module):
     def __init__(self, model):  # model.ctc: its weight
         super().__init__()
         self.model, self.ends = model, torch.tensor(model.ends)
-        chat = model.tokenizer.apply_chat_template(TRANSCRIBE.messages()[:2], tokenize=False)
-        self.start = torch.tensor(model.tokenizer(chat.split(AUDIO)[0]).input_ids)  # of transcripts
+        chat = model.tokenizer.apply_chat_template(TRANSCRIBE.messages()[:1], tokenize=False)
+        start = chat.split(ASR_SYSTEM)[0] + ASR_SYSTEM  # of transcripts; context may follow
+        self.start = torch.tensor(model.tokenizer(start).input_ids)
     def forward(self, input_ids, labels, num_items_in_batch, **inputs):
         heard = []  # (W, N, D)
         hook = self.model.adapter.register_forward_hook(lambda *args: heard.append(args[-1]))

@@ -49,6 +49,7 @@ PUBLISHED = TABLES["published"]
 TINY, TWIN = TABLES["tiny"], TABLES["tiny"] | TABLES["twin"]  # what tiny presets share
 PRESETS = TABLES["presets"] | {name: TINY | more for name, more in TABLES["tiny_presets"].items()}
 PRESETS |= {name: TWIN | more for name, more in TABLES["twin_presets"].items()}
+PRESETS = {name: TABLES["all_presets"] | more for name, more in PRESETS.items()}
 
 # ---- Reading a dataset. Who reads none need not wait 0.4 s for the import of `datasets`.
 def find_copy(source: Source, data_dir: str | Path) -> Path:

@@ -2,14 +2,17 @@
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 import jiwer
 import numpy as np
 from tabulate import tabulate
 from support.cli import picture, write_text
+from support.corpus import NAMES
 from support.recipes import TABLES
 from support.tasks import TASKS, TITLES
 
+KNOWN_NAMES = Counter(name for own in NAMES.values() for name in own["held_out"] * 9)
 NOTES, KINDS = TABLES["notes"], TABLES["kinds"]  # {kind of error: which ones, out of what}
 PAIR = "REF: {reference}\nHYP: {hypothesis}"
 
@@ -23,13 +26,23 @@ def longest_loop(words: list[str] | str) -> int:
     lengths = [loop[0].count(" ") for loop in loops]
     return max((n for n in lengths if n >= 4), default=0)
 
+def has_loop(ref: list[str], hyp: list[str]) -> bool:  # one that the reference has not
+    in_words = [longest_loop(max(words, key=len, default="")) for words in (ref, hyp)]
+    return longest_loop(hyp) > longest_loop(ref) or in_words[1] > in_words[0]
+
+def more_counts(ref: list[str], hyp: list[str], seconds: float) -> dict[str, list[float]]:
+    """Of a transcript, beside its edits: does it loop? Of silence: its words, and 100 minutes' part
+    of it, so that eval.percent() gives words a minute. Of corpus.NAMES in it: found, all."""
+    names = Counter(ref) & KNOWN_NAMES
+    return dict(loops=[float(has_loop(ref, hyp)), 1],
+                made_up=[0, 0] if ref else [len(hyp), 100 * seconds / 60],
+                found=[(names & Counter(hyp)).total(), names.total()])
+
 def diagnose(rows: list[dict]) -> dict[str, int]:  # in how many of a split's rows what went wrong
-    kinds, found = ("stopped_early", "loops", "cut", "silence", "text_on_silence"), []
+    kinds, found = ("stopped_early", "cut", "silence", "text_on_silence"), []
     for r in rows:
         ref, hyp = r["reference_normalised"].split(), r["hypothesis_normalised"].split()
-        in_words = [longest_loop(max(words, key=len, default="")) for words in (ref, hyp)]
-        loops = longest_loop(hyp) > longest_loop(ref) or in_words[1] > in_words[0]
-        found.append((len(ref) > 1.5 * len(hyp), loops, r["cut"], not ref, bool(hyp and not ref)))
+        found.append((len(ref) > 1.5 * len(hyp), r["cut"], not ref, bool(hyp and not ref)))
     return dict(zip(kinds, map(sum, zip(*found, strict=True)), strict=True))
 
 def describe(rows: list[dict], task: str) -> dict:  # what a split's figure is made of, and took
@@ -69,7 +82,8 @@ def with_interval(result: dict, metric: str) -> str:
 def results_table(system: dict, task: str) -> str:  # by split; of transcripts also kinds of errors
     figures, kinds = [], []
     for split, r in system["splits"].items():
-        row = {f"{TITLES[metric]} % [95 %]": with_interval(r, metric) for metric in TASKS[task]}
+        known = [m for m in TASKS[task] if any(x[m] for x in system["splits"].values())]
+        row = {f"{TITLES[metric]} [95 %]": with_interval(r, metric) for metric in known}
         columns = "sub", "del", "ins", "words", "samples", "failed", "rtf", "tokens_per_s"
         figures.append({"split": split, **row} | {name: r[name] for name in columns if name in r})
         if task == "asr":
@@ -83,7 +97,7 @@ def overview(systems: dict[str, dict], task: str) -> str:  # one line a system, 
     for name, system in systems.items():
         own = {split: plain(r[metric]) for split, r in system["splits"].items()}
         average = with_interval(system, f"avg_{metric}")
-        rows.append({f"{TITLES[metric]} %": name, **own, "average [95 %]": average})
+        rows.append({TITLES[metric]: name, **own, "average [95 %]": average})
     return markdown(rows)
 
 def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:  # by split, with intervals
@@ -97,7 +111,7 @@ def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:  # by sp
                             yerr=abs(ends - values).tolist(), capsize=3)
             axis.bar_label(bars, map(plain, values), padding=3, fontsize=8)
         axis.set_xticks(np.arange(len(splits)) + 0.35 - width / 2, splits)
-        axis.set(ymargin=0.15, ylabel=f"{TITLES[metric]}, % (bars: 95 % intervals)")
+        axis.set(ymargin=0.15, ylabel=f"{TITLES[metric]} (bars: 95 % intervals)")
         axis.legend(frameon=False)
 
 def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: dict) -> int:

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from data import HubSamples
-from model import ASR_PROMPT, ENCODER, SAMPLE_RATE
+from model import ASR_PROMPT, ASR_SYSTEM, ENCODER, SAMPLE_RATE, with_context
 from support import pauses, rows
 from support.checkpoint import load_model, load_part
 from support.cli import UserError, as_user_error, digest
 from support.decoding import RANK, System, digest_model, stamp
 from support.recipes import BIG_BENCH_AUDIO, TABLES, Source
 
-TASKS = {"asr": ("wer", "cer"), "qa": ("em", "f1"), "bigbench": ("accuracy",)}  # main one first
-TITLES = dict(wer="WER", cer="CER", em="exact match", f1="F1", accuracy="accuracy")
+TASKS = TABLES["tasks"]  # {task: its metrics, the main one first}
+TITLES = TABLES["titles"]
 
 @functools.cache  # BigBenchAudio's categories are asked for one by one
 def load_split(source: Source, data_dir: str | None, strict: bool, limit: int | None = None):
@@ -58,28 +58,33 @@ def load_bigbench(category: str, data_dir: str | None, strict: bool) -> list:
     own, question = CATEGORIES[category][0], "Listen carefully and answer the question."
     return [replace(s, system=own, question=question) for s in samples if s.question == category]
 
-def native(model, max_new_tokens: int):  # our model, greedily, as decoding.System wants it
+def native(model, max_new_tokens: int, loop_guard=True):  # ours, as decoding.System wants it
     def answer(samples, waves):
-        ids = model.chat([s.messages(False) for s in samples], waves, max_new_tokens=max_new_tokens)
-        return with_lengths(model.decode(ids), ids, model.ends)
+        ids = model.chat([s.messages(False) for s in samples], waves, max_new_tokens,
+                         loop_guard=loop_guard)
+        return with_lengths(model.decode(ids), ids, model.ends, model.config.audio_start_id)
     return answer
 
-def answer_one(model, path: str, prompt: str | None, max_new_tokens: int) -> None:
-    """Print the answer to a question about one file; without a question, its transcript."""
+def answer_one(model, cfg) -> None:
+    """Print the answer to --prompt about --audio; without a question, its transcript."""
+    path, prompt, system = cfg.audio, cfg.prompt, with_context(ASR_SYSTEM, cfg.context)
     with as_user_error(f"{path}: ", ValueError):
         asked = ASR_PROMPT if prompt is None else rows.check_text(prompt, placeholders=True)
         wave = rows.load_audio(path)
         windows = -(-len(wave) // model.config.window_samples)
         print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s), "
               f"{windows * model.config.tokens_per_window} audio tokens", file=sys.stderr)
-        ids = model.generate(wave, asked, max_new_tokens=max_new_tokens)
+        ids = model.generate(wave, asked, system, max_new_tokens=cfg.max_new_tokens,
+                             loop_guard=cfg.loop_guard)
     print(pauses.without_thoughts(model.decode(ids[0])))
 
 # ---- Who answers: our checkpoint, a Whisper, or both
-def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int]) -> list[tuple]:
+def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int], pad=None) -> list[tuple]:
     """Answers, their ids (B, L) -> [(text, tokens up to its end token; cut, as none came?)]"""
-    lengths = (next((i for i, x in enumerate(row, 1) if x in ends), None) for row in ids.tolist())
-    return [(t.strip(), n or ids.shape[1], n is None) for t, n in zip(texts, lengths, strict=True)]
+    rows = [[x for x in row if x != pad] for row in ids.tolist()]
+    lengths = [next((i for i, x in enumerate(row, 1) if x in ends), None) for row in rows]
+    return [(text.strip(), n or len(row), n is None)
+            for text, row, n in zip(texts, rows, lengths, strict=True)]
 
 def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> list[System]:
     """A Whisper, greedy, in --lang or that of training, by another name than `ours`. UserError."""
@@ -116,11 +121,12 @@ def open_ours(cfg, name: str, device: torch.device) -> System:  # the checkpoint
         answer = model = Offline(cfg.ckpt, cfg.max_new_tokens, cfg.encoder, cfg.llm)
     else:
         model = load_model(cfg.ckpt, device, cfg.encoder, cfg.llm)
-        answer = native(model, cfg.max_new_tokens)
+        answer = native(model, cfg.max_new_tokens, cfg.loop_guard)
     if cfg.chunk == "vad":
         answer = pauses.in_pieces(answer, model.config.window_samples, cfg.batch_size)
     return System(name, answer, (digest_model(cfg.ckpt), cfg.encoder, cfg.llm, cfg.task,
-                                 cfg.max_new_tokens, cfg.chunk, cfg.engine, device.type))
+                                 cfg.max_new_tokens, cfg.chunk, cfg.engine, device.type,
+                                 cfg.loop_guard))
 
 def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str, list]:
     """{split: samples} -> {system: rows}; with --fallback also of the two together."""

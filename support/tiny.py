@@ -6,7 +6,7 @@ import torch
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from model import AUDIO, MARKER, BorealisConfig, BorealisForConditionalGeneration, add_audio_tokens
-from support.corpus import QUESTIONS, embedded_rows, held_out, sentence
+from support.corpus import QUESTIONS, embedded_rows, held_out, named, sentence
 from support.recipes import TABLES
 
 def task(lang: str, text: str, rng: random.Random) -> dict:  # question, answer
@@ -24,13 +24,17 @@ def text_row(rng: random.Random, name: str) -> dict:  # about a sentence that is
 def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict]:
     """The tiny counterpart of a pool, from n utterances or texts. languages: of "pretrain"."""
     rng = random.Random(f"{seed} {name}")
+    if name == "repeat":
+        texts = [" ".join(named(languages[0], "named", rng).split()[-1] for _ in range(rng.randint(1, 6))) for i in range(n)]
+        return [{"conversation": [{"role": "user", "content": f"Повтори.\n{t}"}, {"role": "assistant", "content": t}], "name": f"repeat/{i}"} for i, t in enumerate(texts)]
     if name == "text":
         return [text_row(rng, f"text/{i}") for i in range(n)]
     if name != "pretrain":
         languages = ["en" if name == "en_audio" else "ru"]
     each = -(-n // len(languages))
-    rows = [row for lang in languages for row in embedded_rows(lang, "train", each, seed)]
-    if name in ("pretrain", "it_fresh"):
+    split = "named" if name == "names" else "train"
+    rows = [row for lang in languages for row in embedded_rows(lang, split, each, seed)]
+    if name in ("pretrain", "it_fresh", "names"):
         return rows
     if name == "long_audio":  # up to twelve utterances in a row as one recording
         long, rest = [], iter(rows)
