@@ -3,7 +3,6 @@ import os
 from itertools import islice
 from pathlib import Path
 import numpy as np
-import soundfile
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from model import SAMPLE_RATE
@@ -21,6 +20,7 @@ def open_banks(noise: str = "made", rooms: str = "made", voices: str = "train") 
 
 def open_bank(source: str, split: str, voices: str = "train") -> list[np.ndarray]:
     """One bank; split: "Musan" for noises, "Echo" for rooms. Raises UserError."""
+    check_source(source)
     rooms, clips, bad = split == "Echo", [], rows.BadRows()
     if source == "made":
         rng = np.random.default_rng([rooms, voices == "train"])
@@ -47,17 +47,14 @@ def check_source(source: str) -> None:
 
 def recordings(source: str, split: str):
     """Yields (name, what load_audio takes) of each file in a folder, or row of the hub's split."""
-    check_source(source)
-    if source == "hub":
-        import datasets  # see support/recipes.py
-        with as_user_error(f"{NOISE_DATASET}: ", Exception, suffix="; give a folder of audio"):
-            table = datasets.load_dataset(NOISE_DATASET, split=split, streaming=True)
-            for i, row in enumerate(table.cast_column("audio", datasets.Audio(decode=False))):
-                yield f"{split}/{i}", row["audio"]["bytes"]  # it fails in many ways, at any row
-    else:
-        kinds = {f".{kind.lower()}" for kind in (*soundfile.available_formats(), "opus")}
-        files = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in kinds)
-        yield from ((path.name, str(path)) for path in files)
+    if source != "hub":
+        yield from ((path.name, str(path)) for path in rows.find_audio(Path(source)))
+        return
+    import datasets  # see support/recipes.py
+    with as_user_error(f"{NOISE_DATASET}: ", Exception, suffix="; give a folder of audio"):
+        table = datasets.load_dataset(NOISE_DATASET, split=split, streaming=True)
+        for i, row in enumerate(table.cast_column("audio", datasets.Audio(decode=False))):
+            yield f"{split}/{i}", row["audio"]["bytes"]  # it fails in many ways, at any row
 
 def crop(tape: np.ndarray, rng, n: int) -> np.ndarray:  # (n,); a shorter tape starts again
     start = rng.integers(max(1, len(tape) - n + 1))

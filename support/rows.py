@@ -9,6 +9,7 @@ from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 import numpy as np
 import soundfile
 import torch
@@ -22,6 +23,7 @@ MAX_SECONDS = 86_400     # where decoding stops, if nobody says otherwise; train
 MAX_BAD_SHARE = 0.05     # more unusable rows than this: the manifest is wrong, not a few files
 BLOCK = 1 << 14          # samples decoded at once, of all channels
 PYAV = find_spec("av") is not None
+FILES = ".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".m4a", ".mp4", ".webm"
 CONTAINERS = {b"ftyp": "mov", b"\x1aE\xdf\xa3": "matroska"}  # no playlists, which name others
 
 class BadRow(ValueError):
@@ -50,6 +52,11 @@ class BadRows:
     def __str__(self):
         reasons = self.reasons.most_common()
         return ", ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in reasons)
+
+def find_audio(place: Path) -> list[Path]:  # the FILES in a folder, or a file itself
+    if not place.is_dir():
+        return [place]
+    return sorted(p for p in place.rglob("*") if p.suffix.lower() in FILES)
 
 def cached(name: str, *facts):  # -> path in the cache of what these alone decide
     return cache_dir() / f"{digest(*facts)}-{name}"
