@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from model import SAMPLE_RATE
 from support import corpus, rows
 from support.cli import UserError, as_user_error, replace_file
-from support.recipes import NOISE_DATASET
 
+NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (rooms)
 CLIP = 10 * SAMPLE_RATE  # so much of each recording
 MOST = 2880              # of them in a bank, the first ones: it is in memory: int16, 920 MB
 MADE = 48                # noises, or rooms, in a bank made here

@@ -1,28 +1,21 @@
 """support/recipes.py -- recipes.toml as objects; datasets, of the hub or in any form on disk."""
 import sys
 import tomllib
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from support.cli import UserError, first_line, replace_file
 from support.rows import cached
 
 TEXT = Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8")
 TABLES = tomllib.loads(TEXT)
 
-@dataclass(frozen=True)
-class Source:
-    """A split of a dataset on the hub, and which of its columns holds what (see recipes.toml)."""
-    hub: str
-    split: str = "train"
-    config: str | None = None
-    audio: str = "audio"
-    question: str = ""
-    answer: str = "text"
-    conversation: str = ""
-    only: tuple = ()
-    rows: int | None = None
-    evaluation: bool = False  # nothing is left out that has a reference, see data.parse_row
+class Source(SimpleNamespace):
+    """A split of a dataset on the hub, and which of its columns holds what: see recipes.toml."""
+    __hash__ = object.__hash__  # a key of functools.cache
+    def __init__(self, **given):
+        answer = {"answer": "answer"} if "question" in given else {}
+        super().__init__(**TABLES["source"] | answer | given)
     @property
     def columns(self) -> list[str]:
         asked = [self.question] if self.question else []
@@ -33,18 +26,17 @@ class Source:
             if isinstance(chat, dict):  # datasets may turn a list of dicts inside out
                 chat = [dict(zip(chat, t, strict=True)) for t in zip(*chat.values(), strict=True)]
             return {"conversation": chat}
-        audio, keys = row[self.audio], ["question", "answer"] if self.question else ["text"]
+        audio, *texts = (row[column] for column in self.columns)
         if isinstance(audio, dict):
             audio = audio.get("bytes") or audio.get("path")
-        return {"audio": audio} | dict(zip(keys, [row[c] for c in self.columns[1:]], strict=True))
+        keys = ["question", "answer"] if self.question else ["text"]
+        return {"audio": audio} | dict(zip(keys, texts, strict=True))
 
-POOLS = {name: [Source(**{"answer": "answer" if "question" in entry else "text"} | entry)
-                for entry in entries] for name, entries in TABLES["pools"].items()}
+POOLS = {name: [Source(**e) for e in entries] for name, entries in TABLES["pools"].items()}
 MIXES = TABLES["mixes"]  # {mix: {pool: how often its turn comes}}
 SPLITS = TABLES["evaluation"].pop("splits")
-BENCHMARK = {s: Source(**TABLES["evaluation"], split=s, evaluation=True) for s in SPLITS}
-BIG_BENCH_AUDIO = Source(**TABLES["big_bench_audio"], evaluation=True)
-NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (rooms)
+BENCHMARK = {split: Source(**TABLES["evaluation"], split=split) for split in SPLITS}
+BIG_BENCH_AUDIO = Source(**TABLES["big_bench_audio"])
 PUBLISHED = TABLES["published"]
 TINY, TWIN = TABLES["tiny"], TABLES["tiny"] | TABLES["twin"]  # what tiny presets share
 PRESETS = TABLES["presets"] | {name: TINY | more for name, more in TABLES["tiny_presets"].items()}
@@ -54,25 +46,21 @@ PRESETS |= {name: TWIN | more for name, more in TABLES["twin_presets"].items()}
 def find_copy(source: Source, data_dir: str | Path) -> Path:
     """Where a dataset lies: data_dir may also be its owner's folder, or itself. Or UserError."""
     root, name = Path(data_dir), Path(source.hub).name
-    places = [root / (at + ending) for ending in ("", ".parquet") for at in (source.hub, name)]
-    for place in filter(Path.exists, places + [root] * (root.name == name)):
-        config = place / (source.config or "")
+    places = [root / source.hub, root / name, *[root] * (root.name == name)]
+    for place in filter(Path.exists, places):
+        config = place / source.config
         return config if config.is_dir() else place
     raise UserError(f"--data_dir {data_dir} has no {source.hub}: put its files into {places[0]}")
 
 def read_copy(source: Source, place: Path):  # in any of its layouts -> datasets table
-    from datasets import load_dataset, load_from_disk
-    def read(path):
-        kind = path.suffix[1:].replace("jsonl", "json")
-        return load_dataset(kind, data_files=str(path), split="train")
-    if place.is_file():
-        return read(place)
+    from datasets import load_dataset
     for folder in (place / source.split, place / "data", place):
         for path in sorted(folder.glob("metadata.*")):
-            return read(path).map(lambda r, at=folder: {source.audio: str(at / r["file_name"])})
-    if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
-        table = load_from_disk(place)
-        return table[source.split] if isinstance(table, dict) else table
+            kind = path.suffix[1:].replace("jsonl", "json")
+            table = load_dataset(kind, data_files=str(path), split="train")
+            return table.map(lambda r, at=folder: {source.audio: str(at / r["file_name"])})
+    if place.is_file():
+        return load_dataset("parquet", data_files=str(place), split="train")
     return load_dataset(str(place), split=source.split)
 
 def select(source: Source, table, limit: int | None):  # its columns and rows. Raises UserError
@@ -96,7 +84,7 @@ def open_source(source: Source, data_dir: str | Path | None = None, limit: int |
         disable_progress_bars()
     place = find_copy(source, data_dir) if data_dir else None
     try:
-        hub = partial(load_dataset, source.hub, source.config, split=source.split)
+        hub = partial(load_dataset, source.hub, source.config or None, split=source.split)
         if limit and not place:
             place = cached(f"{Path(source.hub).name}.parquet", source, limit)
             if not place.exists():
