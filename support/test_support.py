@@ -511,7 +511,7 @@ def test_half_a_stream_is_not_kept(hub, tmp_path, monkeypatch):
 def test_rows_that_break_on_the_way(tmp_path, tokenizer, net):
     """Datasets are too big to look through before: the next good row takes a bad one's place."""
     chat = [dict(role="user", content="раз"), dict(role="assistant", content="два")]
-    datasets.Dataset.from_dict({"conversation": [[], chat]}).to_parquet(tmp_path / "chats.parquet")
+    datasets.Dataset.from_dict({"conversation": [[], chat]}).to_parquet(tmp_path / "chats/a.parquet")
     source = recipes.Source(hub="owner/chats", conversation="conversation")
     chats = data.HubSamples(source, tmp_path)
     turns = {"role": ["user", "assistant"], "content": ["раз", "два"]}  # as datasets has it
@@ -534,7 +534,7 @@ def test_a_placeholder_without_a_recording_is_left_out(text, tmp_path, tokenizer
     roles = ["system", *["user", "assistant"] * 2]
     chats = [[dict(role=role, content=text if i == bad else "раз") for i, role in enumerate(roles)]
              for bad in range(6)]  # the last is good
-    datasets.Dataset.from_dict({"conversation": chats}).to_parquet(tmp_path / "chats.parquet")
+    datasets.Dataset.from_dict({"conversation": chats}).to_parquet(tmp_path / "chats/a.parquet")
     pool = data.HubSamples(recipes.Source(hub="owner/chats", conversation="conversation"), tmp_path)
     item, left_out = data.Dataset(pool, tokenizer, net.config)[0, 0.0]
     reason = "control token in the text"
