@@ -7,7 +7,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from model import SAMPLE_RATE
 from support import corpus, rows
-from support.cli import UserError, as_user_error, replace_file
+from support.cli import UserError, as_user_error, cached, replace_file
 
 NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (rooms)
 CLIP = 10 * SAMPLE_RATE  # so much of each recording
@@ -25,7 +25,7 @@ def open_bank(source: str, split: str, voices: str = "train") -> list[np.ndarray
     if source == "made":
         rng = np.random.default_rng([rooms, voices == "train"])
         return make_rooms(rng) if rooms else make_noises(voices, rng)
-    bank = rows.cached(f"{split}.safetensors", NOISE_DATASET, CLIP, MOST)
+    bank = cached(f"{split}.safetensors", NOISE_DATASET, CLIP, MOST)
     if source == "hub" and bank.exists():  # all processes map one file
         return [clip.numpy() for _, clip in sorted(load_file(bank).items())]
     for name, audio in islice(recordings(source, split), MOST):

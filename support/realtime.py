@@ -85,8 +85,7 @@ async def realtime(socket: connection.WebSocket):
 CHUNK = SAMPLE_RATE // 10  # samples sent at once
 
 def open_sound(source: str, max_seconds: float):
-    """A file as fast as it was spoken, or "-": raw 16-bit mono PCM at 16 kHz on standard input, as
-    it comes in -> chunks of such PCM. UserError."""
+    """A file as it was spoken, or "-", standard input -> raw 16-bit mono PCM at 16 kHz, in chunks."""
     if source == "-":
         return chunks(open(0, "rb", closefd=False))  # not sys.stdin: a thread in it blocks the exit
     with cli.as_user_error(f"--live {source}: ", ValueError, OSError):

@@ -1,11 +1,9 @@
 """support/recipes.py -- recipes.toml as objects; datasets, of the hub or in any form on disk."""
 import sys
 import tomllib
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from support.cli import UserError, first_line, replace_file
-from support.rows import cached
+from support.cli import UserError, cached, first_line, replace_file
 
 TEXT = Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8")
 TABLES = tomllib.loads(TEXT)
@@ -43,24 +41,21 @@ PRESETS = TABLES["presets"] | {name: TINY | more for name, more in TABLES["tiny_
 PRESETS |= {name: TWIN | more for name, more in TABLES["twin_presets"].items()}
 
 # ---- Reading a dataset. Who reads none need not wait 0.4 s for the import of `datasets`.
-def find_copy(source: Source, data_dir: str | Path) -> Path:
-    """Where a dataset lies: data_dir may also be its owner's folder, or itself. Or UserError."""
-    root, name = Path(data_dir), Path(source.hub).name
-    places = [root / source.hub, root / name, *[root] * (root.name == name)]
-    for place in filter(Path.exists, places):
-        config = place / source.config
-        return config if config.is_dir() else place
-    raise UserError(f"--data_dir {data_dir} has no {source.hub}: put its files into {places[0]}")
-
-def read_copy(source: Source, place: Path):  # in any of its layouts -> datasets table
-    from datasets import load_dataset
-    for folder in (place / source.split, place / "data", place):
+def read_copy(source: Source, data_dir: str | Path):  # -> datasets table, or UserError
+    from datasets import load_dataset, load_from_disk
+    place = Path(data_dir, source.hub)
+    if not place.is_dir():
+        raise UserError(f"--data_dir {data_dir} has no {source.hub}: put its files into {place}")
+    if (place / source.config).is_dir():
+        place /= source.config
+    for folder in (place / source.split, place / "data", place):  # of audio files?
         for path in sorted(folder.glob("metadata.*")):
             kind = path.suffix[1:].replace("jsonl", "json")
             table = load_dataset(kind, data_files=str(path), split="train")
             return table.map(lambda r, at=folder: {source.audio: str(at / r["file_name"])})
-    if place.is_file():
-        return load_dataset("parquet", data_files=str(place), split="train")
+    if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
+        table = load_from_disk(place)
+        return table[source.split] if isinstance(table, dict) else table
     return load_dataset(str(place), split=source.split)
 
 def select(source: Source, table, limit: int | None):  # its columns and rows. Raises UserError
@@ -79,20 +74,25 @@ def select(source: Source, table, limit: int | None):  # its columns and rows. R
 
 def open_source(source: Source, data_dir: str | Path | None = None, limit: int | None = None):
     """-> datasets table of select's, or UserError; with a limit the hub streams its rows, once."""
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import Dataset, disable_progress_bars, load_dataset
     if not sys.stderr.isatty():
         disable_progress_bars()
-    place = find_copy(source, data_dir) if data_dir else None
+    hub = source.hub, source.config or None
     try:
-        hub = partial(load_dataset, source.hub, source.config or None, split=source.split)
-        if limit and not place:
-            place = cached(f"{Path(source.hub).name}.parquet", source, limit)
-            if not place.exists():
-                replace_file(place, select(source, hub(streaming=True), limit).to_parquet)
-        return select(source, read_copy(source, place) if place else hub(), limit)
+        if data_dir:
+            table = read_copy(source, data_dir)
+        elif limit:
+            kept = cached(f"{Path(source.hub).name}.parquet", source, limit)
+            if not kept.exists():
+                table = load_dataset(*hub, split=source.split, streaming=True)
+                replace_file(kept, select(source, table, limit).to_parquet)
+            table = Dataset.from_parquet(str(kept))
+        else:
+            table = load_dataset(*hub, split=source.split)
+        return select(source, table, limit)
     except UserError:
         raise
     except Exception as e:  # it fails in many ways, some of them half-way, and none of them is ours
-        what = f"{source.hub}, split {source.split}, in {place if data_dir else 'the hub'}"
+        what = f"{source.hub}, split {source.split}, in {data_dir or 'the hub'}"
         raise UserError(f"cannot reach {what} ({first_line(e.__cause__ or e)[:200]}): go online "
                         "(gated sets want HF_TOKEN), or give a copy as --data_dir") from None

@@ -511,7 +511,8 @@ def test_half_a_stream_is_not_kept(hub, tmp_path, monkeypatch):
 def test_rows_that_break_on_the_way(tmp_path, tokenizer, net):
     """Datasets are too big to look through before: the next good row takes a bad one's place."""
     chat = [dict(role="user", content="раз"), dict(role="assistant", content="два")]
-    datasets.Dataset.from_dict({"conversation": [[], chat]}).to_parquet(tmp_path / "chats/a.parquet")
+    table = datasets.Dataset.from_dict({"conversation": [[], chat]})
+    table.to_parquet(tmp_path / "owner/chats/train.parquet")
     source = recipes.Source(hub="owner/chats", conversation="conversation")
     chats = data.HubSamples(source, tmp_path)
     turns = {"role": ["user", "assistant"], "content": ["раз", "два"]}  # as datasets has it
@@ -534,7 +535,8 @@ def test_a_placeholder_without_a_recording_is_left_out(text, tmp_path, tokenizer
     roles = ["system", *["user", "assistant"] * 2]
     chats = [[dict(role=role, content=text if i == bad else "раз") for i, role in enumerate(roles)]
              for bad in range(6)]  # the last is good
-    datasets.Dataset.from_dict({"conversation": chats}).to_parquet(tmp_path / "chats/a.parquet")
+    table = datasets.Dataset.from_dict({"conversation": chats})
+    table.to_parquet(tmp_path / "owner/chats/train.parquet")
     pool = data.HubSamples(recipes.Source(hub="owner/chats", conversation="conversation"), tmp_path)
     item, left_out = data.Dataset(pool, tokenizer, net.config)[0, 0.0]
     reason = "control token in the text"
@@ -542,14 +544,15 @@ def test_a_placeholder_without_a_recording_is_left_out(text, tmp_path, tokenizer
     assert item[0] == data.encode(pool[5], tokenizer, net.config)[0]
 
 def test_data_dir_takes_what_datasets_writes(hub, corpus, tmp_path):
-    table, folder = recipes.open_source(BOOKS, hub), tmp_path / "audiofolder/ToneBooks/train"
+    table, folder = recipes.open_source(BOOKS, hub), tmp_path / "audiofolder" / BOOKS.hub / "train"
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "saved" / BOOKS.hub)
     folder.mkdir(parents=True)
     lines = ["file_name,text", *(f"{i}.flac,{s.answer}" for i, s in enumerate(corpus[:12]))]
     (folder / "metadata.csv").write_text("\n".join(lines))
     for i, s in enumerate(corpus[:12]):
         soundfile.write(folder / f"{i}.flac", s.audio[0], 16000)
-    table.to_parquet(tmp_path / "parquet/ToneBooks/data/train-00000-of-00001.parquet")
-    for place in (tmp_path / "parquet", tmp_path / "parquet/ToneBooks", tmp_path / "audiofolder"):
+    table.to_parquet(tmp_path / "parquet" / BOOKS.hub / "train.parquet")
+    for place in map(tmp_path.joinpath, ("saved", "audiofolder", "parquet")):
         found = {s.answer: len(data.load_audio(s.audio[0])) for s in data.HubSamples(BOOKS, place)}
         assert found == {s.answer: len(s.audio[0]) for s in corpus[:12]}, place
 

@@ -1,6 +1,5 @@
-"""support/transcripts.py -- recordings -> texts and subtitles, by our model without vLLM:
-    python -m support.transcripts --ckpt out/ --transcribe a.m4a dir/ --format srt --out_dir texts/
-The same flags of serve_vllm.py do it in vLLM. What a window is too short for is cut at pauses."""
+"""support/transcripts.py -- what serve_vllm.py --transcribe does, without vLLM:
+    python -m support.transcripts --ckpt out/ --transcribe a.m4a dir/ --format srt --out_dir d/"""
 import json
 import sys
 from collections import Counter
