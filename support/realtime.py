@@ -85,7 +85,7 @@ async def realtime(socket: connection.WebSocket):
 CHUNK = SAMPLE_RATE // 10  # samples sent at once
 
 def open_sound(source: str, max_seconds: float):
-    """A file as it was spoken, or "-", standard input -> raw 16-bit mono PCM at 16 kHz, in chunks."""
+    """A file as it was spoken, or "-": standard input -> chunks of 16-bit mono PCM at 16 kHz."""
     if source == "-":
         return chunks(open(0, "rb", closefd=False))  # not sys.stdin: a thread in it blocks the exit
     with cli.as_user_error(f"--live {source}: ", ValueError, OSError):
@@ -128,8 +128,7 @@ def is_open(port: int) -> bool:  # vLLM opens it when all is loaded
 def follow(pieces, url: str) -> None:
     """Print what the server at `url` hears, a line a phrase. Raises UserError."""
     address = "ws" + url.rstrip("/").removesuffix("/v1").removeprefix("http") + "/v1/realtime"
-    key = os.environ.get("OPENAI_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
     with (cli.as_user_error(f"{url}: ", WebSocketException, OSError, ValueError),
           connect(address, additional_headers=headers) as server):
         def send(**event):
