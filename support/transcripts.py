@@ -30,11 +30,10 @@ def plan(cfg) -> list[tuple[Path, dict]]:
     formats = (cfg.format or "txt").split(",") if cfg.out_dir else []
     if unknown := set(formats) - set(pauses.FORMATS):
         raise cli.UserError(f"--format {unknown.pop()}: choose from {','.join(pauses.FORMATS)}")
-    found = find_recordings(cfg.transcribe)
     if cfg.out_dir:
         cli.check_out(cfg.out_dir)
     return [(file, {kind: Path(cfg.out_dir, f"{name}.{kind}") for kind in formats})
-            for file, name in found]
+            for file, name in find_recordings(cfg.transcribe)]
 
 def is_done(file: Path, paths: dict) -> bool:  # are all there, and newer than the recording?
     since = file.stat().st_mtime
