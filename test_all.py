@@ -872,7 +872,7 @@ def test_hub_data_that_changed_is_seen(hub, tmp_path):
         shutil.rmtree(path, ignore_errors=True)
         table.to_parquet(path / "data/train-00000-of-00001.parquet")
         return data.digest(data.Chain([data.HubSamples(source, tmp_path)]))
-    source = recipes.Source("Vikhrmodels/ToneBooks")
+    source = recipes.Source(hub="Vikhrmodels/ToneBooks")
     rows = [{"audio": clip, "text": text} for clip, text in zip(
         [b"a", b"b", b"c"], ["раз", "два", "три"], strict=True)]
     first = digest(rows)
@@ -1716,7 +1716,7 @@ def test_offline_in_vllm(checkpoint, net, manifest, tmp_path, monkeypatch, capsy
     for row, other in zip(native, vllm, strict=True):
         assert other == row | dict(settings=other["settings"], took=other["took"])
     assert len(native) == 32 and sum(bool(row["hypothesis"]) for row in native) > 20
-    first, last, bad = map(json.loads, out.splitlines())  # what failed comes at the end
+    bad, first, last = map(json.loads, out.splitlines())  # what fails is told at once
     assert (first["audio"], first["text"]) == (str(one), native[1]["hypothesis"])
     pieces = pauses.cut_at_pauses(data.load_audio(str(long)), net.config.window_samples)
     texts = [net.decode(net.generate(p, max_new_tokens=6)[0]) for p in pieces]

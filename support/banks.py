@@ -3,14 +3,13 @@ import os
 from itertools import islice
 from pathlib import Path
 import numpy as np
-import soundfile
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from model import SAMPLE_RATE
 from support import corpus, rows
-from support.cli import UserError, as_user_error, replace_file
-from support.recipes import NOISE_DATASET
+from support.cli import UserError, as_user_error, cached, replace_file
 
+NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (rooms)
 CLIP = 10 * SAMPLE_RATE  # so much of each recording
 MOST = 2880              # of them in a bank, the first ones: it is in memory: int16, 920 MB
 MADE = 48                # noises, or rooms, in a bank made here
@@ -21,11 +20,12 @@ def open_banks(noise: str = "made", rooms: str = "made", voices: str = "train") 
 
 def open_bank(source: str, split: str, voices: str = "train") -> list[np.ndarray]:
     """One bank; split: "Musan" for noises, "Echo" for rooms. Raises UserError."""
+    check_source(source)
     rooms, clips, bad = split == "Echo", [], rows.BadRows()
     if source == "made":
         rng = np.random.default_rng([rooms, voices == "train"])
         return make_rooms(rng) if rooms else make_noises(voices, rng)
-    bank = rows.cached(f"{split}.safetensors", NOISE_DATASET, CLIP, MOST)
+    bank = cached(f"{split}.safetensors", NOISE_DATASET, CLIP, MOST)
     if source == "hub" and bank.exists():  # all processes map one file
         return [clip.numpy() for _, clip in sorted(load_file(bank).items())]
     for name, audio in islice(recordings(source, split), MOST):
@@ -47,17 +47,14 @@ def check_source(source: str) -> None:
 
 def recordings(source: str, split: str):
     """Yields (name, what load_audio takes) of each file in a folder, or row of the hub's split."""
-    check_source(source)
-    if source == "hub":
-        import datasets  # see support/recipes.py
-        with as_user_error(f"{NOISE_DATASET}: ", Exception, suffix="; give a folder of audio"):
-            table = datasets.load_dataset(NOISE_DATASET, split=split, streaming=True)
-            for i, row in enumerate(table.cast_column("audio", datasets.Audio(decode=False))):
-                yield f"{split}/{i}", row["audio"]["bytes"]  # it fails in many ways, at any row
-    else:
-        kinds = {f".{kind.lower()}" for kind in (*soundfile.available_formats(), "opus")}
-        files = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in kinds)
-        yield from ((path.name, str(path)) for path in files)
+    if source != "hub":
+        yield from ((path.name, str(path)) for path in rows.find_audio(Path(source)))
+        return
+    import datasets  # see support/recipes.py
+    with as_user_error(f"{NOISE_DATASET}: ", Exception, suffix="; give a folder of audio"):
+        table = datasets.load_dataset(NOISE_DATASET, split=split, streaming=True)
+        for i, row in enumerate(table.cast_column("audio", datasets.Audio(decode=False))):
+            yield f"{split}/{i}", row["audio"]["bytes"]  # it fails in many ways, at any row
 
 def crop(tape: np.ndarray, rng, n: int) -> np.ndarray:  # (n,); a shorter tape starts again
     start = rng.integers(max(1, len(tape) - n + 1))

@@ -114,6 +114,9 @@ def digest(*facts) -> str:
 def cache_dir() -> Path:  # of spoken corpora, exports, streamed rows
     return Path(os.environ.get("NANOBOREALIS_CACHE", Path(__file__).parents[1] / ".cache"))
 
+def cached(name: str, *facts) -> Path:  # in it, of what these facts alone decide
+    return cache_dir() / f"{digest(*facts)}-{name}"
+
 def check_out(folder: str | Path) -> None:  # may be new, but must be writable, or UserError
     place = next(p for p in Path(folder, "any").absolute().parents if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):

@@ -1,6 +1,5 @@
 """support/instruct.py -- questions and answers about transcripts by any OpenAI-compatible server,
-as instruct.toml has it. The key is in $OPENAI_API_KEY. What the server said is kept in OUT.part
-until nothing is missing, so a stopped command goes on; a finished OUT is never asked for again."""
+as instruct.toml has it. What it said is in OUT.part until nothing is missing: repeat to go on."""
 import asyncio
 import json
 import os
@@ -87,6 +86,7 @@ async def ask(jobs: dict, args, answers: dict, part: Path, counts: Counter) -> N
         raise cli.UserError("set OPENAI_API_KEY")
     client = openai.AsyncOpenAI(
         base_url=args.url, api_key=secret, timeout=args.timeout, max_retries=args.retries)
+    part.parent.mkdir(parents=True, exist_ok=True)
     left, tokens = [key for key in jobs if key not in answers], Counter()
     bar = tqdm(total=len(left), unit=" answers", mininterval=0.1 if sys.stderr.isatty() else 10)
     async def work(queue):
@@ -94,7 +94,6 @@ async def ask(jobs: dict, args, answers: dict, part: Path, counts: Counter) -> N
             try:
                 reply = await client.chat.completions.create(**jobs[key][-1])
                 answers[key] = reply.choices[0].message.content or ""
-                part.parent.mkdir(parents=True, exist_ok=True)
                 with part.open("a", encoding="utf-8") as file:
                     file.write(f"\n{json.dumps([key, answers[key]])}\n")
                 tokens.update({name: getattr(reply.usage, name, 0) for name in TABLES["tokens"]})
@@ -108,8 +107,7 @@ async def ask(jobs: dict, args, answers: dict, part: Path, counts: Counter) -> N
         await asyncio.gather(*map(work, [iter(left)] * args.concurrency))  # all from one queue
 
 def main() -> None:
-    parser = cli.ArgumentParser(description="Questions and answers about transcripts.")
-    args = parser.add_tables("instruct").parse_args()
+    args = cli.ArgumentParser(prog="python -m support.instruct").add_tables("instruct").parse_args()
     out, part, rows, seen, counts = Path(args.out), Path(f"{args.out}.part"), [], set(), Counter()
     if out.exists() and not part.exists():
         raise cli.UserError(f"{out} is finished: delete it, or choose another --out")

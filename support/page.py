@@ -85,8 +85,7 @@ def reply(cfg, config, stream, same, path, question=None):  # yields what three 
         yield next(matching).replace("REASON", cli.first_line(e)), "", None
 
 def main():
-    parser = cli.ArgumentParser(prog="python -m support.page", description="Ask in a browser.")
-    cfg = parser.add_tables("model", "page").parse_args()
+    cfg = cli.ArgumentParser(prog="python -m support.page").add_tables("model", "page").parse_args()
     cli.check_port("127.0.0.1", cfg.port)
     examples = find_examples(cfg)
     with cli.as_user_error(TABLES["install"], ImportError):

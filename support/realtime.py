@@ -3,32 +3,28 @@ events, but each phrase is a fresh request. vLLM's own session keeps what was sa
 model of single turns would repeat it, and slow down by the minute (vllm issues 51374, 58324)."""
 import asyncio
 import base64
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from uuid import uuid4
 import numpy as np
 import torch
-from fastapi import WebSocket
-from vllm import SamplingParams
-from vllm.entrypoints.serve.engine.protocol import UsageInfo
-from vllm.entrypoints.speech_to_text.realtime import connection, protocol
+from vllm.entrypoints.speech_to_text.realtime import connection
 from vllm.entrypoints.speech_to_text.transcription.api_router import router
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 from model import SAMPLE_RATE
-from support import pauses, rows, uploads
-from support.cli import UserError, as_user_error, first_line
+from support import cli, pauses, rows, uploads
 
-GREEDY = dict(temperature=0, max_tokens=256, output_kind=RequestOutputKind.FINAL_ONLY)
+GREEDY = SamplingParams(temperature=0, max_tokens=256, output_kind=RequestOutputKind.FINAL_ONLY)
 AHEAD = 1000  # pieces of sound that may wait; who sends more is read no faster than heard
 
 class Connection(connection.RealtimeConnection):
@@ -55,19 +51,18 @@ class Connection(connection.RealtimeConnection):
                 yield piece, more, False
         yield rest, False, True
     async def transcribe(self) -> None:
-        window = self.serving.model_config.hf_config.window_samples
-        phrases, params = pauses.Phrases(window), SamplingParams(**GREEDY)
-        text, usage = "", UsageInfo()
+        phrases = pauses.Phrases(self.serving.model_config.hf_config.window_samples)
+        text, usage = "", connection.UsageInfo()
         async def decode(n, over=False):  # the first n samples of the phrase
             nonlocal text
             wave, name = torch.from_numpy(phrases.phrase[:n]), f"{self.connection_id}-{uuid4()}"
-            output = await uploads.answer(self.serving, wave, params, name)
+            output = await uploads.answer(self.serving, wave, GREEDY, name)
             said = output.outputs[0]
             usage.prompt_tokens += len(output.prompt_token_ids)
             usage.completion_tokens += len(said.token_ids)
             if new := phrases.take(pauses.without_thoughts(said.text), n, over):
                 text += new
-                await self.send(protocol.TranscriptionDelta(delta=new))
+                await self.send(connection.TranscriptionDelta(delta=new))
         try:
             async for piece, more, last in self.pieces():
                 phrases.add(piece)
@@ -76,38 +71,35 @@ class Connection(connection.RealtimeConnection):
                 if phrases.due() and not more:
                     await decode(len(phrases.phrase))
             usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
-            await self.send(protocol.TranscriptionDone(text=text, usage=usage))
+            await self.send(connection.TranscriptionDone(text=text, usage=usage))
         except Exception as e:
             connection.logger.exception("a live session ends")
             with suppress(Exception):  # the client may be gone
-                await self.send_error(first_line(e), "processing_error")
+                await self.send_error(cli.first_line(e), "processing_error")
 
 @router.websocket("/v1/realtime")
-async def realtime(socket: WebSocket):
+async def realtime(socket: connection.WebSocket):
     await Connection(socket, socket.app.state.openai_serving_transcription).handle_connection()
 
 # ---- A client: serve_vllm.py --live
 CHUNK = SAMPLE_RATE // 10  # samples sent at once
 
-def open_sound(source: str, max_seconds: float) -> Iterator[bytes]:
-    """A file as fast as it was spoken, or "-": raw 16-bit mono PCM at 16 kHz on standard input, as
-    it comes in -> chunks of such PCM. UserError."""
+def open_sound(source: str, max_seconds: float):
+    """A file as it was spoken, or "-": standard input -> chunks of 16-bit mono PCM at 16 kHz."""
     if source == "-":
-        return from_pcm(0)
-    with as_user_error(f"--live {source}: ", ValueError, OSError):
+        return chunks(open(0, "rb", closefd=False))  # not sys.stdin: a thread in it blocks the exit
+    with cli.as_user_error(f"--live {source}: ", ValueError, OSError):
         wave = rows.load_audio(source, silence=True, max_seconds=max_seconds)
-    return in_real_time((wave.numpy() * 32767).round().astype("<i2"))
+    pcm = (wave.numpy() * 32767).round().astype("<i2")
+    return chunks(io.BytesIO(pcm.tobytes()), in_real_time=True)
 
-def from_pcm(file: int | str) -> Iterator[bytes]:
-    with open(file, "rb", closefd=False) as raw:  # not sys.stdin: a thread in it blocks the exit
-        while len(piece := raw.read(2 * CHUNK)) > 1:
-            yield piece[:len(piece) // 2 * 2]
-
-def in_real_time(samples: np.ndarray) -> Iterator[bytes]:
-    start = time.monotonic()
-    for end in range(CHUNK, len(samples) + CHUNK, CHUNK):
-        time.sleep(max(0, start + end / SAMPLE_RATE - time.monotonic()))
-        yield samples[end - CHUNK:end].tobytes()
+def chunks(raw, in_real_time: bool = False):
+    start, sent = time.monotonic(), 0
+    while len(piece := raw.read(2 * CHUNK)) > 1:
+        sent += len(piece) // 2
+        if in_real_time:
+            time.sleep(max(0, start + sent / SAMPLE_RATE - time.monotonic()))
+        yield piece[:len(piece) // 2 * 2]
 
 @contextmanager
 def own_server(command: list[str]):
@@ -118,12 +110,12 @@ def own_server(command: list[str]):
         process = subprocess.Popen([sys.executable, *command, "--port", str(port)], stdout=log,
                                    stderr=log, start_new_session=True)  # Ctrl-C is not for it
         try:
-            while process.poll() is None and not is_open(port):
+            while not is_open(port):
+                if process.poll() is not None:
+                    log.seek(0)
+                    lines = [x for x in log if x.startswith("error: ")] or ["the server ended"]
+                    raise cli.UserError(lines[-1].removeprefix("error: ").strip())
                 time.sleep(0.2)
-            if process.poll() is not None:
-                log.seek(0)
-                lines = [x for x in log if x.startswith("error: ")] or ["the server ended: --help"]
-                raise UserError(lines[-1].removeprefix("error: ").strip())
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
@@ -133,33 +125,26 @@ def is_open(port: int) -> bool:  # vLLM opens it when all is loaded
     with socket.socket() as test:
         return test.connect_ex(("127.0.0.1", port)) == 0
 
-def follow(pieces: Iterable[bytes], url: str, model: str = "borealis") -> None:
+def follow(pieces, url: str) -> None:
     """Print what the server at `url` hears, a line a phrase. Raises UserError."""
     address = "ws" + url.rstrip("/").removesuffix("/v1").removeprefix("http") + "/v1/realtime"
-    key, failed = os.environ.get("OPENAI_API_KEY"), []
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with (as_user_error(f"{url}: ", WebSocketException, OSError, ValueError),
+    headers = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+    with (cli.as_user_error(f"{url}: ", WebSocketException, OSError, ValueError),
           connect(address, additional_headers=headers) as server):
         def send(**event):
             server.send(json.dumps(event))
         def listen():
-            try:
-                while (event := json.loads(server.recv()))["type"] != "transcription.done":
-                    print(event.get("delta", ""), end="", flush=True)
-                    if event["type"] == "error":
-                        raise ValueError(event["error"])
-            except (ValueError, WebSocketException, BrokenPipeError) as e:
-                failed.append(e)
-        listener = threading.Thread(target=listen)
-        listener.start()
-        send(type="session.update", model=model)
+            while (event := json.loads(server.recv()))["type"] != "transcription.done":
+                print(event.get("delta", ""), end="", flush=True)
+                if event["type"] == "error":
+                    raise ValueError(event["error"])
+        listener = ThreadPoolExecutor().submit(listen)
+        send(type="session.update", model="borealis")
         send(type="input_audio_buffer.commit")
         with suppress(KeyboardInterrupt):  # which is how a microphone ends
             for piece in pieces:
-                if failed:
+                if listener.done():
                     break
                 send(type="input_audio_buffer.append", audio=base64.b64encode(piece).decode())
         send(type="input_audio_buffer.commit", final=True)
-        listener.join()
-        if failed:
-            raise failed[0]
+        listener.result()

@@ -1,28 +1,19 @@
 """support/recipes.py -- recipes.toml as objects; datasets, of the hub or in any form on disk."""
 import sys
 import tomllib
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from support.cli import UserError, first_line, replace_file
-from support.rows import cached
+from types import SimpleNamespace
+from support.cli import UserError, cached, first_line, replace_file
 
 TEXT = Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8")
 TABLES = tomllib.loads(TEXT)
 
-@dataclass(frozen=True)
-class Source:
-    """A split of a dataset on the hub, and which of its columns holds what (see recipes.toml)."""
-    hub: str
-    split: str = "train"
-    config: str | None = None
-    audio: str = "audio"
-    question: str = ""
-    answer: str = "text"
-    conversation: str = ""
-    only: tuple = ()
-    rows: int | None = None
-    evaluation: bool = False  # nothing is left out that has a reference, see data.parse_row
+class Source(SimpleNamespace):
+    """A split of a dataset on the hub, and which of its columns holds what: see recipes.toml."""
+    __hash__ = object.__hash__  # a key of functools.cache
+    def __init__(self, **given):
+        answer = {"answer": "answer"} if "question" in given else {}
+        super().__init__(**TABLES["source"] | answer | given)
     @property
     def columns(self) -> list[str]:
         asked = [self.question] if self.question else []
@@ -33,18 +24,17 @@ class Source:
             if isinstance(chat, dict):  # datasets may turn a list of dicts inside out
                 chat = [dict(zip(chat, t, strict=True)) for t in zip(*chat.values(), strict=True)]
             return {"conversation": chat}
-        audio, keys = row[self.audio], ["question", "answer"] if self.question else ["text"]
+        audio, *texts = (row[column] for column in self.columns)
         if isinstance(audio, dict):
             audio = audio.get("bytes") or audio.get("path")
-        return {"audio": audio} | dict(zip(keys, [row[c] for c in self.columns[1:]], strict=True))
+        keys = ["question", "answer"] if self.question else ["text"]
+        return {"audio": audio} | dict(zip(keys, texts, strict=True))
 
-POOLS = {name: [Source(**{"answer": "answer" if "question" in entry else "text"} | entry)
-                for entry in entries] for name, entries in TABLES["pools"].items()}
+POOLS = {name: [Source(**e) for e in entries] for name, entries in TABLES["pools"].items()}
 MIXES = TABLES["mixes"]  # {mix: {pool: how often its turn comes}}
 SPLITS = TABLES["evaluation"].pop("splits")
-BENCHMARK = {s: Source(**TABLES["evaluation"], split=s, evaluation=True) for s in SPLITS}
-BIG_BENCH_AUDIO = Source(**TABLES["big_bench_audio"], evaluation=True)
-NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (rooms)
+BENCHMARK = {split: Source(**TABLES["evaluation"], split=split) for split in SPLITS}
+BIG_BENCH_AUDIO = Source(**TABLES["big_bench_audio"])
 PUBLISHED = TABLES["published"]
 TINY, TWIN = TABLES["tiny"], TABLES["tiny"] | TABLES["twin"]  # what tiny presets share
 PRESETS = TABLES["presets"] | {name: TINY | more for name, more in TABLES["tiny_presets"].items()}
@@ -52,25 +42,18 @@ PRESETS |= {name: TWIN | more for name, more in TABLES["twin_presets"].items()}
 PRESETS = {name: TABLES["all_presets"] | more for name, more in PRESETS.items()}
 
 # ---- Reading a dataset. Who reads none need not wait 0.4 s for the import of `datasets`.
-def find_copy(source: Source, data_dir: str | Path) -> Path:
-    """Where a dataset lies: data_dir may also be its owner's folder, or itself. Or UserError."""
-    root, name = Path(data_dir), Path(source.hub).name
-    places = [root / (at + ending) for ending in ("", ".parquet") for at in (source.hub, name)]
-    for place in filter(Path.exists, places + [root] * (root.name == name)):
-        config = place / (source.config or "")
-        return config if config.is_dir() else place
-    raise UserError(f"--data_dir {data_dir} has no {source.hub}: put its files into {places[0]}")
-
-def read_copy(source: Source, place: Path):  # in any of its layouts -> datasets table
+def read_copy(source: Source, data_dir: str | Path):  # -> datasets table, or UserError
     from datasets import load_dataset, load_from_disk
-    def read(path):
-        kind = path.suffix[1:].replace("jsonl", "json")
-        return load_dataset(kind, data_files=str(path), split="train")
-    if place.is_file():
-        return read(place)
-    for folder in (place / source.split, place / "data", place):
+    place = Path(data_dir, source.hub)
+    if not place.is_dir():
+        raise UserError(f"--data_dir {data_dir} has no {source.hub}: put its files into {place}")
+    if (place / source.config).is_dir():
+        place /= source.config
+    for folder in (place / source.split, place / "data", place):  # of audio files?
         for path in sorted(folder.glob("metadata.*")):
-            return read(path).map(lambda r, at=folder: {source.audio: str(at / r["file_name"])})
+            kind = path.suffix[1:].replace("jsonl", "json")
+            table = load_dataset(kind, data_files=str(path), split="train")
+            return table.map(lambda r, at=folder: {source.audio: str(at / r["file_name"])})
     if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
         table = load_from_disk(place)
         return table[source.split] if isinstance(table, dict) else table
@@ -92,20 +75,25 @@ def select(source: Source, table, limit: int | None):  # its columns and rows. R
 
 def open_source(source: Source, data_dir: str | Path | None = None, limit: int | None = None):
     """-> datasets table of select's, or UserError; with a limit the hub streams its rows, once."""
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import Dataset, disable_progress_bars, load_dataset
     if not sys.stderr.isatty():
         disable_progress_bars()
-    place = find_copy(source, data_dir) if data_dir else None
+    hub = source.hub, source.config or None
     try:
-        hub = partial(load_dataset, source.hub, source.config, split=source.split)
-        if limit and not place:
-            place = cached(f"{Path(source.hub).name}.parquet", source, limit)
-            if not place.exists():
-                replace_file(place, select(source, hub(streaming=True), limit).to_parquet)
-        return select(source, read_copy(source, place) if place else hub(), limit)
+        if data_dir:
+            table = read_copy(source, data_dir)
+        elif limit:
+            kept = cached(f"{Path(source.hub).name}.parquet", source, limit)
+            if not kept.exists():
+                table = load_dataset(*hub, split=source.split, streaming=True)
+                replace_file(kept, select(source, table, limit).to_parquet)
+            table = Dataset.from_parquet(str(kept))
+        else:
+            table = load_dataset(*hub, split=source.split)
+        return select(source, table, limit)
     except UserError:
         raise
     except Exception as e:  # it fails in many ways, some of them half-way, and none of them is ours
-        what = f"{source.hub}, split {source.split}, in {place if data_dir else 'the hub'}"
+        what = f"{source.hub}, split {source.split}, in {data_dir or 'the hub'}"
         raise UserError(f"cannot reach {what} ({first_line(e.__cause__ or e)[:200]}): go online "
                         "(gated sets want HF_TOKEN), or give a copy as --data_dir") from None

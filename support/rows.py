@@ -9,19 +9,21 @@ from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 import numpy as np
 import soundfile
 import torch
 import torchaudio
 from tqdm.contrib.concurrent import thread_map
 from model import AUDIO, SAMPLE_RATE, TAG_PAIR, check_wave
-from support.cli import UserError, cache_dir, digest, write_text
+from support.cli import UserError, cached, write_text
 
 MIN_SECONDS = 0.1        # shorter recordings hold no word
 MAX_SECONDS = 86_400     # where decoding stops, if nobody says otherwise; train.py says 3600
 MAX_BAD_SHARE = 0.05     # more unusable rows than this: the manifest is wrong, not a few files
 BLOCK = 1 << 14          # samples decoded at once, of all channels
 PYAV = find_spec("av") is not None
+FILES = ".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".m4a", ".mp4", ".webm"
 CONTAINERS = {b"ftyp": "mov", b"\x1aE\xdf\xa3": "matroska"}  # no playlists, which name others
 
 class BadRow(ValueError):
@@ -51,36 +53,35 @@ class BadRows:
         reasons = self.reasons.most_common()
         return ", ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in reasons)
 
-def cached(name: str, *facts):  # -> path in the cache of what these alone decide
-    return cache_dir() / f"{digest(*facts)}-{name}"
+def find_audio(place: Path) -> list[Path]:  # the FILES in a folder, or a file itself
+    inside = (path for path in place.rglob("*") if path.suffix.lower() in FILES)
+    return sorted(inside) if place.is_dir() else [place]
 
 def usable(samples: list, dataset, bad: BadRows, manifest: str) -> list:
     """The samples that dataset.encode takes; the others go to `bad`. How long a file is, or what is
     wrong with it, stays in the cache: threads decode only those that are new or have changed."""
-    decoder = 1, soundfile.__libsndfile_version__, PYAV  # 1: of load_audio
-    cache, verdicts = cached("verdicts.json", os.path.abspath(manifest), decoder), {}
-    most = dataset.encode.keywords.get("max_seconds", MAX_SECONDS)
+    most, found, good = dataset.encode.keywords.get("max_seconds", MAX_SECONDS), {}, []
+    decoder = 2, soundfile.__libsndfile_version__, PYAV, most  # 2: of load_audio and this format
+    cache = cached("verdicts.json", os.path.abspath(manifest), decoder)
     with contextlib.suppress(OSError, ValueError):
-        verdicts = json.loads(cache.read_bytes())
-    def look(path):  # -> how many samples it has, or why it cannot be used
-        if not os.path.isfile(path):
-            return "missing file"
-        path, file = os.path.abspath(path), os.stat(path)
-        key = repr((path, file.st_size, file.st_mtime_ns, file.st_ctime_ns, most))
-        try:
-            verdicts[key] = verdicts.get(key) or len(load_audio(path, max_seconds=most))
-        except BadRow as e:
-            verdicts[key] = str(e)
-        return verdicts[key]
+        found = json.loads(cache.read_bytes())
+    def look(path):  # notes how many samples it has, or why it cannot be used
+        file = os.stat(path) if os.path.isfile(path) else None
+        stamp = [file.st_size, file.st_mtime_ns, file.st_ctime_ns] if file else []
+        if path not in found or found[path][:-1] != stamp:
+            try:
+                verdict = len(load_audio(path, max_seconds=most))
+            except BadRow as e:
+                verdict = str(e)
+            found[path] = [*stamp, verdict]
     def load(path, **_):  # -> as long as load_audio's, without the sound
-        if isinstance(found[path], str):
-            raise BadRow(found[path])
-        return torch.empty(1).expand(found[path])
-    paths = [path for sample in samples for path in sample.audio]
-    looks = thread_map(look, paths, max_workers=os.cpu_count(), desc="checking audio")
-    found, good = dict(zip(paths, looks, strict=True)), []
+        if isinstance(found[path][-1], str):
+            raise BadRow(found[path][-1])
+        return torch.empty(1).expand(found[path][-1])
+    paths = {path for sample in samples for path in sample.audio}
+    thread_map(look, paths, max_workers=os.cpu_count(), desc="checking audio")
     with contextlib.suppress(OSError):
-        write_text(cache, json.dumps(verdicts))
+        write_text(cache, json.dumps(found))
     for sample in samples:  # not in threads: tokenizers mark what the assistant says in one place
         try:
             dataset.encode(sample, load=load)

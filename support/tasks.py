@@ -95,20 +95,19 @@ def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> lis
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_part(WhisperForConditionalGeneration, where, dtype=dtype).to(device).eval()
         processor = WhisperProcessor.from_pretrained(where)
-    settings, vocabulary = model.generation_config, processor.tokenizer.get_vocab()
-    forced = f"<|{language}|>"
-    if forced not in vocabulary or getattr(settings, "is_multilingual", None) is False:
+    settings, forced = model.generation_config, f"<|{language}|>"
+    lacks = forced not in processor.tokenizer.get_vocab()
+    if lacks or getattr(settings, "is_multilingual", None) is False:
         raise UserError(f"--baseline {where} lacks {forced}: name a multilingual Whisper")
-    vars(settings).update(is_multilingual=True, lang_to_id={forced: vocabulary[forced]},
-                          task_to_id={"transcribe": vocabulary.get("<|transcribe|>")},
-                          no_timestamps_token_id=vocabulary.get("<|notimestamps|>"))
+    prompt = processor.get_decoder_prompt_ids(language=language, task="transcribe")
+    vars(settings).update(forced_decoder_ids=prompt, language=None, task=None)  # old ones lack maps
     ends = [model.config.eos_token_id, settings.eos_token_id, settings.pad_token_id]
     most = min(cfg.max_new_tokens, model.config.max_target_positions - 4)  # 4: of its prompt
     def answer(samples, waves):
         sounds = [wave.numpy() for wave, in waves]
         mel = processor(sounds, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
-        ids = model.generate(mel.to(device, model.dtype), language=forced, task="transcribe",
-                             max_new_tokens=most, do_sample=False, num_beams=1).cpu()
+        ids = model.generate(mel.to(device, model.dtype), max_new_tokens=most, do_sample=False,
+                             num_beams=1).cpu()
         answers = with_lengths(processor.batch_decode(ids, skip_special_tokens=True), ids, ends)
         return [(t, n, endless and n >= most) for t, n, endless in answers]  # the last end is gone
     answer = pauses.in_pieces(answer, processor.feature_extractor.n_samples, cfg.batch_size)

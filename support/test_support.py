@@ -10,7 +10,6 @@ import sys
 import threading
 import tracemalloc
 import weakref
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 import datasets
@@ -417,6 +416,9 @@ def test_tokenizer_round_trip(tokenizer, tmp_path):
 
 BOOKS, TEXT = recipes.POOLS["ru_audio"][1], recipes.POOLS["text"][0]
 
+def changed(source, **settings):
+    return recipes.Source(**vars(source) | settings)
+
 def test_rows_of_the_pools(hub, tmp_path, monkeypatch):
     """Columns arrive where they belong; filters come before a limit. A path can be a hub."""
     monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path))
@@ -436,9 +438,9 @@ def test_rows_of_the_pools(hub, tmp_path, monkeypatch):
     assert read("pretrain", 8)[0].answer == "Farfield" and read("en_audio", 2)[0].answer == "a bell"
     a, b = data.load_audio(books[3].audio[0]), data.load_audio(asked[3].audio[0])
     assert torch.allclose(a, b, atol=1e-4) and len(data.load_audio(gemini[0].audio[0])) > 8000
-    assert {s.rows for s in recipes.POOLS["ru_audio"]} == {70_000, 90_000, None}
+    assert {s.rows for s in recipes.POOLS["ru_audio"]} == {70_000, 90_000, 0}
     assert len(recipes.BENCHMARK) == 6 and recipes.open_source(TEXT, hub, 2).num_rows == 2
-    some, few = (data.HubSamples(replace(source, hub=str(hub / source.hub)), limit=limit)
+    some, few = (data.HubSamples(changed(source, hub=str(hub / source.hub)), limit=limit)
                  for source, limit in ((BOOKS, 5), (TEXT, 4)))
     assert [s.answer for s in some] == [books[i].answer for i in range(5)]
     assert torch.equal(*(data.load_audio(pool[2].audio[0]) for pool in (some, books)))
@@ -446,7 +448,6 @@ def test_rows_of_the_pools(hub, tmp_path, monkeypatch):
 
 HUB = """
 import sys
-from dataclasses import replace
 from pathlib import Path
 import datasets, data
 from support import banks, recipes
@@ -456,8 +457,9 @@ def counted(*args, streaming=False, **settings):
     return real(*args, streaming=streaming, **settings)
 datasets.load_dataset, banks.NOISE_DATASET = counted, sys.argv[2]
 for pool, number, limit in [("ru_audio", 1, 5)] * 2 + [("ru_audio", 1, 4), ("pretrain", 9, 3)]:
-    source = recipes.POOLS[pool][number]
-    pool = data.HubSamples(replace(source, hub=f"{sys.argv[1]}/{source.hub}"), limit=limit)
+    source = recipes.Source(**vars(recipes.POOLS[pool][number]))
+    source.hub = f"{sys.argv[1]}/{source.hub}"
+    pool = data.HubSamples(source, limit=limit)
     print([(s.answer, len(data.load_audio(s.audio[0]))) for s in pool])
 for split in ("Musan", "Echo", "Musan"):
     bank = banks.open_bank("hub", split)
@@ -484,7 +486,7 @@ def test_the_hub_is_streamed_once(hub, corpus, tmp_path, monkeypatch):
 
 def test_half_a_stream_is_not_kept(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path / "cache"))
-    source = replace(BOOKS, hub=str(hub / BOOKS.hub))
+    source = changed(BOOKS, hub=str(hub / BOOKS.hub))
     monkeypatch.setattr(banks, "NOISE_DATASET", source.hub)
     real = datasets.load_dataset
     def breaks_at(n):
@@ -509,8 +511,10 @@ def test_half_a_stream_is_not_kept(hub, tmp_path, monkeypatch):
 def test_rows_that_break_on_the_way(tmp_path, tokenizer, net):
     """Datasets are too big to look through before: the next good row takes a bad one's place."""
     chat = [dict(role="user", content="раз"), dict(role="assistant", content="два")]
-    datasets.Dataset.from_dict({"conversation": [[], chat]}).to_parquet(tmp_path / "chats.parquet")
-    chats = data.HubSamples(recipes.Source("owner/chats", conversation="conversation"), tmp_path)
+    table = datasets.Dataset.from_dict({"conversation": [[], chat]})
+    table.to_parquet(tmp_path / "owner/chats/train.parquet")
+    source = recipes.Source(hub="owner/chats", conversation="conversation")
+    chats = data.HubSamples(source, tmp_path)
     turns = {"role": ["user", "assistant"], "content": ["раз", "два"]}  # as datasets has it
     assert chats.source.manifest_row({"conversation": turns}) == {"conversation": chat}
     broken = [data.Sample("да", [b"RIFF is not enough"], name="set:0")]
@@ -531,30 +535,31 @@ def test_a_placeholder_without_a_recording_is_left_out(text, tmp_path, tokenizer
     roles = ["system", *["user", "assistant"] * 2]
     chats = [[dict(role=role, content=text if i == bad else "раз") for i, role in enumerate(roles)]
              for bad in range(6)]  # the last is good
-    datasets.Dataset.from_dict({"conversation": chats}).to_parquet(tmp_path / "chats.parquet")
-    pool = data.HubSamples(recipes.Source("owner/chats", conversation="conversation"), tmp_path)
+    table = datasets.Dataset.from_dict({"conversation": chats})
+    table.to_parquet(tmp_path / "owner/chats/train.parquet")
+    pool = data.HubSamples(recipes.Source(hub="owner/chats", conversation="conversation"), tmp_path)
     item, left_out = data.Dataset(pool, tokenizer, net.config)[0, 0.0]
     reason = "control token in the text"
     assert left_out == [(reason, f"owner/chats/train:{i}", False) for i in range(5)]
     assert item[0] == data.encode(pool[5], tokenizer, net.config)[0]
 
 def test_data_dir_takes_what_datasets_writes(hub, corpus, tmp_path):
-    table, folder = recipes.open_source(BOOKS, hub), tmp_path / "audiofolder/ToneBooks/train"
+    table, folder = recipes.open_source(BOOKS, hub), tmp_path / "audiofolder" / BOOKS.hub / "train"
     datasets.DatasetDict(train=table).save_to_disk(tmp_path / "saved" / BOOKS.hub)
     folder.mkdir(parents=True)
     lines = ["file_name,text", *(f"{i}.flac,{s.answer}" for i, s in enumerate(corpus[:12]))]
     (folder / "metadata.csv").write_text("\n".join(lines))
     for i, s in enumerate(corpus[:12]):
         soundfile.write(folder / f"{i}.flac", s.audio[0], 16000)
-    table.to_parquet(tmp_path / "ToneBooks.parquet")
-    for place in (tmp_path / "saved", tmp_path / "audiofolder", tmp_path):
+    table.to_parquet(tmp_path / "parquet" / BOOKS.hub / "train.parquet")
+    for place in map(tmp_path.joinpath, ("saved", "audiofolder", "parquet")):
         found = {s.answer: len(data.load_audio(s.audio[0])) for s in data.HubSamples(BOOKS, place)}
         assert found == {s.answer: len(s.audio[0]) for s in corpus[:12]}, place
 
 @pytest.mark.parametrize("source, copied, says", [
-    (recipes.Source("Vikhrmodels/Nothing"), True, "Vikhrmodels/Nothing: put its files"),
-    (replace(BOOKS, split="test"), True, "split test"),
-    (replace(BOOKS, answer="sentence"), True, "has no column sentence: it has audio, text"),
+    (recipes.Source(hub="Vikhrmodels/Nothing"), True, "Vikhrmodels/Nothing: put its files"),
+    (changed(BOOKS, split="test"), True, "split test"),
+    (changed(BOOKS, answer="sentence"), True, "has no column sentence: it has audio, text"),
     (BOOKS, False, "cannot reach Vikhrmodels/ToneBooks, split train, .*go online.*--data_dir")])
 def test_datasets_that_cannot_be_read_are_named(hub, source, copied, says):
     with pytest.raises(UserError, match=says):
@@ -941,7 +946,8 @@ def test_raw_samples_as_they_drip_in():
             os.write(write, sent[i:i + 3001])
         os.close(write)
     threading.Thread(target=drip).start()
-    heard = list(realtime.from_pcm(read))
+    with open(read, "rb") as pipe:
+        heard = list(realtime.chunks(pipe))
     assert [len(p) for p in heard] == [3200] * 12 + [1602] and b"".join(heard) == samples.tobytes()
 
 def test_the_walk_names_what_exists():
