@@ -95,7 +95,8 @@ class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(BorealisMultiModalProcessor, info=BorealisProcessingInfo,
                                         dummy_inputs=BorealisDummyInputsBuilder)
 class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMultiModal,
-                                       interfaces.SupportsPP, interfaces.SupportsTranscription):
+                                       interfaces.SupportsPP, interfaces.SupportsLoRA,
+                                       interfaces.SupportsTranscription):
     """encoder.*, adapter.*, llm.* as in our checkpoints; llm is vLLM's Qwen3."""
     supported_languages = {"ru": "Russian", "en": "English"}
     @classmethod
