@@ -1,4 +1,4 @@
-"""support/test_vllm.py -- what only vLLM does: LoRA that is not merged, a model in two processes."""
+"""support/test_vllm.py -- what only vLLM does: LoRA that is not merged, two processes."""
 import base64
 import json
 import peft
