@@ -7,7 +7,10 @@ import sys
 import peft
 import pytest
 import torch
-from conftest import HERE, needs_vllm, start, tone, train_now, wait_for, wav_bytes
+from conftest import HERE, exit_of, is_one_line, needs_vllm, start, tone, train_now, wait_for
+
+# isort: split
+from conftest import wav_bytes
 from support import checkpoint as ckpt
 from support import export
 
@@ -63,6 +66,11 @@ def test_peft_loads_what_is_not_merged(run):
     net = ckpt.load_checkpoint(hf, dtype=torch.float32)
     net.llm = peft.PeftModel.from_pretrained(net, hf / "lora").get_base_model().llm
     assert tokens_of(net) == merged
+
+def test_what_has_no_lora_cannot_be_unmerged(checkpoint, tmp_path, monkeypatch, capsys):
+    argv = "--ckpt", checkpoint, "--to", tmp_path / "hf", "--unmerged"
+    code, _, err = exit_of(export.main, monkeypatch, capsys, *argv)
+    assert is_one_line(code, err, "holds no LoRA") and not list(tmp_path.iterdir())
 
 @needs_vllm
 def test_an_unmerged_run_is_served(run, tmp_path):
