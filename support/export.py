@@ -7,16 +7,18 @@ import shutil
 from pathlib import Path
 import huggingface_hub
 import transformers
+from safetensors.torch import save_file
 from tabulate import tabulate
 import model as code
 from model import ENCODER, LLM, SAMPLE_RATE
 from support import lora
-from support.checkpoint import find_checkpoint, load_checkpoint, read_json
+from support.checkpoint import find_checkpoint, load_base, load_checkpoint, read_config, read_json
 from support.cli import ArgumentParser, as_user_error, run
 from support.recipes import TABLES
-from support.storage import fingerprint
+from support.storage import fingerprint, read_weights
 
-def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None = None):
+def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None = None,
+           unmerged: bool = False):
     """Write the folder `to`, whole or not at all -> the model. Raises ValueError or OSError."""
     if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
         raise ValueError(f"{to} exists already: name a new folder with --to")
@@ -29,6 +31,8 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
     greedy = dict(do_sample=False, temperature=0.0, eos_token_id=ends, pad_token_id=ends[-1])
     fresh = Path(f"{Path(to)}.{os.getpid()}.tmp")
     try:
+        if unmerged:
+            take_out_lora(model, source, fresh / "lora")
         model.save_pretrained(fresh, max_shard_size="5GB")
         model.tokenizer.save_pretrained(fresh)
         extractor.save_pretrained(fresh)
@@ -64,12 +68,30 @@ def scores(source: Path) -> str:  # what eval.py found: results.json beside the 
     table = tabulate(rows, ["WER %", *results["splits"], "average"], "pipe", disable_numparse=True)
     return f"{table}\n\nNormaliser: {results['normalizer']}; 95 % intervals are in results.json."
 
+def take_out_lora(model, source: Path, to: Path) -> None:
+    """A merged LoRA run's LLM gets the linears of its base back, and `to` the matrices, as peft has
+    them; adapter and embeddings stay those of the run. Raises ValueError or OSError."""
+    config = read_config(source)
+    if not config or config.trained != "lora":
+        raise ValueError(f"{source} holds no LoRA: leave out --unmerged")
+    matrices = {k: v for k, v in read_weights(source).items() if ".lora_" in k}
+    base = load_base(source, config)
+    for name in {k.split(".lora_")[0] for k in matrices}:
+        model.get_submodule(name).weight.data = base.get_submodule(name).weight.data
+    to.mkdir(parents=True)
+    tensors = {f"base_model.model.{k.replace('.default', '')}": v for k, v in matrices.items()}
+    save_file(tensors, to / "adapter_model.safetensors")
+    settings = dict(peft_type="LORA", r=config.lora["rank"], lora_alpha=config.lora["alpha"],
+                    target_modules=r"llm\..*_proj")  # not the encoder's
+    (to / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+
 def main() -> None:
     parser = ArgumentParser(prog="python -m support.export", description="Write a model folder.")
     args = parser.add_tables("model", "export").parse_args()
     with as_user_error("", ValueError, OSError):
-        model = export(args.ckpt, args.to, args.encoder, args.llm, args.push)
-    print(f"{args.to} holds {code.count(model):,} parameters in {model.dtype}, LoRA merged")
+        model = export(args.ckpt, args.to, args.encoder, args.llm, args.push, args.unmerged)
+    matrices = f"LoRA in {args.to}/lora" if args.unmerged else "LoRA merged"
+    print(f"{args.to} holds {code.count(model):,} parameters in {model.dtype}, {matrices}")
     if args.push:
         hint = f"; go online, set HF_TOKEN, and run hf upload {args.push} {args.to}"
         with as_user_error(f"{args.to} is written, but not pushed: ", Exception, suffix=hint):

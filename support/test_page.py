@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 import data
-from conftest import HERE, exit_of, is_one_line, tone, wav_bytes
+from conftest import HERE, exit_of, is_one_line, needs_vllm, tone, wav_bytes
 from support import corpus
 from support import page as support_page
 from support.pauses import cut_at_pauses, without_thoughts
@@ -190,6 +190,7 @@ def test_problems_are_sentences(tab, address, recordings):
         ask(tab, question)
         wait_for(tab, "answer", sentence(why))
 
+@needs_vllm
 @in_browser
 @pytest.mark.heavy
 def test_a_server_answers_instead(tab, clients, net, recordings, tmp_path):

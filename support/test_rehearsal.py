@@ -13,7 +13,7 @@ import soundfile
 import torch
 import transformers as hf
 import model as nb
-from conftest import HERE, SHARED, losses, newest, rows_in, write_original, write_qwen
+from conftest import HERE, SHARED, losses, needs_vllm, newest, rows_in, write_original, write_qwen
 
 # isort: split
 from conftest import train_now, write_whisper
@@ -149,7 +149,7 @@ def test_the_export_elsewhere(place, jobs):
     settings = json.loads((place / "hf" / "generation_config.json").read_text())
     assert settings["pad_token_id"] == net.ends[1] == net.config.llm_config.pad_token_id
 
-@pytest.mark.skipif(not engine.INSTALLED, reason="vLLM is not installed: make vllm")
+@needs_vllm
 def test_the_export_in_vllm(place, jobs):
     rows = map(json.loads, output(jobs["vllm"]).splitlines())
     assert [row["text"] for row in rows] == answers(place / "hf", jobs)

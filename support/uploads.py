@@ -51,12 +51,12 @@ class Recordings(MediaConnector):
         except Exception as e:  # file://, an unreachable host, ...
             raise ValueError(f"cannot fetch the recording: {type(e).__name__}: {e}") from None
 
-async def answer(server, wave: torch.Tensor, params, name: str):
+async def answer(server, wave: torch.Tensor, params, name: str, lora=None):
     """One fresh request: the transcription prompt with this wave -> vLLM's RequestOutput."""
     config = server.model_config
     prompt = engine.prompt(cached_tokenizer_from_config(config), [wave])
     inputs = await server.renderer.render_cmpl_async([parse_model_prompt(config, prompt)])
-    async for output in server.engine_client.generate(inputs[0], params, name):
+    async for output in server.engine_client.generate(inputs[0], params, name, lora_request=lora):
         last = output
     return last
 
@@ -69,13 +69,14 @@ async def with_times(raw_request: Request, request) -> Response:
     if error := await server._check_model(form):
         return JSONResponse(error.model_dump(), error.error.code)
     server.model_cls.validate_language(form.language)
+    lora = server._maybe_get_adapters(form)
     wave = await asyncio.to_thread(decode, await read_upload_with_limit(form.file))
     pieces = pauses.cut_at_pauses(wave, server.model_config.hf_config.window_samples)
     most = form.max_completion_tokens or server.model_config.max_model_len
     params = form.to_sampling_params(most)
     params.logprobs, name = 1, f"transcribe-{server._base_request_id(raw_request)}"
     outputs = await asyncio.gather(
-        *(answer(server, piece, params, f"{name}-{i}") for i, piece in enumerate(pieces)))
+        *(answer(server, piece, params, f"{name}-{i}", lora) for i, piece in enumerate(pieces)))
     segments, facts, at = [], [], 0.0
     for piece, output in zip(pieces, outputs, strict=True):
         said = output.outputs[0]
