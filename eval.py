@@ -152,7 +152,7 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
     splits = {name: load() for name, load in available.items() if name in wanted}
     if empty := [name for name, samples in splits.items() if not samples]:
         raise UserError(f"the split {empty[0]} has no utterances: nothing to measure")
-    return {name: [context.tell(s, cfg.context) for s in own] for name, own in splits.items()}
+    return splits
 
 def parse_config():  # -> the flags, see [eval] in support/flags.toml
     parser = ArgumentParser(prog="eval.py", description="Measure a checkpoint or ask it.")
@@ -195,6 +195,7 @@ def main():
     asked = [tasks.open_ours(cfg, name, device)]
     weights = storage.fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
     splits = early or load()
+    splits = {name: [context.tell(s, cfg.context) for s in own] for name, own in splits.items()}
     asked += tasks.open_baseline(cfg, name, trained_on.get("lang"), device)
     answers = tasks.answer_all(cfg, asked, splits, out)  # {system: rows}
     if decoding.RANK > 0:

@@ -36,7 +36,7 @@ from vllm.model_executor.models import interfaces, module_mapping, utils, whispe
 from vllm.multimodal import MULTIMODAL_REGISTRY, inputs, parse, processing
 from vllm.tokenizers import cached_tokenizer_from_config
 from support import realtime
-from support.uploads import LIMIT
+from support.uploads import GUARD, LIMIT, asked
 
 # ---- The four classes. How many tokens a recording takes is said twice: the most, for which memory
 # is set aside, in get_mm_max_tokens_per_item(); what each one takes, in _get_prompt_updates().
@@ -163,7 +163,8 @@ class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMulti
         if stt_params.task_type != "transcribe":
             raise ValueError("this model does not translate: ask /v1/audio/transcriptions")
         tokenizer = cached_tokenizer_from_config(stt_params.model_config)
-        return engine.prompt(tokenizer, [stt_params.audio])
+        sample = asked(stt_params.request_prompt, stt_params.hotwords)
+        return engine.prompt(tokenizer, [stt_params.audio], sample)
     @classmethod
     def post_process_output(cls, text):
         return text.strip()
@@ -200,6 +201,7 @@ def main() -> int | None:
     if args.transcribe and args.live:
         raise UserError("--transcribe or --live, not both")
     os.environ[LIMIT] = str(args.max_audio_seconds or 600)  # which vLLM's processes inherit
+    os.environ[GUARD] = str(int(args.loop_guard))
     if not args.transcribe and not args.live:
         with engine.loading(args.ckpt):
             return serve(args, vllm_flags)
@@ -208,12 +210,14 @@ def main() -> int | None:
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # file names may be bytes
     if args.transcribe:
         planned = transcripts.plan(args)  # wrong ones show before vLLM has loaded the model
-        vllm = engine.Offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm)
+        vllm = engine.Offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm,
+                              args.loop_guard)
         return transcripts.transcribe(vllm, vllm.config.window_samples, BATCH, args, planned)
     sound = realtime.open_sound(args.live, args.max_audio_seconds or rows.MAX_SECONDS)
     if args.server:
         return realtime.follow(sound, args.server)
-    command = [__file__, "--ckpt", args.ckpt, "--encoder", args.encoder, "--llm", args.llm]
+    command = [__file__, "--ckpt", args.ckpt, "--encoder", args.encoder, "--llm", args.llm,
+               "--loop_guard" if args.loop_guard else "--no-loop_guard"]
     with realtime.own_server([*command, *vllm_flags]) as address:
         print(f"listening at {address}", file=sys.stderr)
         realtime.follow(sound, address)

@@ -50,9 +50,19 @@ def prompt(tokenizer, waves: list, sample: Sample = TRANSCRIBE) -> dict:
     audio = [(np.asarray(wave), model.SAMPLE_RATE) for wave in waves]
     return dict(prompt_token_ids=ids, multi_modal_data={"audio": audio} if audio else {})
 
+def guarded(params, limit: int | None = None):
+    """vllm.SamplingParams -> the same with model.guard()'s rules. limit: tokens, see there."""
+    from vllm.sampling_params import RepetitionDetectionParams
+    params = params.clone()
+    if params.repetition_detection is None:
+        params.repetition_detection = RepetitionDetectionParams(model.NGRAM, 1, model.REPEATS + 1)
+    params.max_tokens = min(x for x in (params.max_tokens, limit and limit + 1, 1 << 30) if x)
+    return params
+
 class Offline:
     """A system as eval.py's, which batches by itself. settings: more of vllm.LLM's. UserError."""
-    def __init__(self, ckpt, max_new_tokens=256, encoder=model.ENCODER, llm=model.LLM, **settings):
+    def __init__(self, ckpt, max_new_tokens=256, encoder=model.ENCODER, llm=model.LLM,
+                 loop_guard=True, **settings):
         check_installed()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a second process imports it all again
         with loading(ckpt):
@@ -65,9 +75,18 @@ class Offline:
         self.tokenizer = self.engine.get_tokenizer()
         self.config = self.engine.llm_engine.model_config.hf_config
         self.greedy = vllm.SamplingParams(temperature=0, max_tokens=max_new_tokens)
+        self.loop_guard = loop_guard
     def __call__(self, samples: list[Sample], waves: list) -> list[tuple[str, int, bool]]:
         prompts = [prompt(self.tokenizer, w, s) for s, w in zip(samples, waves, strict=True)]
-        answers = [o.outputs[0] for o in self.engine.generate(prompts, self.greedy, use_tqdm=False)]
-        return [(self.tokenizer.decode(a.token_ids, skip_special_tokens=True).strip(),
-                 len(a.token_ids), a.finish_reason == "length")
-                for a in answers]  # their own texts lack letters that were cut in half
+        limits = [model.speech_limit(sum(map(len, w))) if s.question == model.ASR_PROMPT else None
+                  for s, w in zip(samples, waves, strict=True)]
+        params = [guarded(self.greedy, n) if self.loop_guard else self.greedy for n in limits]
+        answers = []
+        outputs = self.engine.generate(prompts, params, use_tqdm=False)
+        for said, n in zip((out.outputs[0] for out in outputs), limits, strict=True):
+            ids, ended = [*said.token_ids], said.finish_reason == "stop"
+            if self.loop_guard and not ended:
+                ids = model.guard(ids, n)
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)  # vLLM's own lacks letters
+            answers.append((text.strip(), len(ids), not ended))          # that were cut in half
+        return answers

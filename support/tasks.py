@@ -117,7 +117,7 @@ def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> lis
 def open_ours(cfg, name: str, device: torch.device) -> System:  # the checkpoint, or UserError
     if cfg.engine == "vllm":
         from support.engine import Offline
-        answer = model = Offline(cfg.ckpt, cfg.max_new_tokens, cfg.encoder, cfg.llm)
+        answer = model = Offline(cfg.ckpt, cfg.max_new_tokens, cfg.encoder, cfg.llm, cfg.loop_guard)
     else:
         model = load_model(cfg.ckpt, device, cfg.encoder, cfg.llm)
         answer = native(model, cfg.max_new_tokens, cfg.loop_guard)

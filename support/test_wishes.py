@@ -10,9 +10,17 @@ import torch
 import data
 import eval as evaluation
 import model as nb
-from conftest import exit_of, is_one_line, needs_shared, rows_in, tone, train_now, write_manifest
+from conftest import (
+    exit_of,
+    is_one_line,
+    needs_shared,
+    rows_in,
+    tone,
+    train_now,
+    wav_bytes,
+    write_manifest,
+)
 from support import banks, context, corpus, nonspeech, report, rows
-from support.checkpoint import load_checkpoint
 from support.tasks import native
 
 # ---- Loops
@@ -50,7 +58,7 @@ def test_nor_by_the_tokens_of_qwen3():
         ids = tokenizer(s.answer).input_ids
         assert nb.guard(ids, nb.speech_limit(len(s.audio[0]))) == ids
 
-def looping(net, monkeypatch, period: int, voices=1):
+def looping(net, monkeypatch, period: int):
     """A network whose answers say tokens 300, 301, ... again and again, `period` of them."""
     def forward(*args, inputs_embeds=None, input_ids=None, past_key_values=None, **kwargs):
         out = plain(*args, inputs_embeds=inputs_embeds, input_ids=input_ids,
@@ -65,9 +73,7 @@ def looping(net, monkeypatch, period: int, voices=1):
 @pytest.mark.parametrize("period", [1, 3, 8])
 def test_generate_ends_loops(net, monkeypatch, period):
     looping(net, monkeypatch, period)
-    marker, steps = net.config.audio_start_id, []
-    monkeypatch.setattr(nb.StoppingCriteria if hasattr(nb, "StoppingCriteria") else net.llm,
-                        "_", None, raising=False)
+    marker = net.config.audio_start_id
     once = [*range(300, 300 + period)]
     asked = dict(user_prompt=["что слышно?", "ещё?"], max_new_tokens=100)
     ids = net.generate([tone(1), tone(2)], **asked).tolist()
@@ -77,12 +83,12 @@ def test_generate_ends_loops(net, monkeypatch, period):
     assert free.shape == (2, 100) and free[0, 99] == 300 + 99 % period
     beams = net.generate(tone(1), num_beams=3, num_return_sequences=2, **asked | dict(
         user_prompt="что слышно?"))
-    assert len(beams) == 2 and not steps
+    assert len(beams) == 2
     (text, n, cut), = native(net, 100)([data.TRANSCRIBE], [[tone(3)]])
     assert (text, n, cut) == (net.decode(torch.tensor(once)), period, True)
 
 def test_transcripts_end_where_no_speech_is_as_long(net, monkeypatch):
-    looping(net, monkeypatch, 200)
+    looping(net, monkeypatch, 120)
     long, short = native(net, 256)([data.TRANSCRIBE] * 2, [[tone(4)], [tone(0.5)]])
     assert (long[1], long[2], short[1], short[2]) == (80, True, 24, True)
     (_, n, cut), = native(net, 50)([data.TRANSCRIBE], [[tone(4)]])
@@ -136,7 +142,8 @@ def test_runs_from_before_silence_go_on(tmp_path, monkeypatch, manifest):
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
-    config.write_text(json.dumps({k: v for k, v in known.items() if k not in ("silence", "context")}))
+    old = {k: v for k, v in known.items() if k not in ("silence", "context")}
+    config.write_text(json.dumps(old))
     before = rows_in(tmp_path / "a")
     code, after = train_now(monkeypatch, "--resume", "--out", tmp_path / "a")
     assert code == 0 and after[1]["loss"] == before[1]["loss"]
@@ -160,10 +167,9 @@ def told_in(sample) -> list[str]:
 
 def test_training_tells_rare_words_among_others():
     common = [data.Sample("мой номер пять два один") for _ in range(3000)]
-    rare = [data.Sample(f"здесь живёт {'абвгдежзиклмнопрстуф'[i % 20]}{'оуыэ'[i // 20 % 4]}рк{i}ов")
-            for i in range(1000)]
-    rare = [data.Sample("".join(c for c in s.answer if not c.isdigit()) + "абвгд"[i % 5] * (i // 80))
-            for i, s in enumerate(rare)]
+    rng = random.Random(0)
+    rare = [data.Sample("здесь живёт " + "".join(rng.choices("абвгдезиклмн", k=8)))
+            for _ in range(1000)]
     asks = [data.Sample("что-то", question="кто это?")] * 1000
     tell = context.Context([common + rare, asks], 0.5, seed=1)
     told = [tell(s, 0.2, i) for i, s in enumerate(rare)]
@@ -201,21 +207,22 @@ def test_names_training_never_says():
     samples = data.embedded("ru", "names", 50)
     assert all(names & set(s.answer.split()) for s in samples)
     assert {s.name.split("/")[-1] for s in samples} <= set(corpus.EVAL_VOICES)
-    right, wrong = (context.told("ru", f"names_{kind}", samples, 0) for kind in ("context", "wrong"))
+    right = context.told("ru", "names_context", samples, 0)
+    wrong = context.told("ru", "names_wrong", samples, 0)
     for s, a, b in zip(samples, right, wrong, strict=True):
         own = names & set(s.answer.split())
         assert own <= set(told_in(a)) and not own & set(told_in(b))
         assert len(told_in(a)) == len(told_in(b)) == 10 and a.answer == s.answer
 
 def test_counts_of_names_loops_and_words_made_up():
-    counts = report.more_counts(["это", "кирилл", "и", "полина"], ["это", "кирилл", "и", "калина"], 2)
+    counts = report.more_counts(["кирилл", "и", "полина"], ["кирилл", "и", "калина"], 2)
     assert counts == dict(loops=[0, 1], made_up=[0, 0], found=[1, 2])
-    counts = report.more_counts([], "да нет да нет да нет".split(), 30.0)
+    counts = report.more_counts([], ["да", "нет", "да", "нет", "да", "нет"], 30.0)
     assert counts == dict(loops=[1, 1], made_up=[6, 50.0], found=[0, 0])
     assert evaluation.percent(np.array([[6, 50.0], [0, 50.0]])) == 6  # words a minute
 
 def test_eval_tells_words(checkpoint, tmp_path, monkeypatch, capsys):
-    (tmp_path / "a.wav").write_bytes(nb_wav())
+    (tmp_path / "a.wav").write_bytes(wav_bytes(tone(1)))
     manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "привет"}])
     seen = []
     monkeypatch.setattr(nb.BorealisForConditionalGeneration, "chat", spy(seen, nb))
@@ -229,10 +236,6 @@ def test_eval_tells_words(checkpoint, tmp_path, monkeypatch, capsys):
     code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *flags, "--context", "a",
                            "--task", "qa")
     assert is_one_line(code, err, "for asr")
-
-def nb_wav() -> bytes:
-    from conftest import wav_bytes
-    return wav_bytes(tone(1))
 
 def spy(seen: list, code):
     plain = code.BorealisForConditionalGeneration.chat

@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 from data import TRANSCRIBE
 from model import SAMPLE_RATE
-from support import checkpoint, cli, pauses, rows, tasks
+from support import checkpoint, cli, context, pauses, rows, tasks
 
 def find_recordings(places: list[str]) -> list[tuple[Path, Path]]:
     """Files, in folders too, and what each is called in --out_dir, without an ending. UserError."""
@@ -32,6 +32,8 @@ def plan(cfg) -> list[tuple[Path, dict]]:
         raise cli.UserError(f"--format {unknown.pop()}: choose from {','.join(pauses.FORMATS)}")
     if cfg.out_dir:
         cli.check_out(cfg.out_dir)
+    with cli.as_user_error("--context: ", ValueError):
+        cfg.context = context.parse(cfg.context)
     return [(file, {kind: Path(cfg.out_dir, f"{name}.{kind}") for kind in formats})
             for file, name in find_recordings(cfg.transcribe)]
 
@@ -43,7 +45,7 @@ def deliver(row: dict, paths: dict, segments=(), duration: float = 0.0) -> None:
     """Print the row as JSON, or write the files."""
     if not paths:
         return print(json.dumps(row, ensure_ascii=False), flush=True)
-    if problem := row.get("error") or row["cut"] and "cut off: try more --max_new_tokens":
+    if problem := row.get("error") or row["cut"] and "cut off: see --max_new_tokens, --loop_guard":
         tqdm.write(f"{row['audio']}: {problem}", sys.stderr)
     for kind, path in paths.items() if "text" in row else ():
         cli.write_text(path, pauses.FORMATS[kind](segments, duration))
@@ -54,6 +56,7 @@ def transcribe(answer, window: int, batch_size: int, cfg, planned: list) -> None
     todo, errors = [job for job in planned if not is_done(*job)], []
     if len(todo) < len(planned):
         print(f"{len(planned) - len(todo)} of {len(planned)} are done already", file=sys.stderr)
+    asked = context.tell(TRANSCRIBE, cfg.context)
     bar = tqdm(total=len(todo), unit=" recordings", unit_scale=True)  # of parts of one, too
     def pieces():  # of one recording after the other: with its length, and, the last, its files
         for file, paths in todo:
@@ -66,8 +69,8 @@ def transcribe(answer, window: int, batch_size: int, cfg, planned: list) -> None
                 bar.update()
                 continue
             *cut, last = pauses.cut_at_pauses(wave, window)
-            yield from ((TRANSCRIBE, [piece], len(wave), None) for piece in cut)
-            yield TRANSCRIBE, [last], len(wave), (str(file), paths)
+            yield from ((asked, [piece], len(wave), None) for piece in cut)
+            yield asked, [last], len(wave), (str(file), paths)
     segments, at, any_cut = [], 0.0, False
     with bar:
         for (_, [piece], n, end), (text, _, cut) in pauses.in_batches(answer, pieces(), batch_size):
@@ -89,7 +92,7 @@ def main() -> None:
         raise cli.UserError("name recordings, or folders of them: --transcribe a.mp3 folder/")
     planned = plan(cfg)  # wrong flags show before the model is loaded
     model = checkpoint.load_model(cfg.ckpt, cli.pick_device(cfg.device), cfg.encoder, cfg.llm)
-    answer = tasks.native(model, cfg.max_new_tokens)
+    answer = tasks.native(model, cfg.max_new_tokens, cfg.loop_guard)
     transcribe(answer, model.config.window_samples, cfg.batch_size, cfg, planned)
 
 cli.run(main, __name__)

@@ -1,6 +1,5 @@
 """support/uploads.py -- what clients of serve_vllm.py send. A ValueError is a 400."""
 import asyncio
-import json
 import math
 import os
 import zlib
@@ -16,9 +15,13 @@ from vllm.entrypoints.speech_to_text.base.utils import read_upload_with_limit
 from vllm.entrypoints.speech_to_text.transcription import api_router
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, audio
 from vllm.renderers.inputs.preprocess import parse_model_prompt
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.engine.async_llm import AsyncLLM
+import model
+from data import TRANSCRIBE, Sample
 from model import SAMPLE_RATE
-from support import engine, pauses, rows
+from support import context, engine, pauses, rows
 from support.recipes import TABLES
 
 LIMIT = "BOREALIS_MAX_AUDIO_SECONDS"  # in the environment, which reaches all of vLLM's processes
@@ -51,21 +54,49 @@ class Recordings(MediaConnector):
         except Exception as e:  # file://, an unreachable host, ...
             raise ValueError(f"cannot fetch the recording: {type(e).__name__}: {e}") from None
 
-async def answer(server, wave: torch.Tensor, params, name: str, lora=None):
+# ---- The loop guard of model.py, over all routes; repeats that were streamed cannot be taken back
+GUARD = "BOREALIS_LOOP_GUARD"  # in the environment, 0: off
+
+def cut_back(said, limit: int | None, tokenizer) -> None:  # said: vLLM's CompletionOutput
+    kept = model.guard([*said.token_ids], limit)
+    if len(kept) < len(said.token_ids):
+        said.token_ids, said.text = kept, tokenizer.decode(kept, skip_special_tokens=True)
+        said.logprobs = said.logprobs and said.logprobs[:len(kept)]
+
+async def generate(self, prompt, sampling_params, *args, **kwargs):
+    on = os.environ[GUARD] != "0" and isinstance(sampling_params, SamplingParams)
+    params = engine.guarded(sampling_params) if on else sampling_params
+    async for output in plain_generate(self, prompt, params, *args, **kwargs):
+        for said in output.outputs:
+            if said.finish_reason == "repetition" and params.output_kind != RequestOutputKind.DELTA:
+                cut_back(said, None, cached_tokenizer_from_config(self.model_config))
+        yield output
+
+plain_generate, AsyncLLM.generate = AsyncLLM.generate, generate
+
+# ---- Transcripts
+def asked(*lists: str | None) -> Sample:  # the transcription prompt; prompt and hotwords of a form
+    return context.tell(TRANSCRIBE, context.parse(", ".join(filter(None, lists))))
+
+async def answer(server, wave: torch.Tensor, params, name: str, lora=None, sample=TRANSCRIBE):
     """One fresh request: the transcription prompt with this wave -> vLLM's RequestOutput."""
-    config = server.model_config
-    prompt = engine.prompt(cached_tokenizer_from_config(config), [wave])
-    inputs = await server.renderer.render_cmpl_async([parse_model_prompt(config, prompt)])
+    config, limit = server.model_config, model.speech_limit(len(wave))
+    tokenizer, on = cached_tokenizer_from_config(config), os.environ[GUARD] != "0"
+    prompt = parse_model_prompt(config, engine.prompt(tokenizer, [wave], sample))
+    inputs = await server.renderer.render_cmpl_async([prompt])
+    params = engine.guarded(params, limit) if on else params
     async for output in server.engine_client.generate(inputs[0], params, name, lora_request=lora):
         last = output
+    if on and last.outputs[0].finish_reason == "length":
+        cut_back(last.outputs[0], limit, tokenizer)
     return last
 
 @with_cancellation
-async def with_times(raw_request: Request, request) -> Response:
-    """verbose_json, srt and vtt: each piece between two pauses is a request, and a segment."""
+async def transcribe(raw_request: Request, request) -> Response:
+    """Each piece between two pauses is a request, and in verbose_json, srt and vtt a segment."""
     server, form = raw_request.app.state.openai_serving_transcription, request
-    if form.stream or "word" in form.timestamp_granularities:
-        raise ValueError("times are told of segments only: no stream, no word granularity")
+    if "word" in form.timestamp_granularities:
+        raise ValueError("times are told of segments only: no word granularity")
     if error := await server._check_model(form):
         return JSONResponse(error.model_dump(), error.error.code)
     server.model_cls.validate_language(form.language)
@@ -75,12 +106,14 @@ async def with_times(raw_request: Request, request) -> Response:
     most = form.max_completion_tokens or server.model_config.max_model_len
     params = form.to_sampling_params(most)
     params.logprobs, name = 1, f"transcribe-{server._base_request_id(raw_request)}"
-    outputs = await asyncio.gather(
-        *(answer(server, piece, params, f"{name}-{i}", lora) for i, piece in enumerate(pieces)))
+    sample = asked(form.prompt, form.hotwords)
+    outputs = await asyncio.gather(*(answer(server, piece, params, f"{name}-{i}", lora, sample)
+                                     for i, piece in enumerate(pieces)))
+    texts = [pauses.without_thoughts(output.outputs[0].text) for output in outputs]
     segments, facts, at = [], [], 0.0
-    for piece, output in zip(pieces, outputs, strict=True):
+    for piece, output, text in zip(pieces, outputs, texts, strict=True):
         said = output.outputs[0]
-        if words := pauses.word_times(piece, pauses.without_thoughts(said.text), at):
+        if words := pauses.word_times(piece, text, at):
             data, n = said.text.encode(), len(said.token_ids)
             segments.append(words)
             facts.append(dict(  # what else OpenAI's clients expect; the last is Whisper's alone
@@ -88,20 +121,24 @@ async def with_times(raw_request: Request, request) -> Response:
                 avg_logprob=said.cumulative_logprob / n,
                 compression_ratio=len(data) / len(zlib.compress(data)), no_speech_prob=None))
         at += len(piece) / SAMPLE_RATE
-    if form.response_format != "verbose_json":
-        return PlainTextResponse(pauses.FORMATS[form.response_format](segments, at))
-    body = pauses.to_json(segments, at)
+    text, body = " ".join(filter(None, texts)), pauses.to_json(segments, at)
+    if form.response_format not in ("json", "verbose_json"):
+        make = dict(pauses.FORMATS, text=lambda *_: text + "\n")[form.response_format]
+        return PlainTextResponse(make(segments, at))
     body["segments"] = [a | b for a, b in zip(body["segments"], facts, strict=True)]
+    body = body if form.response_format == "verbose_json" else dict(text=text)
     return JSONResponse(body | dict(usage=dict(type="duration", seconds=math.ceil(at))))
 
 api_router.router.routes.clear()
 @api_router.router.post("/v1/audio/transcriptions")
 async def transcriptions(raw: Request, form: Annotated[api_router.TranscriptionRequest, Form()]):
-    """vLLM's route; it has no times, and where plain text is asked for, it answers with JSON."""
-    if form.response_format in ("verbose_json", "srt", "vtt"):
-        return await with_times(raw_request=raw, request=form)
-    answer = await api_router.create_transcriptions(raw_request=raw, request=form)
-    plain = form.response_format == "text" and not form.stream
-    if not plain or not answer or answer.status_code != 200:  # no answer: the client has left
-        return answer
-    return PlainTextResponse(json.loads(answer.body)["text"] + "\n", background=answer.background)
+    """vLLM's route has no times; it is left what is streamed, and beam search."""
+    if not form.stream and not form.use_beam_search:
+        return await transcribe(raw_request=raw, request=form)
+    if form.response_format not in ("json", "text"):
+        raise ValueError("times are not streamed: ask without stream")
+    if os.environ[GUARD] != "0":  # of a whole window
+        config = raw.app.state.openai_serving_transcription.model_config.hf_config
+        limit = model.speech_limit(config.window_samples)
+        form.max_completion_tokens = min(form.max_completion_tokens or limit, limit)
+    return await api_router.create_transcriptions(raw_request=raw, request=form)
