@@ -10,7 +10,7 @@ import soundfile
 from tqdm import tqdm
 from data import TRANSCRIBE
 from model import SAMPLE_RATE
-from support import checkpoint, cli, pauses, rows, tasks
+from support import checkpoint, cli, pauses, processing, rows, tasks
 from support.cli import UserError, check_out, first_line, write_text
 
 FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm")
@@ -83,7 +83,7 @@ def transcribe(answer, window: int, batch_size: int, cfg, planned: list) -> None
     segments, at, any_cut = [], 0.0, False
     with tqdm(total=sum(length(file) for file, _ in todo), unit=" s", unit_scale=True) as bar:
         for (_, [piece], end), (text, _, cut) in pauses.in_batches(answer, pieces(), batch_size):
-            segments.append(pauses.word_times(piece, pauses.without_thoughts(text), at))
+            segments.append(processing.word_times(piece, pauses.without_thoughts(text), at))
             seconds, any_cut = len(piece) / SAMPLE_RATE, any_cut or cut
             bar.total, at = max(bar.total, bar.n + seconds), at + seconds
             bar.update(seconds)

@@ -18,7 +18,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, audi
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.tokenizers import cached_tokenizer_from_config
 from model import SAMPLE_RATE
-from support import engine, pauses, rows
+from support import engine, pauses, processing, rows
 from support.recipes import TABLES
 
 LIMIT = "BOREALIS_MAX_AUDIO_SECONDS"  # in the environment, which reaches all of vLLM's processes
@@ -79,7 +79,7 @@ async def with_times(raw_request: Request, request) -> Response:
     segments, facts, at = [], [], 0.0
     for piece, output in zip(pieces, outputs, strict=True):
         said = output.outputs[0]
-        if words := pauses.word_times(piece, pauses.without_thoughts(said.text), at):
+        if words := processing.word_times(piece, pauses.without_thoughts(said.text), at):
             data, n = said.text.encode(), len(said.token_ids)
             segments.append(words)
             facts.append(dict(  # what else OpenAI's clients expect; the last is Whisper's alone
