@@ -179,7 +179,7 @@ QWEN = dict(hidden_size=64, num_hidden_layers=2, max_window_layers=2, num_attent
 WHISPER = dict(d_model=64, num_hidden_layers=1, max_source_positions=100, max_target_positions=40,
                max_length=40)  # a window of 2 s
 for part in ("encoder", "decoder"):
-    WHISPER |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 128}
+    WHISPER |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 256}
 
 def published(repo: str, file: str, tokenizer, **sizes) -> dict:
     """A file's fields, these and no other; special tokens by their ids in another tokenizer."""

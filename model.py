@@ -119,16 +119,19 @@ def build_ids(tokenizer, config, messages: list[dict], counts=()) -> tuple[list[
     asks = messages[-1]["role"] != "assistant"  # then the ids end where the answer will start
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=asks, return_dict=True,
                                          return_assistant_tokens_mask=True)
-    ids, labels, counts, audio = [], [], iter(counts), config.audio_token_id  # read once: slow
-    for token, said in zip(chat["input_ids"], chat["assistant_masks"], strict=True):
-        piece = [token]
-        if token == audio:  # -> marker, N slots for each window, marker
-            slots = piece * (config.tokens_per_window * next(counts))
-            piece = [config.audio_start_id, *slots, config.audio_end_id]
+    ids, labels, pieces = [], [], fill_slots(chat["input_ids"], config, counts)
+    for piece, said in zip(pieces, chat["assistant_masks"], strict=True):
         ids += piece
         labels += piece if said else [-100] * len(piece)
     end = None if asks else -1  # the template ends with a line break, after the last <|im_end|>
     return ids[:end], labels[:end]
+
+def fill_slots(ids: list[int], config, counts):
+    """Yields each id as a list, but AUDIO as marker, N slots for each of its windows, marker."""
+    counts, audio = iter(counts), config.audio_token_id  # read once: slow
+    for token in ids:
+        n = config.tokens_per_window * next(counts) if token == audio else 0
+        yield [config.audio_start_id, *[audio] * n, config.audio_end_id] if n else [token]
 
 def find_labels(labels: torch.Tensor) -> torch.Tensor:
     """(B, L) -> where in the flat (B * L,) the next token has a label: there are logits needed."""
@@ -277,7 +280,11 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         return CausalLMOutputWithPast(loss / (num_items_in_batch or len(logits)), logits)
     def generate(self, audio=None, user_prompt=ASR_PROMPT, system_prompt=ASR_SYSTEM, **settings):
         """Answers -> new ids (B, <= max_new_tokens), padded at the end. Raises ValueError. audio:
-        see group_recordings(). user_prompt: one for all, or a list. settings: see chat()."""
+        see group_recordings(). user_prompt: one for all, or a list. settings: see answer(); with
+        its input_ids among them, as of our processor, ids of prompts and answers, as they do it."""
+        if "input_ids" in settings:
+            new, ids = self.answer(**settings), settings["input_ids"]
+            return torch.cat([ids.repeat_interleave(len(new) // len(ids), 0), new], dim=1)
         prompts = as_list(user_prompt)
         groups = group_recordings(audio, prompts)
         if len(prompts) == 1:
@@ -288,12 +295,8 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         chats = [[*system, {"role": "user", "content": place_audio(prompt, len(waves))}]
                  for prompt, waves in zip(prompts, groups, strict=True)]
         return self.chat(chats, groups, **settings)
-    @torch.no_grad()
-    def chat(self, conversations, recordings, max_new_tokens=256, do_sample=False, streamer=None,
-             loop_guard=True, **sampling):
-        """B lists of messages and B lists of recordings for their AUDIO -> new ids, see generate().
-        Greedy unless do_sample; then temperature, top_p, ... go to transformers, as a streamer.
-        loop_guard: see guard(). An answer that was cut has no end token."""
+    def chat(self, conversations, recordings, **settings):
+        """B lists of messages, B lists of recordings for their AUDIO -> new ids, see answer()."""
         rows, pieces, limits = [], [], []
         for messages, waves in zip(conversations, recordings, strict=True):
             windows = [cut_windows(check_wave(wave), self.config) for wave in waves]
@@ -304,19 +307,28 @@ class BorealisForConditionalGeneration(PreTrainedModel):
             limits.append(speech_limit(sum(map(len, waves))) if speech else None)
         # Padded on the left and masked, so that each row gets the tokens it would get alone.
         pad = self.config.audio_start_id
+        ids = pad_sequence(rows, True, padding_value=pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
+        return self.answer(ids, log_mel(pieces, self.config), mask, limits=limits, **settings)
+    @torch.no_grad()
+    def answer(self, input_ids, input_features=None, attention_mask=None, max_new_tokens=256,
+               do_sample=False, streamer=None, loop_guard=True, limits=(None,), **sampling):
+        """(B, L) ids and (W, M, F) mels -> new ids, see generate(). Greedy unless do_sample; then
+        temperature, top_p, ... go to transformers, as a streamer. loop_guard, limits of answers:
+        see guard(). What it has cut has no end token."""
+        pad = self.config.audio_start_id
         def guarded(rows):  # of an answer there may be several, side by side
             return [guard(row, limits[i * len(limits) // len(rows)]) for i, row in enumerate(rows)]
         def cut(ids, *_, **__):  # which rows loop, or are longer than they may be?
             rows = ids.tolist()
             done = [kept != row for kept, row in zip(guarded(rows), rows, strict=True)]
             return torch.tensor(done, device=ids.device)
-        ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
-        embeds = self.embed(ids, log_mel(pieces, self.config))  # (B, L, D)
+        embeds = self.embed(input_ids, input_features)  # (B, L, D)
         settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=do_sample,
                                     eos_token_id=self.ends, pad_token_id=pad, **sampling)
         new = self.llm.generate(None, settings, streamer=streamer, inputs_embeds=embeds,
-                                attention_mask=mask, stopping_criteria=[cut] if loop_guard else [])
+                                attention_mask=attention_mask,
+                                stopping_criteria=[cut] if loop_guard else [])
         said = [row[row != pad].tolist() for row in new]
         for row, own, kept in zip(new, said, guarded(said), strict=True):
             if loop_guard and set(own).isdisjoint(self.ends):

@@ -1,60 +1,100 @@
 """support/export.py -- a checkpoint as a model folder that needs nothing of this project.
 
-    python -m support.export --ckpt out/ --to hf/ [--push user/name]"""
+    python -m support.export --ckpt out/ --to hf/ [--layout voxtral] [--push user/name]"""
 import json
 import os
 import shutil
 from pathlib import Path
 import huggingface_hub
+import torch
 import transformers
 from safetensors.torch import save_file
 from tabulate import tabulate
 import model as code
 from model import ENCODER, LLM, SAMPLE_RATE
-from support import lora
+from support import lora, processing
 from support.checkpoint import find_checkpoint, load_base, load_checkpoint, read_config, read_json
 from support.cli import ArgumentParser, as_user_error, run
 from support.recipes import TABLES
 from support.storage import fingerprint, read_weights
 
+TABLE = TABLES["export"]
+
 def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None = None,
-           unmerged: bool = False):
+           layout: str = "remote", unmerged: bool = False):
     """Write the folder `to`, whole or not at all -> the model. Raises ValueError or OSError."""
     if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
         raise ValueError(f"{to} exists already: name a new folder with --to")
     model, source = load_checkpoint(where, encoder, llm), find_checkpoint(where)
     lora.cast(model, model.llm.dtype)
     config, ends, seconds = model.config, model.ends, model.config.window_samples // SAMPLE_RATE
-    config.auto_map = dict(TABLES["export"]["auto_map"])
+    config.auto_map, config.custom_pipelines = dict(TABLE["auto_map"]), TABLE["pipelines"]
     extractor = code.feature_extractor(config.encoder_config.num_mel_bins, chunk_length=seconds)
-    # By hand: transformers writes no temperature beside do_sample=False, vLLM samples without one.
-    greedy = dict(do_sample=False, temperature=0.0, eos_token_id=ends, pad_token_id=ends[-1])
+    facts = {key: getattr(config, key) for key in TABLE["facts"]}
+    processor = processing.BorealisProcessor(extractor, model.tokenizer, **facts)
+    processor.auto_map = {"AutoProcessor": TABLE["auto_map"]["AutoProcessor"]}
+    greedy = dict(do_sample=False, eos_token_id=ends, pad_token_id=ends[-1])
+    if layout == "remote":  # without a temperature, vLLM samples, and transformers writes none
+        written, more = model, dict(temperature=0.0)
+    else:
+        written, more = to_voxtral(model), dict(max_new_tokens=256)
+        if config.audio_token_id >= config.llm_config.vocab_size:  # its row is ours: nobody says it
+            more["suppress_tokens"] = [config.audio_token_id]
     fresh = Path(f"{Path(to)}.{os.getpid()}.tmp")
     try:
         if unmerged:
             take_out_lora(model, source, fresh / "lora")
-        model.save_pretrained(fresh, max_shard_size="5GB")
-        model.tokenizer.save_pretrained(fresh)
+        written.save_pretrained(fresh, max_shard_size="5GB")
+        processor.save_pretrained(fresh)
         extractor.save_pretrained(fresh)
-        (fresh / "generation_config.json").write_text(json.dumps(greedy, indent=2))
+        (fresh / "generation_config.json").write_text(json.dumps(greedy | more, indent=2))
         for file in (code.__file__, *source.glob("train_config.json")):  # eval.py reads the latter
             shutil.copy(file, fresh)
-        (fresh / "README.md").write_text(model_card(model, source, title or Path(to).name), "utf-8")
+        travels = Path(processing.__file__).read_text("utf-8")
+        (fresh / "processing.py").write_text(travels.replace("from model ", "from .model "), "utf-8")
+        (fresh / "README.md").write_text(
+            model_card(model, source, title or Path(to).name, layout), "utf-8")
         os.replace(fresh, to)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return model
 
-def model_card(model, source: Path, title: str) -> str:  # model_card.md, filled in
+def to_voxtral(model) -> transformers.VoxtralForConditionalGeneration:
+    """The same weights in transformers' class for a Whisper encoder, our simple adapter and an LLM.
+    ValueError for others: it takes encoder_ffn_dim / d_model frames side by side, all the same."""
+    config, listens = model.config, model.config.encoder_config
+    side_by_side = config.downsample_factor * listens.d_model == listens.encoder_ffn_dim
+    if config.adapter != "simple":
+        raise ValueError("--layout voxtral has no place for a deep adapter: use --layout remote")
+    if not side_by_side or listens.max_source_positions % config.downsample_factor:
+        raise ValueError(f"--layout voxtral cannot put {config.downsample_factor} frames of this "
+                         "encoder side by side: use --layout remote")
+    state, table = {}, TABLES["voxtral"]
+    for key, weight in model.state_dict().items():
+        part = next(part for part in table["parts"] if key.startswith(part))
+        state[key.replace(part, table["parts"][part], 1)] = weight
+    rows = max(config.llm_config.vocab_size, config.audio_token_id + 1)
+    for key in ("model.language_model.embed_tokens.weight", "lm_head.weight"):  # here, never tied
+        more = state[key].new_zeros(rows - len(state[key]), state[key].shape[1])
+        state[key] = torch.cat([state[key], more])
+    llm = config.llm_config.to_dict() | dict(vocab_size=rows, tie_word_embeddings=False)
+    with torch.device("meta"):  # no second copy
+        twin = transformers.VoxtralForConditionalGeneration(transformers.VoxtralConfig(
+            audio_config={key: getattr(listens, key) for key in table["encoder"]}, text_config=llm,
+            audio_token_id=config.audio_token_id))
+    twin.load_state_dict(state, assign=True)
+    return twin
+
+def model_card(model, source: Path, title: str, layout: str) -> str:  # model_card.md, filled in
     settings = read_json(source / "train_config.json")
     for key, value in settings.items():
         if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
             settings[key] = Path(value).name  # the rest of a path is nobody's business
     settings = [(key, value) for key, value in settings.items()
-                if key not in TABLES["export"]["private"] and value not in (None, "", False)]
+                if key not in TABLE["private"] and value not in (None, "", False)]
     training = tabulate(settings, ["setting", "value"], "pipe", disable_numparse=True)
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    return template.format(
+    return template.replace("{usage}", TABLE["usage"][layout]).format(
         title=title, model=model, seconds=model.config.window_samples / SAMPLE_RATE,
         parameters=code.count(model), transformers=transformers.__version__, scores=scores(source),
         training=training if settings else "Not recorded.")
@@ -89,7 +129,8 @@ def main() -> None:
     parser = ArgumentParser(prog="python -m support.export", description="Write a model folder.")
     args = parser.add_tables("model", "export").parse_args()
     with as_user_error("", ValueError, OSError):
-        model = export(args.ckpt, args.to, args.encoder, args.llm, args.push, args.unmerged)
+        model = export(args.ckpt, args.to, args.encoder, args.llm, args.push, args.layout,
+                       args.unmerged)
     matrices = f"LoRA in {args.to}/lora" if args.unmerged else "LoRA merged"
     print(f"{args.to} holds {code.count(model):,} parameters in {model.dtype}, {matrices}")
     if args.push:

@@ -9,20 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 import numpy as np
 import torch
-from model import HOP, SAMPLE_RATE
+from model import SAMPLE_RATE
+from support.processing import FRAME, cut_at_pauses, loud_frames, loudness
 from support.rows import MIN_SECONDS, BadRow
-
-def cut_at_pauses(wave: torch.Tensor, longest: int) -> list[torch.Tensor]:
-    """(samples,) -> pieces of <= `longest`, each cut at the quietest 0.2 s of its second half."""
-    pieces, span = [], SAMPLE_RATE // 5
-    while len(wave) > longest:
-        end = min(longest, len(wave) - SAMPLE_RATE // 2)  # in a sliver a model would invent words
-        start = min(longest // 2, end - span)
-        power = wave[start:end].unfold(0, span, HOP).square().mean(1)
-        cut = end - span // 2 - HOP * int(power.flip(0).argmin())  # the last of equally quiet ones
-        pieces.append(wave[:cut])
-        wave = wave[cut:]
-    return [*pieces, wave]
 
 def without_thoughts(text: str) -> str:  # other people's checkpoints may think aloud
     return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL).strip()
@@ -51,22 +40,11 @@ def in_pieces(answer: Callable, longest: int, batch_size: int) -> Callable:
 
 # ---- Words as they are said. The phrase so far is decoded anew every half second; the words that
 # two passes in a row agree on are certain (local agreement: Liu et al. 2020, arXiv:2005.11185).
-FRAME = SAMPLE_RATE // 40  # samples; loudness is measured in frames of 25 ms
 STEP = PAUSE = 20          # frames between passes; frames of quiet that end a phrase
 PIECE = 10 * FRAME         # samples: how much is looked at, at once
 LEAD = 3                   # frames kept before the first loud one of a phrase
 UNSURE = 40                # frames kept while nobody speaks
 MEMORY = 800               # frames that loud and quiet are told from
-
-def loudness(wave: np.ndarray) -> np.ndarray:  # dB of full scale, one a frame
-    frames = wave[:len(wave) // FRAME * FRAME].reshape(-1, FRAME)
-    return 10 * np.log10(np.square(frames).mean(1) + 1e-10)
-
-def loud_frames(wave: np.ndarray, levels=None) -> np.ndarray:
-    """Numbers of the frames in which somebody speaks, beside the levels (in dB) around them."""
-    own = loudness(wave)
-    quiet, voice = np.maximum(np.percentile(own if levels is None else levels, (2, 95)), -70)
-    return np.flatnonzero(own > quiet + max(9, (voice - quiet) / 3))
 
 class Phrases:
     """Sound as it comes in -> what to decode when, and which words of that are new and certain.
@@ -115,20 +93,6 @@ class Phrases:
 
 # ---- When was it said? Inside of a piece, words share the time of speech by their letters.
 LINE, LINES, SECONDS = 42, 2, 7  # of a cue, at most: letters in a line, lines, seconds
-
-def word_times(piece: torch.Tensor, text: str, offset: float = 0.0) -> list[tuple]:
-    """(samples,) from `offset` seconds on, and its text -> [(start, end, word)], in seconds."""
-    words, loud = text.split(), loud_frames(piece.numpy())
-    if not len(loud):
-        loud = np.arange(max(1, len(piece) // FRAME))
-    edges = np.cumsum([0, *(len(word) + 1 for word in words)])
-    at = edges / max(1, edges[-1]) * len(loud)  # in frames of speech
-    last = np.minimum(at[:-1].astype(int), len(loud) - 1)
-    until = np.maximum(np.ceil(at[1:]).astype(int) - 1, 0)
-    seconds = FRAME / SAMPLE_RATE
-    starts, ends = (loud[last] + at[:-1] - last), (loud[until] + at[1:] - until)
-    return [(round(offset + start * seconds, 3), round(offset + end * seconds, 3), word)
-            for start, end, word in zip(starts, ends, words, strict=True)]
 
 def wrap(words: list[tuple]) -> list[str]:
     return textwrap.wrap(" ".join(word for *_, word in words), LINE)

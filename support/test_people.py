@@ -19,7 +19,7 @@ import data
 import eval as evaluation
 import model as nb
 from conftest import HERE, begin, exit_of, is_one_line, needs_vllm, start, tone, wait_for, wav_bytes
-from support import pauses, rows, tiny, transcripts
+from support import pauses, processing, rows, tiny, transcripts
 
 srt = pytest.importorskip("srt", reason="pip install -r support/requirements-dev.txt")
 av = pytest.importorskip("av", reason="pip install -r support/requirements-page.txt")
@@ -38,7 +38,7 @@ def test_cues_fit_a_screen(seed):
         seconds = rng.uniform(0.5, 30)
         piece = tone(seconds) * torch.from_numpy(rng.random(round(seconds * 16000)) > 0.5)
         piece[:len(piece) // 5] = 0  # nobody speaks yet
-        segments.append(pauses.word_times(piece, " ".join(words), at))
+        segments.append(processing.word_times(piece, " ".join(words), at))
         assert at + seconds / 5 - 0.1 <= segments[-1][0][0] <= segments[-1][-1][1] <= at + seconds
         said, at = said + words, at + seconds
     cues = list(pauses.cues(segments))

@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 from data import TRANSCRIBE
 from model import SAMPLE_RATE
-from support import checkpoint, cli, context, pauses, rows, tasks
+from support import checkpoint, cli, context, pauses, processing, rows, tasks
 
 def find_recordings(places: list[str]) -> list[tuple[Path, Path]]:
     """Files, in folders too, and what each is called in --out_dir, without an ending. UserError."""
@@ -74,7 +74,7 @@ def transcribe(answer, window: int, batch_size: int, cfg, planned: list) -> None
     segments, at, any_cut = [], 0.0, False
     with bar:
         for (_, [piece], n, end), (text, _, cut) in pauses.in_batches(answer, pieces(), batch_size):
-            segments.append(pauses.word_times(piece, pauses.without_thoughts(text), at))
+            segments.append(processing.word_times(piece, pauses.without_thoughts(text), at))
             at, any_cut = at + len(piece) / SAMPLE_RATE, any_cut or cut
             bar.update(len(piece) / n)
             if end:

@@ -21,7 +21,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 import model
 from data import TRANSCRIBE, Sample
 from model import SAMPLE_RATE
-from support import context, engine, pauses, rows
+from support import context, engine, pauses, processing, rows
 from support.recipes import TABLES
 
 LIMIT = "BOREALIS_MAX_AUDIO_SECONDS"  # in the environment, which reaches all of vLLM's processes
@@ -113,7 +113,7 @@ async def transcribe(raw_request: Request, request) -> Response:
     segments, facts, at = [], [], 0.0
     for piece, output, text in zip(pieces, outputs, texts, strict=True):
         said = output.outputs[0]
-        if words := pauses.word_times(piece, text, at):
+        if words := processing.word_times(piece, text, at):
             data, n = said.text.encode(), len(said.token_ids)
             segments.append(words)
             facts.append(dict(  # what else OpenAI's clients expect; the last is Whisper's alone

@@ -1,0 +1,203 @@
+"""support/processing.py -- what users of transformers expect: AutoProcessor and pipeline(). It
+travels inside exported folders, beside model.py, and needs nothing but torch and transformers."""
+import io
+import re
+import urllib.request
+import wave as riff
+from fractions import Fraction
+from pathlib import Path
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, ProcessorMixin
+from transformers.pipelines.base import ChunkPipeline
+from model import ASR_PROMPT, ASR_SYSTEM, AUDIO, CONV_STRIDE, HOP, SAMPLE_RATE, BorealisConfig
+
+# isort: split
+from model import as_list, check_wave, cut_windows, fill_slots, log_mel
+
+try:  # within try, transformers does not demand them of those who load the folder
+    import soundfile
+except (ImportError, OSError):
+    soundfile = None
+try:
+    from torchaudio.transforms import Resample
+except (ImportError, OSError):
+    Resample = None
+
+# ---- Recordings as users have them
+KEYS = "audio", "path", "url", "array", "raw", "bytes", "base64", "data", "input_audio", "audio_url"
+LANGUAGES = ["ru", "en", "russian", "english"]
+
+def load_audio(source, rate: int = SAMPLE_RATE) -> torch.Tensor:
+    """A path, a URL (data: too), a file's bytes, samples (n,) or (channels, n) at `rate`, or a dict
+    with one of these, as in chats and datasets -> (samples,) float32, 16 kHz. Raises ValueError."""
+    if isinstance(source, dict):
+        keys = [key for key in KEYS if source.get(key) is not None]
+        if not keys:
+            raise ValueError(f"a recording is {' or '.join(KEYS)}, not {' or '.join(source)}")
+        found, coded = source[keys[0]], keys[0] in ("base64", "data")
+        found = f"data:;base64,{found}" if coded else found
+        return load_audio(found, source.get("sampling_rate") or rate)
+    name = str(source)[:80] if isinstance(source, (str, Path)) else type(source).__name__
+    try:
+        if isinstance(source, (str, Path, bytes)):
+            source, rate = decode(source)
+        wave = torch.as_tensor(source)
+    except Exception as e:  # it fails in many ways, as files and networks do
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        hint = "" if soundfile else "; for more than 16-bit WAV, pip install soundfile"
+        raise ValueError(f"cannot read a recording from {name}: {why}{hint}") from None
+    wave = check_wave(wave.mean(0) if wave.dim() == 2 and len(wave) <= 2 else wave)
+    return wave if rate == SAMPLE_RATE else check_wave(resample(wave, rate))
+
+def decode(source: str | Path | bytes) -> tuple[np.ndarray, int]:
+    """-> (n,) float32, its sample rate; raises whatever goes wrong."""
+    if not isinstance(source, bytes):
+        online = re.match("(https?|data):", str(source))
+        source = urllib.request.urlopen(source).read() if online else Path(source).read_bytes()
+    if soundfile:
+        samples, rate = soundfile.read(io.BytesIO(source), dtype="float32", always_2d=True)
+        return samples.mean(axis=1), rate
+    with riff.open(io.BytesIO(source)) as file:
+        if file.getsampwidth() != 2:
+            raise ValueError(f"{8 * file.getsampwidth()}-bit WAV")
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32)
+        return samples.reshape(-1, file.getnchannels()).mean(axis=1) / 32768, file.getframerate()
+
+def resample(wave: torch.Tensor, rate: int) -> torch.Tensor:  # (n,) at `rate` -> at 16 kHz
+    if not 1000 <= rate <= 1_000_000:
+        raise ValueError(f"a sample rate of {rate} Hz")
+    ratio = Fraction(SAMPLE_RATE, int(rate)).limit_denominator(1000)
+    if Resample:
+        return Resample(ratio.denominator, ratio.numerator)(wave)
+    n = max(1, round(len(wave) * ratio))  # or all at once: a spectrum cut off, or filled up
+    return torch.fft.irfft(torch.fft.rfft(wave), n) * (n / len(wave))
+
+# ---- Cutting where nobody speaks, and when it was said
+FRAME = SAMPLE_RATE // 40  # samples; loudness is measured in frames of 25 ms
+
+def cut_at_pauses(wave: torch.Tensor, longest: int) -> list[torch.Tensor]:
+    """(samples,) -> pieces of <= `longest`, each cut at the quietest 0.2 s of its second half."""
+    pieces, span = [], SAMPLE_RATE // 5
+    while len(wave) > longest:
+        end = min(longest, len(wave) - SAMPLE_RATE // 2)  # in a sliver a model would invent words
+        start = min(longest // 2, end - span)
+        power = wave[start:end].unfold(0, span, HOP).square().mean(1)
+        cut = end - span // 2 - HOP * int(power.flip(0).argmin())  # the last of equally quiet ones
+        pieces.append(wave[:cut])
+        wave = wave[cut:]
+    return [*pieces, wave]
+
+def loudness(wave: np.ndarray) -> np.ndarray:  # dB of full scale, one a frame
+    frames = wave[:len(wave) // FRAME * FRAME].reshape(-1, FRAME)
+    return 10 * np.log10(np.square(frames).mean(1) + 1e-10)
+
+def loud_frames(wave: np.ndarray, levels=None) -> np.ndarray:
+    """Numbers of the frames in which somebody speaks, beside the levels (in dB) around them."""
+    own = loudness(wave)
+    quiet, voice = np.maximum(np.percentile(own if levels is None else levels, (2, 95)), -70)
+    return np.flatnonzero(own > quiet + max(9, (voice - quiet) / 3))
+
+def word_times(piece: torch.Tensor, text: str, offset: float = 0.0) -> list[tuple]:
+    """(samples,) from `offset` seconds on, and its text -> [(start, end, word)], in seconds."""
+    words, loud = text.split(), loud_frames(piece.numpy())
+    if not len(loud):
+        loud = np.arange(max(1, len(piece) // FRAME))
+    edges = np.cumsum([0, *(len(word) + 1 for word in words)])
+    at = edges / max(1, edges[-1]) * len(loud)  # in frames of speech
+    last = np.minimum(at[:-1].astype(int), len(loud) - 1)
+    until = np.maximum(np.ceil(at[1:]).astype(int) - 1, 0)
+    seconds = FRAME / SAMPLE_RATE
+    starts, ends = (loud[last] + at[:-1] - last), (loud[until] + at[1:] - until)
+    return [(round(offset + start * seconds, 3), round(offset + end * seconds, 3), word)
+            for start, end, word in zip(starts, ends, words, strict=True)]
+
+# ---- AutoProcessor: chats in, what generate() takes out
+class BorealisProcessor(ProcessorMixin):
+    """Chats and recordings -> input_ids (B, L), padded on the left, attention_mask (B, L) and, with
+    recordings, input_features (W, M, F) of all their windows. Raises ValueError."""
+    def __init__(self, feature_extractor, tokenizer, chat_template=None, downsample_factor=4,
+                 audio_token_id=151669, audio_start_id=151670, audio_end_id=151670):
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        facts = dict(downsample_factor=downsample_factor, audio_token_id=audio_token_id,
+                     audio_start_id=audio_start_id, audio_end_id=audio_end_id)
+        vars(self).update(facts)  # there save_pretrained() looks for them
+        shape = dict(num_mel_bins=feature_extractor.feature_size,
+                     max_source_positions=feature_extractor.n_samples // HOP // CONV_STRIDE)
+        self.config = BorealisConfig(encoder_config=shape, **facts)
+    def __call__(self, text, audio=None, sampling_rate=SAMPLE_RATE, return_tensors="pt", **_):
+        """Rendered chats, with one AUDIO for each recording; recordings in their order."""
+        if return_tensors not in ("pt", None):
+            raise ValueError(f'return_tensors must be "pt", not {return_tensors!r}')
+        texts, sounds = as_list(text), sum(map(as_list, as_list(audio)), [])
+        if (n := "".join(texts).count(AUDIO)) != len(sounds):
+            raise ValueError(f"{n} {AUDIO} placeholders for {len(sounds)} recordings")
+        cut = [cut_windows(load_audio(sound, sampling_rate), self.config) for sound in sounds]
+        counts, pad = map(len, cut), self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        rows = [torch.tensor(sum(fill_slots(ids, self.config, counts), []))  # each takes its counts
+                for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
+        ids = pad_sequence(rows, True, -1, "left")
+        mels = dict(input_features=log_mel(sum(cut, []), self.config)) if cut else {}
+        return BatchFeature(dict(input_ids=ids.masked_fill(ids < 0, pad),
+                                 attention_mask=(ids >= 0).long(), **mels))
+    def apply_chat_template(self, conversation, chat_template=None, tokenize=False,
+                            return_dict=False, **settings):
+        """A conversation or a list of them; {"type": "audio"} parts are load_audio()'s. -> text, or
+        ids, or all of __call__. It ends where the answer starts, unless the assistant was last."""
+        several = isinstance(conversation[0], (list, tuple))
+        texts, sounds = [], []
+        for chat in conversation if several else [conversation]:
+            texts.append(self.tokenizer.apply_chat_template(
+                chat, chat_template=chat_template or self.chat_template, tokenize=False,
+                add_generation_prompt=chat[-1]["role"] != "assistant"))
+            for message in chat:
+                parts = [] if isinstance(message["content"], str) else message["content"]
+                sounds += [part for part in parts if part["type"] != "text"]
+        if not tokenize:
+            return texts if several else texts[0]
+        inputs = self(texts, sounds, **settings)
+        return inputs if return_dict else inputs["input_ids"]
+    def apply_transcription_request(self, audio, language=None, **settings):
+        """A recording or a list of them -> a batch of the prompts of training. language: Russian or
+        English, by name or code, or a list; the prompt is the same, for the model hears which."""
+        for name in filter(None, as_list(language)):
+            if name.lower() not in LANGUAGES:
+                raise ValueError(f"language {name!r}: choose from {', '.join(LANGUAGES)}")
+        chat = [dict(role="system", content=ASR_SYSTEM), dict(role="user", content=ASR_PROMPT)]
+        sounds = as_list(audio)
+        return self(self.apply_chat_template([chat] * len(sounds)), sounds, **settings)
+
+# ---- pipeline("automatic-speech-recognition")
+class BorealisPipeline(ChunkPipeline):
+    """Recordings of any length, see load_audio() -> {"text"}; with return_timestamps also "chunks",
+    one for each piece between two pauses."""
+    _load_processor, _load_tokenizer, _load_feature_extractor = True, False, False
+    _load_image_processor = _load_video_processor = False
+    def _sanitize_parameters(self, return_timestamps=None, language=None, generate_kwargs=None,
+                             **settings):
+        if return_timestamps not in (None, False, True, "segment"):
+            raise ValueError(f"return_timestamps={return_timestamps!r}: True, of segments, is all")
+        settings |= generate_kwargs or {}
+        language = settings.pop("language", language)
+        times = {} if return_timestamps is None else dict(times=return_timestamps)
+        return dict(language=language) if language else {}, settings, times
+    def preprocess(self, source, language=None):
+        wave, at = load_audio(source), 0
+        pieces = cut_at_pauses(wave, self.processor.config.window_samples)
+        for i, piece in enumerate(pieces, 1):
+            (*span, _), = word_times(piece, "-", at / SAMPLE_RATE)  # as if all were one word
+            inputs = self.processor.apply_transcription_request(piece, language)
+            yield {**inputs, "span": tuple(span), "is_last": i == len(pieces)}
+            at += len(piece)
+    def _forward(self, inputs, **settings):
+        kept = {key: inputs.pop(key) for key in ("span", "is_last")}
+        ids = self.model.generate(**inputs, **settings)
+        return dict(tokens=ids[:, inputs["input_ids"].shape[1]:], **kept)
+    def postprocess(self, pieces, times=False):
+        chunks = []
+        for piece in pieces:
+            text = self.processor.decode(piece["tokens"][0], skip_special_tokens=True).strip()
+            chunks += [dict(timestamp=piece["span"], text=text)] if text else []
+        whole = dict(text=" ".join(chunk["text"] for chunk in chunks))
+        return whole | dict(chunks=chunks) if times else whole
