@@ -137,7 +137,7 @@ def find_labels(labels: torch.Tensor) -> torch.Tensor:
     """(B, L) -> where in the flat (B * L,) the next token has a label: there are logits needed."""
     return (F.pad(labels[:, 1:], (0, 1), value=-100) != -100).flatten().nonzero().flatten()
 
-NGRAM, REPEATS = 8, 6  # 8 tokens or fewer that come more than 6 times in a row are a loop
+NGRAM, REPEATS = 8, 10  # 8 tokens or fewer that come more than 10 times in a row: a loop
 
 def speech_limit(samples: int) -> int:  # tokens of a transcript; the densest has 16 a second
     return 16 + 16 * samples // SAMPLE_RATE

@@ -33,7 +33,7 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
     facts = {key: getattr(config, key) for key in TABLE["facts"]}
     processor = processing.BorealisProcessor(extractor, model.tokenizer, **facts)
     processor.auto_map = {"AutoProcessor": TABLE["auto_map"]["AutoProcessor"]}
-    greedy = dict(do_sample=False, eos_token_id=ends, pad_token_id=ends[-1])
+    greedy = dict(do_sample=False, eos_token_id=ends, pad_token_id=config.audio_start_id)
     if layout == "remote":  # without a temperature, vLLM samples, and transformers writes none
         written, more = model, dict(temperature=0.0)
     else:

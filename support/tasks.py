@@ -60,8 +60,8 @@ def load_bigbench(category: str, data_dir: str | None, strict: bool) -> list:
 
 def native(model, max_new_tokens: int, loop_guard=True):  # ours, as decoding.System wants it
     def answer(samples, waves):
-        ids = model.chat([s.messages(False) for s in samples], waves, max_new_tokens,
-                         loop_guard=loop_guard)
+        chats = [s.messages(False) for s in samples]
+        ids = model.chat(chats, waves, max_new_tokens=max_new_tokens, loop_guard=loop_guard)
         return with_lengths(model.decode(ids), ids, model.ends, model.config.audio_start_id)
     return answer
 

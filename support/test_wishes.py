@@ -25,9 +25,9 @@ from support.tasks import native
 
 # ---- Loops
 @pytest.mark.parametrize("start, phrase, times, kept", [
-    ([1, 2], [5], 7, [1, 2, 5]), ([1, 2], [5], 6, None), ([], [1, 2, 3], 7, [1, 2, 3]),
-    ([4], [*range(10, 18)], 7, [4, *range(10, 18)]), ([4], [*range(10, 19)], 30, None),
-    ([5, 5, 5, 5], [5], 3, [5]), ([], [7, 7, 8], 7, [7, 7, 8])])
+    ([1, 2], [5], 11, [1, 2, 5]), ([1, 2], [5], 10, None), ([], [1, 2, 3], 11, [1, 2, 3]),
+    ([4], [*range(10, 18)], 11, [4, *range(10, 18)]), ([4], [*range(10, 19)], 30, None),
+    ([5, 5, 5, 5], [5], 7, [5]), ([], [7, 7, 8], 11, [7, 7, 8])])
 def test_a_loop_is_cut_back_to_its_first_phrase(start, phrase, times, kept):
     ids = start + phrase * times
     assert nb.guard(ids, None) == (ids if kept is None else kept)
@@ -78,7 +78,7 @@ def test_generate_ends_loops(net, monkeypatch, period):
     asked = dict(user_prompt=["что слышно?", "ещё?"], max_new_tokens=100)
     ids = net.generate([tone(1), tone(2)], **asked).tolist()
     assert ids == [once + [marker] * (len(ids[0]) - period)] * 2
-    assert len(ids[0]) == 7 * period  # it stopped at once
+    assert len(ids[0]) == 11 * period  # it stopped at once
     free = net.generate([tone(1), tone(2)], loop_guard=False, **asked)
     assert free.shape == (2, 100) and free[0, 99] == 300 + 99 % period
     beams = net.generate(tone(1), num_beams=3, num_return_sequences=2, **asked | dict(
