@@ -24,21 +24,11 @@ import transformers
 from transformers.data.metrics.squad_metrics import compute_f1
 from augment import HARD, augment
 from data import embedded, read_manifest
-from support import (
-    banks,
-    checkpoint,
-    compare,
-    context,
-    corpus,
-    decoding,
-    nonspeech,
-    recipes,
-    report,
-    storage,
-    tasks,
-)
+from support import banks, checkpoint, compare, context, corpus, decoding, recipes, report, tasks
 from support.cli import ArgumentParser, UserError, as_user_error, check_out, run
+from support.nonspeech import SPLITS, split
 from support.rows import BadRows, load_audio
+from support.storage import fingerprint
 
 # ---- Text, normalised: what is compared
 def normalise(text: str) -> str:
@@ -108,8 +98,8 @@ def assess(rows: list[dict], task: str) -> dict:  # graded rows of a system -> i
 # ---- Which utterances: {split: samples}
 def embedded_split(lang: str, name: str, n: int, seed: int) -> list:
     """n held-out sentences by held-out voices; webinars, devices: clean in new noises and rooms."""
-    if name in nonspeech.SPLITS:
-        return nonspeech.split(name, n, seed)
+    if name in SPLITS:
+        return split(name, n, seed)
     if name.startswith("names_"):
         return context.told(lang, name, embedded(lang, "names", n, seed), seed)
     if name not in HARD:
@@ -193,7 +183,7 @@ def main():
     load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)
     early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
     asked = [tasks.open_ours(cfg, name, device)]
-    weights = storage.fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
+    weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
     splits = early or load()
     splits = {name: [context.tell(s, cfg.context) for s in own] for name, own in splits.items()}
     asked += tasks.open_baseline(cfg, name, trained_on.get("lang"), device)

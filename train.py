@@ -22,7 +22,7 @@ from support.banks import open_banks
 from support.cli import UserError, as_user_error, flag, run
 from support.context import Context
 from support.meter import Log, Silent, plot_loss, speed
-from support.nonspeech import Silence, without_babble
+from support.nonspeech import TRAINED, Silence, without_babble
 from support.recipes import MIXES, POOLS, PRESETS
 from support.rows import BadRows, usable
 from support.tiny import scratch_model
@@ -106,7 +106,7 @@ def load_pools(cfg, bad):  # -> (banks, {name: pool of samples}, their shares). 
     if cfg.silence:
         n = math.ceil(cfg.silence * sum(map(len, pools.values())))
         noises = without_babble(banks[0]) if cfg.noise == "made" else banks[0]
-        pools["silence"] = Silence(noises, n, 6 if cfg.embedded else 30, cfg.seed)
+        pools["silence"] = Silence(TRAINED, noises, n, 6 if cfg.embedded else 30, cfg.seed)
         shares.append(cfg.silence / (1 - cfg.silence) * sum(shares))
     return banks, pools, shares
 

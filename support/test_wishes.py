@@ -102,14 +102,14 @@ def test_transcripts_end_where_no_speech_is_as_long(net, monkeypatch):
 def test_sounds_without_speech(tmp_path):
     bank = nonspeech.without_babble(banks.open_bank("made", "Musan"))
     assert len(bank) == banks.MADE * 2 // 3
-    pool = nonspeech.Silence(bank, 40, 3, seed=5)
+    pool = nonspeech.Silence(nonspeech.TRAINED, bank, 40, 3, seed=5)
     own = list(pool)
-    assert len(own) == 40 and {s.answer for s in own} == {""} and own[7].name == "silence/7"
+    assert len(own) == 40 and {s.answer for s in own} == {""} and own[7].name == "cough/7"
     assert all(0.3 * 16000 <= len(s.audio[0]) <= 3 * 16000 for s in own)
-    assert data.digest(pool) == data.digest(nonspeech.Silence(bank, 40, 3, seed=5))
+    assert data.digest(pool) == data.digest(nonspeech.Silence(nonspeech.TRAINED, bank, 40, 3, seed=5))
     peaks = [np.abs(s.audio[0].astype(int)).max() for s in own]
     assert min(peaks) == 0 and max(peaks) > 3000 and len({*peaks}) > 20
-    again, other = pool[7].audio[0], nonspeech.Silence(bank, 40, 3, seed=6)[7].audio[0]
+    again, other = pool[7].audio[0], nonspeech.Silence(nonspeech.TRAINED, bank, 40, 3, seed=6)[7].audio[0]
     assert np.array_equal(own[7].audio[0], again) and not np.array_equal(again, other)
 
 @pytest.mark.parametrize("name", nonspeech.SPLITS)
