@@ -23,6 +23,7 @@ import transformers as hf
 import data
 import model as nb
 import train
+from support import checkpoint as checkpoints
 from support import cli, engine, meter, recipes, storage, tiny
 from support.rows import load_audio
 
@@ -115,7 +116,7 @@ def plain_tokenizer():
 
 @pytest.fixture(scope="session")
 def tokenizer(plain_tokenizer):
-    return nb.add_audio_tokens(copy.deepcopy(plain_tokenizer))
+    return checkpoints.add_audio_tokens(copy.deepcopy(plain_tokenizer))
 
 @pytest.fixture(scope="session")
 def net(tokenizer):

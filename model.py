@@ -10,21 +10,17 @@ Letters for shapes [full size]: B batch, L sequence length, W windows in the bat
 tokens in a window [375], E encoder width [1280], D LLM width [2560], V vocabulary [151671].
 No import from the project: this file travels inside exported checkpoints as remote code."""
 from functools import cache, cached_property
-from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers as hf
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.generation import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
-from transformers.models.whisper import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 # 16 kHz -> hop 160: 10 ms a mel frame -> stride 2: 20 ms an encoder frame -> 4x: 80 ms a token
 SAMPLE_RATE, HOP, CONV_STRIDE = 16_000, 160, 2
-
+# Two tokens beside Qwen3's, with the next ids: see add_audio_tokens() in support/checkpoint.py.
 AUDIO = "<|AUDIO|>"  # one for each recording in a prompt, N for each of its windows in the ids
 MARKER = "<|start_of_audio|>"  # on both sides of a recording, as in the post's vLLM plugin
 TAG_PAIR = MARKER + "<|end_of_audio|>"  # how the post's snippet writes a placeholder
@@ -33,10 +29,8 @@ ASR_SYSTEM = ("Вы полезный помощник по автоматиче�
               "распознаванию речи. "
               "Точно транскрибируйте аудио в текст.")
 ASR_PROMPT = f"Транскрибируйте это аудио: {AUDIO}"
-
-CONTEXT = " Возможные слова: "  # then words that may be said: names, terms; see with_context()
-
-ENCODER, LLM = "openai/whisper-large-v3", "Qwen/Qwen3-4B"  # and their published shapes:
+CONTEXT = " Возможные слова: "  # words that may be said follow, see with_context()
+ENCODER, LLM = "openai/whisper-large-v3", "Qwen/Qwen3-4B"  # and their published shapes
 WHISPER_LARGE_V3 = dict(d_model=1280, encoder_layers=32, encoder_attention_heads=20,
                         encoder_ffn_dim=5120, num_mel_bins=128, max_source_positions=1500)
 QWEN3_4B = dict(hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, head_dim=128,
@@ -44,13 +38,13 @@ QWEN3_4B = dict(hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, 
                 max_position_embeddings=40960, rope_theta=1_000_000, bos_token_id=151643,
                 eos_token_id=151645, vocab_size=151671)  # with our two tokens
 
-class BorealisConfig(PretrainedConfig):  # which makes a dataclass of it
+class BorealisConfig(hf.PretrainedConfig):  # which makes a dataclass of it
     """Two sub-configs and what joins them; without arguments, the full-size Borealis-5B."""
     model_type = "borealis"
-    sub_configs = {"encoder_config": WhisperConfig, "llm_config": Qwen3Config}
+    sub_configs = {"encoder_config": hf.WhisperConfig, "llm_config": hf.Qwen3Config}
     attribute_map = {"text_config": "llm_config"}  # the name that transformers and vLLM look for
-    encoder_config: WhisperConfig | dict | None = None
-    llm_config: Qwen3Config | dict | None = None
+    encoder_config: hf.WhisperConfig | dict | None = None
+    llm_config: hf.Qwen3Config | dict | None = None
     downsample_factor: int = 4  # k
     adapter: str = "simple"  # or "deep", which has the next three
     adapter_layers: int = 3
@@ -64,10 +58,10 @@ class BorealisConfig(PretrainedConfig):  # which makes a dataclass of it
     lora: dict | None = None  # its rank, alpha and dropout
     base: dict | None = None  # where everything else comes from, see support/checkpoint.py
     def __post_init__(self, **kwargs):
-        if not isinstance(self.encoder_config, WhisperConfig):
-            self.encoder_config = WhisperConfig(**(self.encoder_config or WHISPER_LARGE_V3))
-        if not isinstance(self.llm_config, Qwen3Config):
-            self.llm_config = Qwen3Config(**(self.llm_config or QWEN3_4B))
+        if not isinstance(self.encoder_config, hf.WhisperConfig):
+            self.encoder_config = hf.WhisperConfig(**(self.encoder_config or WHISPER_LARGE_V3))
+        if not isinstance(self.llm_config, hf.Qwen3Config):
+            self.llm_config = hf.Qwen3Config(**(self.llm_config or QWEN3_4B))
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.llm_config.tie_word_embeddings
     @property
@@ -78,14 +72,6 @@ class BorealisConfig(PretrainedConfig):  # which makes a dataclass of it
         return -(-self.encoder_config.max_source_positions // self.downsample_factor)
 
 # ---- from text and waveforms to what the network takes: one prompt builder, one window cutter
-def add_audio_tokens(tokenizer, tokens: tuple[str, ...] = (AUDIO, MARKER)):
-    """Append our tokens: AUDIO and MARKER get the next ids, 151669 and 151670 in Qwen3; support/
-    copies them into the config. Set our chat template: Qwen3's with thinking switched off."""
-    tokenizer.add_tokens(list(tokens), special_tokens=True)
-    template = Path(__file__).with_name("support") / "chat_template.jinja"
-    tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return tokenizer
-
 def place_audio(prompt: str, recordings: int) -> str:
     """The user's text with one AUDIO for each recording. Raises ValueError if it has others."""
     prompt = prompt.replace(TAG_PAIR, AUDIO)
@@ -108,10 +94,8 @@ def group_recordings(audio, prompts: list[str]) -> list[list]:
         return groups
     return [sum(groups[i:i + each], []) for i in range(0, len(groups), each)]  # of a flat list
 
-def as_list(x) -> list:
-    if x is None:
-        return []
-    return list(x) if isinstance(x, (list, tuple)) else [x]
+def as_list(x) -> list:  # None -> []
+    return list(x) if isinstance(x, (list, tuple)) else [] if x is None else [x]
 
 def build_ids(tokenizer, config, messages: list[dict], counts=()) -> tuple[list[int], list[int]]:
     """Chat messages, and the number of windows of each recording -> ids and labels. Labels are -100
@@ -137,11 +121,10 @@ def find_labels(labels: torch.Tensor) -> torch.Tensor:
     """(B, L) -> where in the flat (B * L,) the next token has a label: there are logits needed."""
     return (F.pad(labels[:, 1:], (0, 1), value=-100) != -100).flatten().nonzero().flatten()
 
-NGRAM, REPEATS = 8, 10  # 8 tokens or fewer that come more than 10 times in a row: a loop
-
 def speech_limit(samples: int) -> int:  # tokens of a transcript; the densest has 16 a second
     return 16 + 16 * samples // SAMPLE_RATE
 
+NGRAM, REPEATS = 8, 10  # 8 tokens or fewer that come more than 10 times in a row: a loop
 def guard(ids: list[int], limit: int | None) -> list[int]:
     """An answer's ids -> of a loop at their end only its first n-gram, and at most limit."""
     repeats = 2 if limit and len(ids) > limit else REPEATS  # beyond the limit, thrice will do
@@ -169,7 +152,7 @@ def cut_windows(wave: torch.Tensor, config: BorealisConfig) -> list[torch.Tensor
     """(samples,) -> windows of at most 30 s: 70 s are three, each of 375 tokens, see log_mel()."""
     return list(wave.split(config.window_samples))
 
-feature_extractor = cache(WhisperFeatureExtractor)  # its filters take a while to make
+feature_extractor = cache(hf.WhisperFeatureExtractor)  # its filters take a while to make
 
 def log_mel(windows: list[torch.Tensor], config: BorealisConfig) -> torch.Tensor:
     """W waveforms of at most a window each -> (W, M, F), padded with silence to whole windows."""
@@ -194,14 +177,13 @@ class Adapter(nn.Module):
         super().__init__()
         kE = config.downsample_factor * config.encoder_config.d_model
         D, p = config.llm_config.hidden_size, config.adapter_dropout
-        wide = int(D * config.adapter_expansion)
         deep = dict(simple=False, deep=True)[config.adapter]
         self.w_in = nn.Linear(kE, D, bias=False)
         self.w_out = nn.Linear(D, D, bias=False)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(D), nn.Linear(D, wide, bias=False), nn.GELU(),
                           nn.Dropout(p), nn.Linear(wide, D, bias=False), nn.Dropout(p))
-            for _ in range(config.adapter_layers if deep else 0))
+            for wide in [int(D * config.adapter_expansion)] * config.adapter_layers * deep)
         self.norm = nn.LayerNorm(D) if deep else nn.GELU()  # no norm in the simple one
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.w_in(x)  # (..., k*E) -> (..., D)
@@ -209,7 +191,7 @@ class Adapter(nn.Module):
             x = x + block(x)
         return self.w_out(self.norm(x))
 
-class BorealisForConditionalGeneration(PreTrainedModel):
+class BorealisForConditionalGeneration(hf.PreTrainedModel):
     """encoder.* (Whisper), adapter.* (ours), llm.* (Qwen3); support/checkpoint.py loads weights."""
     config_class = BorealisConfig
     _supports_sdpa = True
@@ -217,7 +199,7 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         super().__init__(config)
         self.encoder = WhisperEncoder(config.encoder_config) if encoder is None else encoder
         self.adapter = Adapter(config)
-        self.llm = Qwen3ForCausalLM(config.llm_config) if llm is None else llm
+        self.llm = hf.Qwen3ForCausalLM(config.llm_config) if llm is None else llm
         self.post_init()
         self.freeze(*config.frozen)
     def _init_weights(self, module):  # the other parts come with their own initialisers
@@ -226,12 +208,12 @@ class BorealisForConditionalGeneration(PreTrainedModel):
                 if weight.dim() == 2:  # not a norm's
                     nn.init.xavier_uniform_(weight)
     @classmethod
-    def from_pretrained(cls, *args, device=None, **settings) -> PreTrainedModel:
+    def from_pretrained(cls, *args, device=None, **settings) -> hf.PreTrainedModel:
         model = super().from_pretrained(*args, **settings)
         return model if device is None else model.to(device)  # the post's snippet wants it there
     @cached_property
     def tokenizer(self):  # the one beside the weights, unless another was set
-        return AutoTokenizer.from_pretrained(self.config._name_or_path)
+        return hf.AutoTokenizer.from_pretrained(self.config._name_or_path)
     def freeze(self, *parts: str) -> nn.Module:
         """No gradients for these parts, and no dropout in the encoder. --train: support/lora.py"""
         self.config.frozen = list(parts)
@@ -280,19 +262,18 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         return CausalLMOutputWithPast(loss / (num_items_in_batch or len(logits)), logits)
     def generate(self, audio=None, user_prompt=ASR_PROMPT, system_prompt=ASR_SYSTEM, **settings):
         """Answers -> new ids (B, <= max_new_tokens), padded at the end. Raises ValueError. audio:
-        see group_recordings(). user_prompt: one for all, or a list. settings: see answer(); with
-        its input_ids among them, as of our processor, ids of prompts and answers, as they do it."""
+        see group_recordings(). user_prompt: one for all, or a list. settings: see answer(); what
+        our processor makes may be among them: then, as others do it, ids of prompt and answer."""
         if "input_ids" in settings:
-            new, ids = self.answer(**settings), settings["input_ids"]
-            return torch.cat([ids.repeat_interleave(len(new) // len(ids), 0), new], dim=1)
+            return torch.cat([settings["input_ids"], self.answer(**settings)], dim=1)
         prompts = as_list(user_prompt)
         groups = group_recordings(audio, prompts)
         if len(prompts) == 1:
             prompts *= len(groups)
         if not groups or len(groups) != len(prompts):
             raise ValueError(f"{len(groups)} recordings, {len(prompts)} prompts: give 1 or as many")
-        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        chats = [[*system, {"role": "user", "content": place_audio(prompt, len(waves))}]
+        system = [dict(role="system", content=system_prompt)] if system_prompt else []
+        chats = [[*system, dict(role="user", content=place_audio(prompt, len(waves)))]
                  for prompt, waves in zip(prompts, groups, strict=True)]
         return self.chat(chats, groups, **settings)
     def chat(self, conversations, recordings, **settings):
@@ -303,35 +284,33 @@ class BorealisForConditionalGeneration(PreTrainedModel):
             ids, _ = build_ids(self.tokenizer, self.config, messages, map(len, windows))
             rows.append(torch.tensor(ids, device=self.device))
             pieces += sum(windows, [])
-            speech = messages[-1]["content"] == ASR_PROMPT
-            limits.append(speech_limit(sum(map(len, waves))) if speech else None)
+            asr = messages[-1]["content"] == ASR_PROMPT
+            limits.append(speech_limit(sum(map(len, waves))) if asr else None)
         # Padded on the left and masked, so that each row gets the tokens it would get alone.
-        pad = self.config.audio_start_id
-        ids = pad_sequence(rows, True, padding_value=pad, padding_side="left")
+        ids = pad_sequence(rows, True, self.config.audio_start_id, "left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
         return self.answer(ids, log_mel(pieces, self.config), mask, limits=limits, **settings)
     @torch.no_grad()
     def answer(self, input_ids, input_features=None, attention_mask=None, max_new_tokens=256,
                do_sample=False, streamer=None, loop_guard=True, limits=(None,), **sampling):
         """(B, L) ids and (W, M, F) mels -> new ids, see generate(). Greedy unless do_sample; then
-        temperature, top_p, ... go to transformers, as a streamer. loop_guard, limits of answers:
-        see guard(). What it has cut has no end token."""
+        temperature, top_p, ... go to transformers, as a streamer. loop_guard cuts answers as
+        guard() does, with limits (B,) or the same for all; these have no end token."""
         pad = self.config.audio_start_id
-        def guarded(rows):  # of an answer there may be several, side by side
-            return [guard(row, limits[i * len(limits) // len(rows)]) for i, row in enumerate(rows)]
-        def cut(ids, *_, **__):  # which rows loop, or are longer than they may be?
-            rows = ids.tolist()
-            done = [kept != row for kept, row in zip(guarded(rows), rows, strict=True)]
-            return torch.tensor(done, device=ids.device)
+        def guarded(ids):  # -> of each row all, and what is kept; each of B may have several rows
+            rows = [[x for x in row if x != pad] for row in ids.tolist()]
+            most = [limits[i * len(limits) // len(rows)] for i in range(len(rows))]
+            return [(row, guard(row, limit)) for row, limit in zip(rows, most, strict=True)]
+        def cut(ids, *_, **__):  # which rows loop, or are too long?
+            return torch.tensor([row != kept for row, kept in guarded(ids)], device=ids.device)
         embeds = self.embed(input_ids, input_features)  # (B, L, D)
-        settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=do_sample,
+        settings = hf.GenerationConfig(max_new_tokens=max_new_tokens, do_sample=do_sample,
                                     eos_token_id=self.ends, pad_token_id=pad, **sampling)
         new = self.llm.generate(None, settings, streamer=streamer, inputs_embeds=embeds,
                                 attention_mask=attention_mask,
                                 stopping_criteria=[cut] if loop_guard else [])
-        said = [row[row != pad].tolist() for row in new]
-        for row, own, kept in zip(new, said, guarded(said), strict=True):
-            if loop_guard and set(own).isdisjoint(self.ends):
+        for row, (said, kept) in zip(new, guarded(new), strict=True):
+            if loop_guard and set(said).isdisjoint(self.ends):
                 row[len(kept):] = pad
         return new
     @property
@@ -341,14 +320,11 @@ class BorealisForConditionalGeneration(PreTrainedModel):
         texts = self.tokenizer.decode(ids, skip_special_tokens=True)
         return texts.strip() if isinstance(texts, str) else [text.strip() for text in texts]
 
-AutoConfig.register(BorealisConfig.model_type, BorealisConfig, exist_ok=True)  # for AutoTokenizer
-
-def count(module: nn.Module, trained_only: bool = False) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
+hf.AutoConfig.register(BorealisConfig.model_type, BorealisConfig, exist_ok=True)
 
 if __name__ == "__main__":
     for adapter in ("simple", "deep"):
         with torch.device("meta"):  # shapes without memory
             model = BorealisForConditionalGeneration(BorealisConfig(adapter=adapter))
-        sizes = [f"{name} {count(part):,}," for name, part in model.named_children()]
-        print(f"adapter={adapter}:", *sizes, f"total {count(model):,}")
+        for name, part in [*model.named_children(), ("total", model)]:
+            print(f"adapter={adapter}: {name} {sum(p.numel() for p in part.parameters()):,}")

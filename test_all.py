@@ -75,10 +75,10 @@ def test_real_sizes_on_meta(adapter, weights, more):
     """What the README states, and names of weights: published shapes, not a byte of memory."""
     with torch.device("meta"):
         net = nb.BorealisForConditionalGeneration(nb.BorealisConfig(adapter=adapter))
-    sizes = [nb.count(part) for part in (net.encoder, net.adapter, net.llm, net)]
+    sizes = [meter.count(part) for part in (net.encoder, net.adapter, net.llm, net)]
     assert sizes == [636_968_960, weights, 4_021_789_696, 636_968_960 + weights + 4_021_789_696]
     assert net.llm.get_input_embeddings().weight.shape == (151671, 2560)
-    assert nb.count(net.encoder, trained_only=True) == 0
+    assert meter.count(net.encoder, trained_only=True) == 0
     keys = [k for k in net.state_dict() if not k.startswith(("encoder.", "llm."))]
     keys = {k for k in keys if not (".0.bias" in k or "norm.bias" in k)}  # LayerNorm's
     assert keys == {"adapter.w_in.weight", "adapter.w_out.weight", *more}
@@ -86,7 +86,7 @@ def test_real_sizes_on_meta(adapter, weights, more):
         lora.prepare(net, "lora", dict(rank=256, alpha=8, dropout=0.0))
     matrices = sum(p.numel() for k, p in lora.stored(net).items() if "lora_" in k)
     assert matrices == 2_064_384 * 256 == 528_482_304
-    assert nb.count(net, trained_only=True) == matrices + weights + 2 * 2560
+    assert meter.count(net, trained_only=True) == matrices + weights + 2 * 2560
 
 def test_the_script_knows_where_export_went():
     done = subprocess.run([sys.executable, nb.__file__, "export"], text=True, capture_output=True)
@@ -163,7 +163,7 @@ def test_an_answer_shares_no_token_with_its_prompt(net, tokenizer, folder, answe
     """Generation starts from a prefix of the training text; labels are answers and their ends."""
     config = nb.BorealisConfig() if folder else net.config
     if folder:
-        tokenizer = nb.add_audio_tokens(nb.AutoTokenizer.from_pretrained(SHARED / folder))
+        tokenizer = ckpt.add_audio_tokens(hf.AutoTokenizer.from_pretrained(SHARED / folder))
     said = {"role": "assistant", "content": answer}
     messages = [{"role": "user", "content": f"{A}\nраз"}, said] * 2
     ids, labels = nb.build_ids(tokenizer, config, messages, [1, 2])
@@ -187,16 +187,16 @@ def test_template_takes_content_parts(net, tokenizer):
 
 @needs_shared
 def test_real_tokenizer_ids():
-    real, fresh = (nb.AutoTokenizer.from_pretrained(SHARED / "qwen3_tokenizer") for _ in range(2))
+    real, fresh = (hf.AutoTokenizer.from_pretrained(SHARED / "qwen3_tokenizer") for _ in range(2))
     chat = [{"role": r, "content": r[0]} for r in ("system", "user", "assistant")]
     def rendered(**more):
         render = partial(real.apply_chat_template, tokenize=False, **more)
         return render(chat[:2], add_generation_prompt=True), render(chat)
     theirs = rendered(enable_thinking=False)
-    nb.add_audio_tokens(real)
+    ckpt.add_audio_tokens(real)
     assert real.convert_tokens_to_ids([A, M]) == [151669, 151670] and len(real) == 151671
     assert rendered() == theirs
-    nb.add_audio_tokens(fresh, (M, ckpt.END, A))  # the original's order
+    ckpt.add_audio_tokens(fresh, (M, ckpt.END, A))  # the original's order
     assert fresh.convert_tokens_to_ids([M, ckpt.END, A]) == [151669, 151670, 151671]
 
 def test_batched_generation_is_single_generation(net):
@@ -1034,7 +1034,7 @@ def test_shards_take_their_share_of_memory(tmp_path):
     a, b = (int((tmp_path / str(rank)).read_text()) for rank in (0, 1))
     net = tiny.scratch_model(data.embedded("ru", "train", 60), 600)
     net.freeze("encoder")
-    assert a + b == 16 * nb.count(net, trained_only=True) and abs(a - b) < 0.02 * a
+    assert a + b == 16 * meter.count(net, trained_only=True) and abs(a - b) < 0.02 * a
 
 def test_two_machines(manifest, tmp_path, monkeypatch):
     """As README says, but both are this one: two agents that meet at an address."""

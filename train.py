@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
-from model import ENCODER, LLM, count
+from model import ENCODER, LLM
 from support import decoding, launch, lora, optim, ranks, storage
 from support.banks import open_banks
 from support.cli import UserError, as_user_error, flag, run
 from support.context import Context
-from support.meter import Log, Silent, plot_loss, speed
+from support.meter import Log, Silent, count, plot_loss, speed
 from support.nonspeech import TRAINED, Silence, without_babble
 from support.recipes import MIXES, POOLS, PRESETS
 from support.rows import BadRows, usable

@@ -6,7 +6,7 @@ import huggingface_hub
 import torch
 import transformers as hf
 from safetensors import SafetensorError
-from model import AUDIO, ENCODER, LLM, MARKER, BorealisConfig, add_audio_tokens
+from model import AUDIO, ENCODER, LLM, MARKER, BorealisConfig
 from model import BorealisForConditionalGeneration as Borealis
 from support import lora, storage
 from support.cli import as_user_error
@@ -35,6 +35,14 @@ def read_json(path: Path) -> dict:  # {} if there is no such file. Raises ValueE
 def training_config(where: str | Path) -> dict:  # train_config.json or {}. Raises UserError
     with as_user_error("", ValueError):
         return read_json(find_checkpoint(where) / "train_config.json")
+
+def add_audio_tokens(tokenizer, tokens: tuple[str, ...] = (AUDIO, MARKER)):
+    """Append our tokens: AUDIO and MARKER get the next ids, 151669 and 151670 in Qwen3. Set our
+    chat template: Qwen3's with thinking switched off."""
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    template = Path(__file__).with_name("chat_template.jinja")
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
 
 def load_tokenizer(where: str | Path):  # with our tokens and today's template
     return add_audio_tokens(hf.AutoTokenizer.from_pretrained(where))

@@ -51,7 +51,8 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
         for file in (code.__file__, *source.glob("train_config.json")):  # eval.py reads the latter
             shutil.copy(file, fresh)
         travels = Path(processing.__file__).read_text("utf-8")
-        (fresh / "processing.py").write_text(travels.replace("from model ", "from .model "), "utf-8")
+        travels = travels.replace("from model ", "from .model ")
+        (fresh / "processing.py").write_text(travels, "utf-8")
         (fresh / "README.md").write_text(
             model_card(model, source, title or Path(to).name, layout), "utf-8")
         os.replace(fresh, to)
@@ -96,7 +97,8 @@ def model_card(model, source: Path, title: str, layout: str) -> str:  # model_ca
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.replace("{usage}", TABLE["usage"][layout]).format(
         title=title, model=model, seconds=model.config.window_samples / SAMPLE_RATE,
-        parameters=code.count(model), transformers=transformers.__version__, scores=scores(source),
+        parameters=model.num_parameters(), transformers=transformers.__version__,
+        scores=scores(source),
         training=training if settings else "Not recorded.")
 
 def scores(source: Path) -> str:  # what eval.py found: results.json beside the checkpoint, or above
@@ -132,7 +134,7 @@ def main() -> None:
         model = export(args.ckpt, args.to, args.encoder, args.llm, args.push, args.layout,
                        args.unmerged)
     matrices = f"LoRA in {args.to}/lora" if args.unmerged else "LoRA merged"
-    print(f"{args.to} holds {code.count(model):,} parameters in {model.dtype}, {matrices}")
+    print(f"{args.to} holds {model.num_parameters():,} parameters in {model.dtype}, {matrices}")
     if args.push:
         hint = f"; go online, set HF_TOKEN, and run hf upload {args.push} {args.to}"
         with as_user_error(f"{args.to} is written, but not pushed: ", Exception, suffix=hint):

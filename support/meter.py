@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
-from model import count
 from support.cli import as_user_error, picture, write_text
 from support.recipes import TABLES
+
+def count(module: nn.Module, trained_only: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
 
 def read_metrics(path: Path, until: float) -> list[dict]:  # to a step; a kill cuts a line short
     lines = path.read_text().splitlines() if path.exists() else []

@@ -53,7 +53,8 @@ class Silence:
     def __getitem__(self, i: int) -> Sample:
         if i >= self.n:
             raise IndexError(i)
-        rng, kind = np.random.default_rng([self.seed % 2 ** 32, i]), self.makers[i % len(self.makers)]
+        kind = self.makers[i % len(self.makers)]
+        rng = np.random.default_rng([self.seed % 2 ** 32, i])
         t = np.arange(int(rng.uniform(0.3, self.longest) * SAMPLE_RATE)) / SAMPLE_RATE
         x = kind(rng, t, self.noises)
         pcm = (np.clip(x, -1, 1) * 32767).round().astype(np.int16)

@@ -1,21 +1,16 @@
 """Exported folders as users of transformers load them: both layouts, processor and pipeline."""
-import base64
 import importlib.metadata as metadata
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-import numpy as np
 import pytest
 import soundfile
 import torch
-import transformers as hf
-import eval as evaluation
 import model as nb
-from conftest import A, exit_of, is_one_line, tone, train_now, wav_bytes
+from conftest import tone, train_now
 from support import checkpoint as ckpt
 from support import export, processing, rows
 

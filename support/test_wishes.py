@@ -7,10 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 import data
 import eval as evaluation
 import model as nb
 from conftest import (
+    SHARED,
     exit_of,
     is_one_line,
     needs_shared,
@@ -44,7 +46,7 @@ def test_no_text_of_the_corpus_is_cut():
     for lang in ("ru", "en"):
         spoken = [s for split in ("train", "voices", "books")
                   for s in data.embedded(lang, split, corpus.CHUNK)]
-        tokenizer = nb.add_audio_tokens(data.tiny.train_tokenizer(data.tiny.texts_of(spoken)))
+        tokenizer = data.tiny.train_tokenizer(data.tiny.texts_of(spoken))
         for s in spoken:
             ids = [*tokenizer(s.answer).input_ids, 0]
             for n in range(len(ids)):
@@ -52,8 +54,7 @@ def test_no_text_of_the_corpus_is_cut():
 
 @needs_shared
 def test_nor_by_the_tokens_of_qwen3():
-    tokenizer = nb.AutoTokenizer.from_pretrained(evaluation.Path(__file__).parents[2] / "shared" /
-                                                 "qwen3_tokenizer")
+    tokenizer = hf.AutoTokenizer.from_pretrained(SHARED / "qwen3_tokenizer")
     for s in data.embedded("ru", "voices", 250):
         ids = tokenizer(s.answer).input_ids
         assert nb.guard(ids, nb.speech_limit(len(s.audio[0]))) == ids
@@ -106,10 +107,11 @@ def test_sounds_without_speech(tmp_path):
     own = list(pool)
     assert len(own) == 40 and {s.answer for s in own} == {""} and own[7].name == "cough/7"
     assert all(0.3 * 16000 <= len(s.audio[0]) <= 3 * 16000 for s in own)
-    assert data.digest(pool) == data.digest(nonspeech.Silence(nonspeech.TRAINED, bank, 40, 3, seed=5))
+    own_kinds = nonspeech.TRAINED, bank, 40, 3
+    assert data.digest(pool) == data.digest(nonspeech.Silence(*own_kinds, seed=5))
     peaks = [np.abs(s.audio[0].astype(int)).max() for s in own]
     assert min(peaks) == 0 and max(peaks) > 3000 and len({*peaks}) > 20
-    again, other = pool[7].audio[0], nonspeech.Silence(nonspeech.TRAINED, bank, 40, 3, seed=6)[7].audio[0]
+    again, other = pool[7].audio[0], nonspeech.Silence(*own_kinds, seed=6)[7].audio[0]
     assert np.array_equal(own[7].audio[0], again) and not np.array_equal(again, other)
 
 @pytest.mark.parametrize("name", nonspeech.SPLITS)

@@ -5,7 +5,8 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
-from model import AUDIO, MARKER, BorealisConfig, BorealisForConditionalGeneration, add_audio_tokens
+from model import AUDIO, MARKER, BorealisConfig, BorealisForConditionalGeneration
+from support.checkpoint import add_audio_tokens
 from support.corpus import QUESTIONS, embedded_rows, held_out, named, sentence
 from support.recipes import TABLES
 
