@@ -209,6 +209,9 @@ class BorealisForConditionalGeneration(PreTrainedModel):
     def from_pretrained(cls, *args, device=None, **settings) -> PreTrainedModel:
         model = super().from_pretrained(*args, **settings)
         return model if device is None else model.to(device)  # the post's snippet wants it there
+    @classmethod
+    def can_generate(cls) -> bool:  # by code of transformers; generation_config.json is for vLLM
+        return False
     @cached_property
     def tokenizer(self):  # the one beside the weights, unless another was set
         return AutoTokenizer.from_pretrained(self.config._name_or_path)
