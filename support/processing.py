@@ -15,11 +15,9 @@ from transformers.pipelines.base import ChunkPipeline
 import model
 from model import AUDIO, HOP, SAMPLE_RATE, as_list
 
+soundfile = None
 try:  # or transformers would demand them of whoever loads the folder
     import soundfile
-except (ImportError, OSError):
-    soundfile = None
-try:
     from torchaudio.transforms import Resample
     resampler = lru_cache(maxsize=16)(Resample)  # its kernel takes long to make
 except (ImportError, OSError):
@@ -46,7 +44,8 @@ def load_audio(source, rate: int = SAMPLE_RATE) -> torch.Tensor:
     except Exception as e:  # it fails in many ways, as files and networks do
         name = f"{str(source)[:80]}: " if isinstance(source, (str, Path)) else ""
         hint = "" if soundfile else "; for more than 16-bit WAV, pip install soundfile"
-        raise ValueError(f"unusable recording: {name}{e or type(e).__name__}{hint}") from None
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"unusable recording: {name}{why}{hint}") from None
 
 def decode(source: str | Path | bytes) -> tuple[np.ndarray, int]:
     """-> (n,) float32, its sample rate; raises whatever goes wrong."""
@@ -163,7 +162,7 @@ class BorealisPipeline(ChunkPipeline):
         if return_timestamps not in (None, False, True, "segment"):
             raise ValueError(f"return_timestamps={return_timestamps!r}: only segments have times")
         settings |= generate_kwargs or {}
-        before = {key: settings.pop(key) for key in ("language",) if key in settings}
+        before = dict(language=settings.pop("language")) if "language" in settings else {}
         return before, settings, {} if return_timestamps is None else dict(times=return_timestamps)
     def preprocess(self, source, language=None):
         at, pieces = 0, cut_at_pauses(load_audio(source), self.processor.config.window_samples)
