@@ -20,7 +20,6 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 # 16 kHz -> hop 160: 10 ms a mel frame -> stride 2: 20 ms an encoder frame -> 4x: 80 ms a token
 SAMPLE_RATE, HOP, CONV_STRIDE = 16_000, 160, 2
-# Two tokens beside Qwen3's, with the next ids: see add_audio_tokens() in support/checkpoint.py.
 AUDIO = "<|AUDIO|>"  # one for each recording in a prompt, N for each of its windows in the ids
 MARKER = "<|start_of_audio|>"  # on both sides of a recording, as in the post's vLLM plugin
 TAG_PAIR = MARKER + "<|end_of_audio|>"  # how the post's snippet writes a placeholder
@@ -29,7 +28,7 @@ ASR_SYSTEM = ("Вы полезный помощник по автоматиче�
               "распознаванию речи. "
               "Точно транскрибируйте аудио в текст.")
 ASR_PROMPT = f"Транскрибируйте это аудио: {AUDIO}"
-CONTEXT = " Возможные слова: "  # words that may be said follow, see with_context()
+CONTEXT = " Возможные слова: "  # words follow, see with_context()
 ENCODER, LLM = "openai/whisper-large-v3", "Qwen/Qwen3-4B"  # and their published shapes
 WHISPER_LARGE_V3 = dict(d_model=1280, encoder_layers=32, encoder_attention_heads=20,
                         encoder_ffn_dim=5120, num_mel_bins=128, max_source_positions=1500)
@@ -81,8 +80,7 @@ def place_audio(prompt: str, recordings: int) -> str:
         raise ValueError(f"the prompt has {n} {AUDIO} placeholders for {recordings} recordings")
     return prompt
 
-def with_context(system: str, words: list[str]) -> str:
-    """The system prompt with the one sentence in which training tells of words that may be said."""
+def with_context(system: str, words: list[str]) -> str:  # which may be said, as training tells it
     return system + CONTEXT + ", ".join(words) + "." if words else system
 
 def group_recordings(audio, prompts: list[str]) -> list[list]:
@@ -211,6 +209,9 @@ class BorealisForConditionalGeneration(hf.PreTrainedModel):
     def from_pretrained(cls, *args, device=None, **settings) -> hf.PreTrainedModel:
         model = super().from_pretrained(*args, **settings)
         return model if device is None else model.to(device)  # the post's snippet wants it there
+    @classmethod
+    def can_generate(cls) -> bool:  # by code of transformers; generation_config.json is for vLLM
+        return False
     @cached_property
     def tokenizer(self):  # the one beside the weights, unless another was set
         return hf.AutoTokenizer.from_pretrained(self.config._name_or_path)
@@ -237,8 +238,8 @@ class BorealisForConditionalGeneration(hf.PreTrainedModel):
     def embed(self, input_ids: torch.Tensor, input_features: torch.Tensor | None) -> torch.Tensor:
         """The one splice: (B, L) ids -> (B, L, D), with audio in its slots, in reading order."""
         slots = input_ids == self.config.audio_token_id  # (B, L)
-        text = input_ids.masked_fill(slots, 0)  # AUDIO may have no row; overwritten below
-        embeds = self.llm.get_input_embeddings()(text)  # (B, L, D)
+        # AUDIO may have no row: (B, L, D), with another token's in its slots
+        embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(slots, 0))
         if input_features is None:
             return embeds
         audio = self.encode_audio(input_features).flatten(0, 1)  # (W*N, D)
@@ -248,9 +249,9 @@ class BorealisForConditionalGeneration(hf.PreTrainedModel):
                 label_positions=None, num_items_in_batch=None, **kwargs) -> CausalLMOutputWithPast:
         """(B, L) ids -> logits (B, L, V); with labels, the loss, and logits (number of labels, V).
         Padding on the right needs no mask: under causal attention no token sees it."""
-        embeds = self.embed(input_ids, input_features)  # (B, L, D)
-        hidden = self.llm.model(inputs_embeds=embeds, attention_mask=attention_mask,
-                                use_cache=False, **kwargs).last_hidden_state  # (B, L, D)
+        hidden = self.llm.model(
+            inputs_embeds=self.embed(input_ids, input_features), attention_mask=attention_mask,
+            use_cache=False, **kwargs).last_hidden_state  # (B, L, D)
         if labels is None:
             return CausalLMOutputWithPast(logits=self.llm.lm_head(hidden))
         # n positions have a label; of a 30 s clip, 400 have none.
@@ -293,9 +294,8 @@ class BorealisForConditionalGeneration(hf.PreTrainedModel):
     @torch.no_grad()
     def answer(self, input_ids, input_features=None, attention_mask=None, max_new_tokens=256,
                do_sample=False, streamer=None, loop_guard=True, limits=(None,), **sampling):
-        """(B, L) ids and (W, M, F) mels -> new ids, see generate(). Greedy unless do_sample; then
-        temperature, top_p, ... go to transformers, as a streamer. loop_guard cuts answers as
-        guard() does, with limits (B,) or the same for all; these have no end token."""
+        """(B, L) ids and (W, M, F) mels -> new ids. Greedy unless do_sample; then temperature, ...
+        go to transformers, as a streamer. What guard() cuts, with limits (B,), has no end token."""
         pad = self.config.audio_start_id
         def guarded(ids):  # -> of each row all, and what is kept; each of B may have several rows
             rows = [[x for x in row if x != pad] for row in ids.tolist()]

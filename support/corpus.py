@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from model import SAMPLE_RATE
-from support import cli, rows
+from support import cli, processing, rows
 
 DATA = json.loads(Path(__file__).with_name("grammar.json").read_text(encoding="utf-8"))
 GRAMMAR = DATA["grammar"]  # of each language: name -> alternatives, in which {name} draws another
@@ -116,7 +116,7 @@ def synthesise(job: tuple) -> None:
             pause = rng.randrange(3000, 8000) if pieces else rng.randrange(SAMPLE_RATE // 10)
             level = 10 ** (rng.uniform(-9, 0) / 20) if len(parts) > 1 else 1
             wave = rows.load_audio(say(part, f"{lang}+{voice}", speed, pitch))
-            pieces += [torch.zeros(pause), level * rows.resampler(rate, SAMPLE_RATE)(wave)]
+            pieces += [torch.zeros(pause), level * processing.resampler(rate, SAMPLE_RATE)(wave)]
         clip = torch.cat(pieces).clamp(-1, 1) * 32767
         spoken.append((clip.round().to(torch.int16).numpy(), " ".join(parts), voice))
     clips, texts, voices = zip(*spoken, strict=True)

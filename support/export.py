@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 import huggingface_hub
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from tabulate import tabulate
@@ -18,8 +19,6 @@ from support.cli import ArgumentParser, as_user_error, run
 from support.recipes import TABLES
 from support.storage import fingerprint, read_weights
 
-TABLE = TABLES["export"]
-
 def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None = None,
            layout: str = "remote", unmerged: bool = False):
     """Write the folder `to`, whole or not at all -> the model. Raises ValueError or OSError."""
@@ -28,30 +27,30 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
     model, source = load_checkpoint(where, encoder, llm), find_checkpoint(where)
     lora.cast(model, model.llm.dtype)
     config, ends, seconds = model.config, model.ends, model.config.window_samples // SAMPLE_RATE
-    config.auto_map, config.custom_pipelines = dict(TABLE["auto_map"]), TABLE["pipelines"]
+    table = TABLES["export"]
+    config.auto_map, config.custom_pipelines = dict(table["auto_map"]), table["pipelines"]
     extractor = code.feature_extractor(config.encoder_config.num_mel_bins, chunk_length=seconds)
-    facts = {key: getattr(config, key) for key in TABLE["facts"]}
-    processor = processing.BorealisProcessor(extractor, model.tokenizer, **facts)
-    processor.auto_map = {"AutoProcessor": TABLE["auto_map"]["AutoProcessor"]}
+    facts = {key: value for key, value in config.to_dict().items() if key in table["facts"]}
+    processor = processing.BorealisProcessor(extractor, model.tokenizer, facts=facts)
+    processor.auto_map = {"AutoProcessor": table["auto_map"]["AutoProcessor"]}
+    # By hand: transformers writes no temperature beside do_sample=False, vLLM samples without one.
     greedy = dict(do_sample=False, eos_token_id=ends, pad_token_id=config.audio_start_id)
-    if layout == "remote":  # without a temperature, vLLM samples, and transformers writes none
-        written, more = model, dict(temperature=0.0)
-    else:
-        written, more = to_voxtral(model), dict(max_new_tokens=256)
-        if config.audio_token_id >= config.llm_config.vocab_size:  # its row is ours: nobody says it
-            more["suppress_tokens"] = [config.audio_token_id]
+    greedy |= dict(temperature=0.0) if layout == "remote" else dict(max_new_tokens=256)
+    if layout == "voxtral" and config.audio_token_id >= config.llm_config.vocab_size:
+        greedy["suppress_tokens"] = [config.audio_token_id]  # its row is empty: nobody shall say it
     fresh = Path(f"{Path(to)}.{os.getpid()}.tmp")
     try:
         if unmerged:
             take_out_lora(model, source, fresh / "lora")
+        written = model if layout == "remote" else to_voxtral(model)
         written.save_pretrained(fresh, max_shard_size="5GB")
         processor.save_pretrained(fresh)
         extractor.save_pretrained(fresh)
-        (fresh / "generation_config.json").write_text(json.dumps(greedy | more, indent=2))
+        (fresh / "generation_config.json").write_text(json.dumps(greedy, indent=2))
         for file in (code.__file__, *source.glob("train_config.json")):  # eval.py reads the latter
             shutil.copy(file, fresh)
-        travels = Path(processing.__file__).read_text("utf-8")
-        travels = travels.replace("from model ", "from .model ")
+        travels = Path(processing.__file__).read_text("utf-8").replace("from model", "from .model")
+        travels = travels.replace("\nimport model\n", "\nfrom . import model\n")
         (fresh / "processing.py").write_text(travels, "utf-8")
         (fresh / "README.md").write_text(
             model_card(model, source, title or Path(to).name, layout), "utf-8")
@@ -61,23 +60,20 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
     return model
 
 def to_voxtral(model) -> transformers.VoxtralForConditionalGeneration:
-    """The same weights in transformers' class for a Whisper encoder, our simple adapter and an LLM.
-    ValueError for others: it takes encoder_ffn_dim / d_model frames side by side, all the same."""
-    config, listens = model.config, model.config.encoder_config
-    side_by_side = config.downsample_factor * listens.d_model == listens.encoder_ffn_dim
+    """The same weights in transformers' own class, for a simple adapter. Raises ValueError."""
+    config, listens, table = model.config, model.config.encoder_config, TABLES["voxtral"]
+    k = listens.encoder_ffn_dim / listens.d_model  # of a Whisper 4; it has no setting for it
     if config.adapter != "simple":
-        raise ValueError("--layout voxtral has no place for a deep adapter: use --layout remote")
-    if not side_by_side or listens.max_source_positions % config.downsample_factor:
-        raise ValueError(f"--layout voxtral cannot put {config.downsample_factor} frames of this "
-                         "encoder side by side: use --layout remote")
-    state, table = {}, TABLES["voxtral"]
+        raise ValueError("--layout voxtral has no deep adapter: use --layout remote")
+    if config.downsample_factor != k or listens.max_source_positions % k:
+        raise ValueError(f"--layout voxtral takes whole {k:g} frames a token: use --layout remote")
+    state = {}
     for key, weight in model.state_dict().items():
         part = next(part for part in table["parts"] if key.startswith(part))
         state[key.replace(part, table["parts"][part], 1)] = weight
     rows = max(config.llm_config.vocab_size, config.audio_token_id + 1)
     for key in ("model.language_model.embed_tokens.weight", "lm_head.weight"):  # here, never tied
-        more = state[key].new_zeros(rows - len(state[key]), state[key].shape[1])
-        state[key] = torch.cat([state[key], more])
+        state[key] = F.pad(state[key], (0, 0, 0, rows - len(state[key])))
     llm = config.llm_config.to_dict() | dict(vocab_size=rows, tie_word_embeddings=False)
     with torch.device("meta"):  # no second copy
         twin = transformers.VoxtralForConditionalGeneration(transformers.VoxtralConfig(
@@ -92,10 +88,10 @@ def model_card(model, source: Path, title: str, layout: str) -> str:  # model_ca
         if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
             settings[key] = Path(value).name  # the rest of a path is nobody's business
     settings = [(key, value) for key, value in settings.items()
-                if key not in TABLE["private"] and value not in (None, "", False)]
+                if key not in TABLES["export"]["private"] and value not in (None, "", False)]
     training = tabulate(settings, ["setting", "value"], "pipe", disable_numparse=True)
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    return template.replace("{usage}", TABLE["usage"][layout]).format(
+    return template.replace("{usage}", TABLES["export"]["usage"][layout]).format(
         title=title, model=model, seconds=model.config.window_samples / SAMPLE_RATE,
         parameters=model.num_parameters(), transformers=transformers.__version__,
         scores=scores(source),

@@ -5,51 +5,47 @@ import re
 import urllib.request
 import wave as riff
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 from transformers.pipelines.base import ChunkPipeline
-from model import ASR_PROMPT, ASR_SYSTEM, AUDIO, CONV_STRIDE, HOP, SAMPLE_RATE, BorealisConfig
+import model
+from model import AUDIO, HOP, SAMPLE_RATE, as_list
 
-# isort: split
-from model import as_list, check_wave, cut_windows, fill_slots, log_mel
-
-try:  # within try, transformers does not demand them of those who load the folder
+soundfile = None
+try:  # or transformers would demand them of whoever loads the folder
     import soundfile
-except (ImportError, OSError):
-    soundfile = None
-try:
     from torchaudio.transforms import Resample
+    resampler = lru_cache(maxsize=16)(Resample)  # its kernel takes long to make
 except (ImportError, OSError):
-    Resample = None
+    resampler = None
+
+KEYS = "audio", "array", "raw", "bytes", "path", "url", "base64", "data", "input_audio", "audio_url"
+LANGUAGES, ASKED = ("ru", "en", "russian", "english"), ("language", "prompt", "hotwords")
+FRAME = SAMPLE_RATE // 40  # samples; loudness is measured in frames of 25 ms
 
 # ---- Recordings as users have them
-KEYS = "audio", "path", "url", "array", "raw", "bytes", "base64", "data", "input_audio", "audio_url"
-LANGUAGES = ["ru", "en", "russian", "english"]
-
 def load_audio(source, rate: int = SAMPLE_RATE) -> torch.Tensor:
     """A path, a URL (data: too), a file's bytes, samples (n,) or (channels, n) at `rate`, or a dict
     with one of these, as in chats and datasets -> (samples,) float32, 16 kHz. Raises ValueError."""
-    if isinstance(source, dict):
-        keys = [key for key in KEYS if source.get(key) is not None]
-        if not keys:
-            raise ValueError(f"a recording is {' or '.join(KEYS)}, not {' or '.join(source)}")
-        found, coded = source[keys[0]], keys[0] in ("base64", "data")
-        found = f"data:;base64,{found}" if coded else found
-        return load_audio(found, source.get("sampling_rate") or rate)
-    name = str(source)[:80] if isinstance(source, (str, Path)) else type(source).__name__
     try:
+        while isinstance(source, dict):
+            rate = source.get("sampling_rate", rate)
+            key = next((key for key in KEYS if source.get(key) is not None), "audio")
+            source = f"data:;base64,{source[key]}" if key in ("base64", "data") else source.get(key)
         if isinstance(source, (str, Path, bytes)):
             source, rate = decode(source)
         wave = torch.as_tensor(source)
+        wave = model.check_wave(wave.mean(0) if wave.dim() == 2 and len(wave) <= 2 else wave)
+        return wave if rate == SAMPLE_RATE else model.check_wave(resample(wave, rate))
     except Exception as e:  # it fails in many ways, as files and networks do
-        why = (str(e) or type(e).__name__).splitlines()[0]
+        name = f"{str(source)[:80]}: " if isinstance(source, (str, Path)) else ""
         hint = "" if soundfile else "; for more than 16-bit WAV, pip install soundfile"
-        raise ValueError(f"cannot read a recording from {name}: {why}{hint}") from None
-    wave = check_wave(wave.mean(0) if wave.dim() == 2 and len(wave) <= 2 else wave)
-    return wave if rate == SAMPLE_RATE else check_wave(resample(wave, rate))
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"unusable recording: {name}{why}{hint}") from None
 
 def decode(source: str | Path | bytes) -> tuple[np.ndarray, int]:
     """-> (n,) float32, its sample rate; raises whatever goes wrong."""
@@ -66,17 +62,14 @@ def decode(source: str | Path | bytes) -> tuple[np.ndarray, int]:
         return samples.reshape(-1, file.getnchannels()).mean(axis=1) / 32768, file.getframerate()
 
 def resample(wave: torch.Tensor, rate: int) -> torch.Tensor:  # (n,) at `rate` -> at 16 kHz
-    if not 1000 <= rate <= 1_000_000:
-        raise ValueError(f"a sample rate of {rate} Hz")
+    # Odd rates would need huge kernels (15999 Hz: 977 MiB): one in a million is not heard.
     ratio = Fraction(SAMPLE_RATE, int(rate)).limit_denominator(1000)
-    if Resample:
-        return Resample(ratio.denominator, ratio.numerator)(wave)
+    if resampler:
+        return resampler(ratio.denominator, ratio.numerator)(wave)
     n = max(1, round(len(wave) * ratio))  # or all at once: a spectrum cut off, or filled up
     return torch.fft.irfft(torch.fft.rfft(wave), n) * (n / len(wave))
 
 # ---- Cutting where nobody speaks, and when it was said
-FRAME = SAMPLE_RATE // 40  # samples; loudness is measured in frames of 25 ms
-
 def cut_at_pauses(wave: torch.Tensor, longest: int) -> list[torch.Tensor]:
     """(samples,) -> pieces of <= `longest`, each cut at the quietest 0.2 s of its second half."""
     pieces, span = [], SAMPLE_RATE // 5
@@ -113,44 +106,36 @@ def word_times(piece: torch.Tensor, text: str, offset: float = 0.0) -> list[tupl
     return [(round(offset + start * seconds, 3), round(offset + end * seconds, 3), word)
             for start, end, word in zip(starts, ends, words, strict=True)]
 
-# ---- AutoProcessor: chats in, what generate() takes out
+# ---- Chats in, what generate() takes out
 class BorealisProcessor(ProcessorMixin):
-    """Chats and recordings -> input_ids (B, L), padded on the left, attention_mask (B, L) and, with
-    recordings, input_features (W, M, F) of all their windows. Raises ValueError."""
-    def __init__(self, feature_extractor, tokenizer, chat_template=None, downsample_factor=4,
-                 audio_token_id=151669, audio_start_id=151670, audio_end_id=151670):
+    """Chats with recordings -> input_ids (B, L), padded on the left, attention_mask (B, L), and
+    input_features (W, M, F) of all their windows. facts: what it needs of a BorealisConfig."""
+    def __init__(self, feature_extractor, tokenizer, chat_template=None, facts=None):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
-        facts = dict(downsample_factor=downsample_factor, audio_token_id=audio_token_id,
-                     audio_start_id=audio_start_id, audio_end_id=audio_end_id)
-        vars(self).update(facts)  # there save_pretrained() looks for them
-        shape = dict(num_mel_bins=feature_extractor.feature_size,
-                     max_source_positions=feature_extractor.n_samples // HOP // CONV_STRIDE)
-        self.config = BorealisConfig(encoder_config=shape, **facts)
-    def __call__(self, text, audio=None, sampling_rate=SAMPLE_RATE, return_tensors="pt", **_):
-        """Rendered chats, with one AUDIO for each recording; recordings in their order."""
-        if return_tensors not in ("pt", None):
-            raise ValueError(f'return_tensors must be "pt", not {return_tensors!r}')
+        self.facts, self.config = facts, model.BorealisConfig(**facts)
+    def __call__(self, text, audio=None, sampling_rate=SAMPLE_RATE, **_):
+        """Rendered chats, and recordings for their AUDIO, in reading order. Raises ValueError."""
         texts, sounds = as_list(text), sum(map(as_list, as_list(audio)), [])
         if (n := "".join(texts).count(AUDIO)) != len(sounds):
             raise ValueError(f"{n} {AUDIO} placeholders for {len(sounds)} recordings")
-        cut = [cut_windows(load_audio(sound, sampling_rate), self.config) for sound in sounds]
+        waves = [load_audio(sound, sampling_rate) for sound in sounds]
+        cut = [model.cut_windows(wave, self.config) for wave in waves]
         counts, pad = map(len, cut), self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-        rows = [torch.tensor(sum(fill_slots(ids, self.config, counts), []))  # each takes its counts
+        rows = [torch.tensor(sum(model.fill_slots(ids, self.config, counts), []))
                 for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
         ids = pad_sequence(rows, True, -1, "left")
-        mels = dict(input_features=log_mel(sum(cut, []), self.config)) if cut else {}
+        mels = dict(input_features=model.log_mel(sum(cut, []), self.config)) if cut else {}
         return BatchFeature(dict(input_ids=ids.masked_fill(ids < 0, pad),
                                  attention_mask=(ids >= 0).long(), **mels))
-    def apply_chat_template(self, conversation, chat_template=None, tokenize=False,
-                            return_dict=False, **settings):
+    def apply_chat_template(self, conversation, tokenize=False, return_dict=False, **settings):
         """A conversation or a list of them; {"type": "audio"} parts are load_audio()'s. -> text, or
         ids, or all of __call__. It ends where the answer starts, unless the assistant was last."""
         several = isinstance(conversation[0], (list, tuple))
         texts, sounds = [], []
         for chat in conversation if several else [conversation]:
+            asks = chat[-1]["role"] != "assistant"
             texts.append(self.tokenizer.apply_chat_template(
-                chat, chat_template=chat_template or self.chat_template, tokenize=False,
-                add_generation_prompt=chat[-1]["role"] != "assistant"))
+                chat, tokenize=False, add_generation_prompt=asks))
             for message in chat:
                 parts = [] if isinstance(message["content"], str) else message["content"]
                 sounds += [part for part in parts if part["type"] != "text"]
@@ -158,46 +143,42 @@ class BorealisProcessor(ProcessorMixin):
             return texts if several else texts[0]
         inputs = self(texts, sounds, **settings)
         return inputs if return_dict else inputs["input_ids"]
-    def apply_transcription_request(self, audio, language=None, **settings):
-        """A recording or a list of them -> a batch of the prompts of training. language: Russian or
-        English, by name or code, or a list; the prompt is the same, for the model hears which."""
-        for name in filter(None, as_list(language)):
-            if name.lower() not in LANGUAGES:
-                raise ValueError(f"language {name!r}: choose from {', '.join(LANGUAGES)}")
-        chat = [dict(role="system", content=ASR_SYSTEM), dict(role="user", content=ASR_PROMPT)]
-        sounds = as_list(audio)
-        return self(self.apply_chat_template([chat] * len(sounds)), sounds, **settings)
+    def apply_transcription_request(self, audio, language=None, prompt=None, hotwords=None, **more):
+        """A recording or a list of them, as in training. language, or a list: ru, en, or in words;
+        the same prompt for both. prompt, hotwords: words that may be said, separated by commas."""
+        if wrong := [name for name in as_list(language) if name and name.lower() not in LANGUAGES]:
+            raise ValueError(f"language {wrong[0]!r}: choose from {', '.join(LANGUAGES)}")
+        words = map(str.strip, ",".join(as_list(prompt) + as_list(hotwords)).split(","))
+        system = model.with_context(model.ASR_SYSTEM, [*filter(None, words)])
+        chat = [dict(role="system", content=system), dict(role="user", content=model.ASR_PROMPT)]
+        texts = self.apply_chat_template([chat] * len(as_list(audio)))
+        return self(texts, audio, **more)
 
-# ---- pipeline("automatic-speech-recognition")
 class BorealisPipeline(ChunkPipeline):
-    """Recordings of any length, see load_audio() -> {"text"}; with return_timestamps also "chunks",
-    one for each piece between two pauses."""
+    """pipeline("automatic-speech-recognition"): recordings of any length, see load_audio() -> text,
+    and, with return_timestamps, chunks, one for each piece between two pauses."""
     _load_processor, _load_tokenizer, _load_feature_extractor = True, False, False
     _load_image_processor = _load_video_processor = False
-    def _sanitize_parameters(self, return_timestamps=None, language=None, generate_kwargs=None,
-                             **settings):
+    def _sanitize_parameters(self, return_timestamps=None, generate_kwargs=None, **settings):
         if return_timestamps not in (None, False, True, "segment"):
-            raise ValueError(f"return_timestamps={return_timestamps!r}: True, of segments, is all")
+            raise ValueError(f"return_timestamps={return_timestamps!r}: only segments have times")
         settings |= generate_kwargs or {}
-        language = settings.pop("language", language)
-        times = {} if return_timestamps is None else dict(times=return_timestamps)
-        return dict(language=language) if language else {}, settings, times
-    def preprocess(self, source, language=None):
-        wave, at = load_audio(source), 0
-        pieces = cut_at_pauses(wave, self.processor.config.window_samples)
+        asked = {key: settings.pop(key) for key in ASKED if key in settings}
+        return asked, settings, {} if return_timestamps is None else dict(times=return_timestamps)
+    def preprocess(self, source, **asked):
+        at, pieces = 0, cut_at_pauses(load_audio(source), self.processor.config.window_samples)
         for i, piece in enumerate(pieces, 1):
-            (*span, _), = word_times(piece, "-", at / SAMPLE_RATE)  # as if all were one word
-            inputs = self.processor.apply_transcription_request(piece, language)
-            yield {**inputs, "span": tuple(span), "is_last": i == len(pieces)}
+            (start, end, _), = word_times(piece, "-", at / SAMPLE_RATE)  # as if all were one word
+            inputs = self.processor.apply_transcription_request(piece, **asked)
+            yield {**inputs, "times": (start, end), "is_last": i == len(pieces)}
             at += len(piece)
     def _forward(self, inputs, **settings):
-        kept = {key: inputs.pop(key) for key in ("span", "is_last")}
+        kept = {key: inputs.pop(key) for key in ("times", "is_last")}
         ids = self.model.generate(**inputs, **settings)
-        return dict(tokens=ids[:, inputs["input_ids"].shape[1]:], **kept)
+        return dict(ids=ids[:, inputs["input_ids"].shape[1]:], **kept)
     def postprocess(self, pieces, times=False):
-        chunks = []
-        for piece in pieces:
-            text = self.processor.decode(piece["tokens"][0], skip_special_tokens=True).strip()
-            chunks += [dict(timestamp=piece["span"], text=text)] if text else []
-        whole = dict(text=" ".join(chunk["text"] for chunk in chunks))
+        texts = [self.model.decode(piece["ids"][0]) for piece in pieces]
+        chunks = [dict(timestamp=piece["times"], text=text)
+                  for piece, text in zip(pieces, texts, strict=True) if text]
+        whole = dict(text=" ".join(filter(None, texts)))
         return whole | dict(chunks=chunks) if times else whole

@@ -6,17 +6,15 @@ import os
 import re
 import sys
 from collections import Counter
-from fractions import Fraction
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-import torchaudio
 from tqdm.contrib.concurrent import thread_map
-from model import AUDIO, SAMPLE_RATE, TAG_PAIR, check_wave
+from model import AUDIO, TAG_PAIR, check_wave
 from support.cli import UserError, cached, write_text
+from support.processing import resample
 
 MIN_SECONDS = 0.1        # shorter recordings hold no word
 MAX_SECONDS = 86_400     # where decoding stops, if nobody says otherwise; train.py says 3600
@@ -101,8 +99,6 @@ def check_text(text, placeholders: bool = False, empty: bool = False) -> str:
         raise BadRow("control token in the text")  # it would forge a chat
     return text.strip()
 
-resampler = lru_cache(maxsize=16)(torchaudio.transforms.Resample)  # its kernel takes long to make
-
 class OneWay(soundfile.SoundFile):
     def seekable(self):  # or soundfile seeks after each read: a FLAC of unknown length cannot
         return False
@@ -152,10 +148,8 @@ def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_S
     wave = torch.from_numpy(np.concatenate(blocks))
     if len(wave) < max(1, min_seconds * rate):
         raise BadRow(f"shorter than {min_seconds} s")
-    # Odd rates would need huge kernels (15999 Hz: 977 MiB): one in a million is not heard.
-    ratio = Fraction(SAMPLE_RATE, rate).limit_denominator(1000)
     try:
-        wave = check_wave(resampler(ratio.denominator, ratio.numerator)(wave))
+        wave = check_wave(resample(wave, rate))
     except ValueError as e:
         raise BadRow(str(e)) from None
     if wave.abs().max() < 1e-6 and not silence:

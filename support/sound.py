@@ -6,8 +6,8 @@ import soundfile
 import torch
 from model import SAMPLE_RATE
 from support.cli import picture, replace_file
+from support.processing import resampler
 from support.recipes import TABLES
-from support.rows import resampler
 
 GUARD = 2048  # zeros after a clip: what a filter rings on lands here, not at the clip's start
 
