@@ -28,11 +28,10 @@ if __name__ == "__main__" and not engine.INSTALLED:  # one line of error, not vL
 import numpy as np
 import torch
 from transformers import BatchFeature
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from vllm import ModelRegistry
 from vllm.config.speech_to_text import SpeechToTextConfig
-from vllm.model_executor.models import interfaces, module_mapping, utils, whisper
+from vllm.model_executor.models import interfaces, module_mapping, utils
 from vllm.multimodal import MULTIMODAL_REGISTRY, inputs, parse, processing
 from vllm.tokenizers import cached_tokenizer_from_config
 from support import realtime
@@ -93,26 +92,6 @@ class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
             raise ValueError(f"the prompt has {placed} {AUDIO} for {given} recordings")
         return super().apply(inputs, *args, **kwargs)
 
-class SplitEncoder(whisper.WhisperEncoder):
-    """vLLM's, of which each GPU holds a part; with the names and the results of transformers'."""
-    names = utils.WeightsMapper(
-        orig_to_new_substr={".fc": ".mlp.fc"},
-        orig_to_new_stacked={f".{part}_proj": (".qkv_proj", part) for part in "qkv"})
-    def load_weights(self, weights):
-        weights = whisper._create_fake_bias_for_k_proj(weights, ".k_proj.weight")
-        return utils.AutoWeightsLoader(self).load_weights(weights, mapper=self.names)
-    def forward(self, mels):
-        return BaseModelOutput(super().forward([mels]))
-
-def make_encoder(vllm_config, prefix: str) -> torch.nn.Module:
-    """Training's own; on several GPUs vLLM's: other rounding in bf16. See docs/NEGATIVE.md."""
-    config = vllm_config.model_config.hf_config.encoder_config
-    config._attn_implementation = "sdpa"
-    gpus = vllm_config.parallel_config.tensor_parallel_size
-    if gpus == 1 or config.encoder_attention_heads % gpus or vllm_config.quant_config:
-        return WhisperEncoder(config)
-    return SplitEncoder(vllm_config=vllm_config.with_hf_config(config), prefix=prefix)
-
 @MULTIMODAL_REGISTRY.register_processor(BorealisMultiModalProcessor, info=BorealisProcessingInfo,
                                         dummy_inputs=BorealisDummyInputsBuilder)
 class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMultiModal,
@@ -126,8 +105,9 @@ class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMulti
     def __init__(self, *, vllm_config, prefix=""):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
+        config.encoder_config._attn_implementation = "sdpa"
         with self._mark_tower_model(vllm_config, "audio"):
-            self.encoder = make_encoder(vllm_config, utils.maybe_prefix(prefix, "encoder"))
+            self.encoder = WhisperEncoder(config.encoder_config)  # vLLM's: docs/NEGATIVE.md
             self.adapter = model.Adapter(config)
         with self._mark_language_model(vllm_config):
             self.llm = utils.init_vllm_registered_model(

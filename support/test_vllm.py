@@ -20,15 +20,12 @@ WAVES = [tone(0.5 + i, i) for i in range(6)]
 SPLIT = """
 import json, sys, torch
 import serve_vllm  # the workers run this file, too
-def kind(net):
-    return type(net.encoder).__name__
 if __name__ == "__main__":
     from vllm.lora.request import LoRARequest
     from data import Sample
     from support import engine
     hf, question, waves = sys.argv[1], sys.argv[2], torch.load(sys.argv[3])
     vllm = engine.Offline(hf, 10, tensor_parallel_size=2, enable_lora=True)
-    print(vllm.engine.apply_model(kind))
     prompts = [engine.prompt(vllm.tokenizer, [w], Sample("", [w], question, "")) for w in waves]
     for lora in None, LoRARequest("run", 1, hf + "/lora"):
         answers = vllm.engine.generate(prompts, vllm.greedy, use_tqdm=False, lora_request=lora)
@@ -37,7 +34,7 @@ if __name__ == "__main__":
 
 def tokens_of(net):
     ids = net.generate(WAVES, QUESTION, None, max_new_tokens=10)
-    return [row[:row.index(net.ends[1])] if net.ends[1] in row else row for row in ids.tolist()]
+    return [[x for x in row if x != net.config.audio_start_id] for row in ids.tolist()]
 
 def chat(client, model, wave):
     sound = dict(data=base64.b64encode(wav_bytes(wave, subtype="FLOAT")).decode(), format="wav")
@@ -95,18 +92,16 @@ def test_an_unmerged_run_is_served(run, tmp_path):
 @pytest.mark.heavy
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_two_processes_share_a_model(run, tmp_path):
-    """vLLM's encoder, half of it in each, and LoRA: the same tokens."""
+    """The LLM, half of it in each, and LoRA: the same tokens."""
     hf, without, merged = run
     (tmp_path / "split.py").write_text(SPLIT)
     torch.save(WAVES, tmp_path / "waves.pt")
     one, two, *_ = sorted(os.sched_getaffinity(0))
     env = os.environ | dict(
         PYTHONPATH=str(HERE), NANOBOREALIS_CACHE=str(tmp_path), VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_OMP_THREADS_BIND=f"{one}|{two}", VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+        VLLM_CPU_OMP_THREADS_BIND=f"{one}|{two}")
     command = [sys.executable, "split.py", hf, QUESTION, "waves.pt"]
     done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True,
                           timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    kinds, *tokens = done.stdout.splitlines()[-3:]
-    assert kinds == "['SplitEncoder', 'SplitEncoder']"
-    assert list(map(json.loads, tokens)) == [without, merged]
+    assert [*map(json.loads, done.stdout.splitlines()[-2:])] == [without, merged]
