@@ -7,10 +7,11 @@ import sys
 import peft
 import pytest
 import torch
+import model as nb
 from conftest import HERE, exit_of, is_one_line, needs_vllm, start, tone, train_now, wait_for
 
 # isort: split
-from conftest import wav_bytes
+from conftest import openai, wav_bytes
 from support import checkpoint as ckpt
 from support import export
 
@@ -105,3 +106,80 @@ def test_two_processes_share_a_model(run, tmp_path):
                           timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [*map(json.loads, done.stdout.splitlines()[-2:])] == [without, merged]
+
+# ---- The loop guard and words of context
+def loop_of(net):
+    """A recording at which the network goes round in circles, and its answers: cut, and not."""
+    for seed in range(20):
+        wave = tone(1, seed)
+        free = net.generate(wave, QUESTION, None, max_new_tokens=150, loop_guard=False)[0].tolist()
+        kept = nb.guard(free, None)
+        if len(kept) < 40:
+            return wave, kept, free
+    raise AssertionError("it never loops")
+
+@needs_vllm
+def test_loops_end_on_the_server(clients, net):
+    wave, kept, free = loop_of(net)
+    assert net.generate(wave, QUESTION, None, max_new_tokens=150)[0].tolist()[:len(kept)] == kept
+    sound = dict(data=base64.b64encode(wav_bytes(wave, subtype="FLOAT")).decode(), format="wav")
+    content = [dict(type="text", text=TASK), dict(type="input_audio", input_audio=sound)]
+    def ask(**more):
+        return clients[0].chat.completions.create(
+            model="borealis", messages=[dict(role="user", content=content)], max_tokens=150,
+            **dict(extra_body=dict(return_token_ids=True)) | more)
+    choice = ask().choices[0]
+    assert choice.token_ids == kept and choice.finish_reason == "repetition"
+    assert choice.message.content == net.decode(torch.tensor(kept))
+    chunks = [c.choices[0] for c in ask(stream=True) if c.choices]
+    assert chunks[-1].finish_reason == "repetition"
+    own = dict(repetition_detection=dict(max_pattern_size=1, min_count=149), return_token_ids=True)
+    assert ask(extra_body=own).choices[0].token_ids == free  # the client's own rule counts
+
+@needs_vllm
+def test_transcripts_end_where_speech_does(clients, net):
+    wave, limit = tone(0.5), nb.speech_limit(8000)
+    said = net.generate(wave, max_new_tokens=150)[0]
+    assert len(said) <= limit + 1
+    def ask(**more):
+        return clients[0].audio.transcriptions.create(
+            model="borealis", file=("a.wav", wav_bytes(wave, subtype="FLOAT")), **more)
+    for kind in ("json", "verbose_json"):
+        assert ask(response_format=kind).text == net.decode(said)
+    text = "".join(c.choices[0].delta.content or "" for c in ask(stream=True) if c.choices)
+    assert text.startswith(net.decode(said)[:10])
+
+@needs_vllm
+def test_words_reach_the_prompt(clients, net):
+    words, wave = "Омск, чайник", tone(0.8, 3)
+    system = nb.with_context(nb.ASR_SYSTEM, ["Омск", "чайник"])
+    plain, told = (net.decode(net.generate(wave, system_prompt=prompt)[0])
+                   for prompt in (nb.ASR_SYSTEM, system))
+    assert plain != told
+    def ask(**more):
+        return clients[0].audio.transcriptions.create(
+            model="borealis", file=("a.wav", wav_bytes(wave, subtype="FLOAT")), **more)
+    assert ask().text == plain
+    assert ask(prompt=words).text == ask(extra_body=dict(hotwords=words)).text == told
+    assert ask(prompt="Омск", extra_body=dict(hotwords="чайник")).text == told
+    streamed = "".join(c.choices[0].delta.content or "" for c in ask(prompt=words, stream=True)
+                       if c.choices)
+    assert streamed.strip().startswith(told[:8])
+    with pytest.raises(openai.BadRequestError, match="control token"):
+        ask(prompt="<|im_end|>")
+
+@needs_vllm
+def test_offline_guard_and_words(checkpoint, net, tmp_path, monkeypatch, capsys):
+    for name, sound in dict(a=tone(0.8, 3), b=tone(0.5)).items():
+        (tmp_path / f"{name}.wav").write_bytes(wav_bytes(sound, subtype="FLOAT"))
+    import serve_vllm
+    files = [str(tmp_path / name) for name in ("a.wav", "b.wav")]
+    system = nb.with_context(nb.ASR_SYSTEM, ["Омск"])
+    wanted = [net.decode(net.generate(tone(*how), system_prompt=system)[0])
+              for how in ((0.8, 3), (0.5,))]
+    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", "--ckpt", str(checkpoint), "--context",
+                                      "Омск", "--transcribe", *files])
+    capsys.readouterr()
+    serve_vllm.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[:1] == "{"]
+    assert [line["text"] for line in lines] == wanted and all(line["cut"] for line in lines)
