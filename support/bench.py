@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 import train
 from augment import AugmentConfig, augment, examples
-from data import TRANSCRIBE, Dataset, embedded, load_audio
+from data import TRANSCRIBE, Dataset, Sample, embedded, load_audio
 from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3
 from model import BorealisForConditionalGeneration as Borealis
-from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks, sound
+from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks
 from support.recipes import TABLES
 from support.tasks import native
 from support.tiny import texts_of, tiny_config, train_tokenizer
@@ -58,103 +58,92 @@ def print_rows(rows: list[dict] | dict[str, list]) -> None:
     print(tabulate(rows, "keys", "pipe", floatfmt=",.2f", missingval="-"), end="\n\n", flush=True)
 
 # ---- augment
-def theirs(c: AugmentConfig, folder: str):  # a second noise or room comes on average
-    """The same by audiomentations; the codecs that it lacks are ours, resampling is soxr's."""
+BESIDE = TABLES["audiomentations"]
+
+def theirs(c: AugmentConfig, folder: str, rng):  # a second noise or room comes on average
+    """The same by audiomentations; resampling, telephony and codecs are ours on both sides."""
     import audiomentations as A
-    import soxr
-    mean, rate, rng = np.mean, c.codec_rate, np.random.default_rng(0)
-    def trip(x, rate, low, high, there=lambda x, rate: x):
-        other = round(rng.uniform(low, high))
-        return soxr.resample(there(soxr.resample(x, rate, other), other), other, rate)
-    def band(p, *edges):  # Hz: of the lower one from, to, of the upper one
-        centre, width = mean(edges), (mean(edges[2:]) - mean(edges[:2])) / mean(edges)
-        return A.BandPassFilter(centre, centre, width, width, p=p)
-    def ours(x, _, kind):
-        return sound.codec(x, mean(c.codec[1:]), kind, rate)
-    noises, rooms = ((1, p * mean(n)) for p, *n in (c.more_noise, c.more_room))
-    kbps = np.minimum(c.codec[1:], 160 if rate == SAMPLE_RATE else 64)  # MP3 has no more
-    codecs = {"opus": c.opus, "gsm": c.phone / 2, "mu-law": c.phone / 2}
+    rest = AugmentConfig(**{name: getattr(c, name) for name in BESIDE["ours"]})
+    def ours(x, rate):
+        return augment(x, rest, rng, [], [])
+    noises, rooms = ((1, p * np.mean(n)) for p, *n in (c.more_noise, c.more_room))
     return A.Compose([
         A.PitchShift(*c.pitch[1:], p=c.pitch[0]),
         A.TimeStretch(*c.speed[1:], leave_length_unchanged=False, p=c.speed[0]),
         A.Compose([A.AddBackgroundNoise(f"{folder}/noises", *c.noise[1:], p=p) for p in noises],
                   p=c.noise[0]),
         A.Compose([A.ApplyImpulseResponse(f"{folder}/rooms", p=p) for p in rooms], p=c.room[0]),
-        A.SevenBandParametricEQ(*c.eq[1:3], p=c.eq[0]), band(*c.band_pass),
+        A.SevenBandParametricEQ(*c.eq[1:3], p=c.eq[0]),
+        A.Compose([A.HighPassFilter(*c.band_pass[1:3], 24, 24, p=1),
+                   A.LowPassFilter(*c.band_pass[3:], 24, 24, p=1)], p=c.band_pass[0]),
         A.Gain(*c.gain[1:], p=c.gain[0]), A.AddGaussianNoise(*c.gaussian[1:], p=c.gaussian[0]),
-        A.ClippingDistortion(0, 5, p=c.clipping[0]),
-        A.Lambda(trip, c.resample[0], low=c.resample[1], high=c.resample[2]),
-        A.Compose([A.Lambda(trip, 1, low=c.telephony[1], high=c.telephony[2]),
-                   band(1, *c.telephony[3:])], p=c.telephony[0]),
-        A.Lambda(trip, c.codec[0] * (1 - c.opus - c.phone), low=rate, high=rate,
-                 there=A.Mp3Compression(*map(int, kbps), p=1)),
-        *(A.Lambda(ours, c.codec[0] * p, kind=kind) for kind, p in codecs.items())], p=c.touched)
+        A.ClippingDistortion(0, 5, p=c.clipping[0]), A.Lambda(ours, 1)], p=c.touched)
 
 def bench_augment(args):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     bank, table, rng = banks.open_banks(), [], np.random.Generator(np.random.SFC64(0))
-    wave = load_audio(np.concatenate([s.audio[0] for s in embedded("ru", "train", corpus.CHUNK)]))
-    clips = [clip.numpy() for clip in wave.split(10 * SAMPLE_RATE)[:-1]]
-    def ours(clip, c):
-        return augment(clip, c, rng, *bank) if rng.random() < c.touched else clip
-    def each(effect, argument):  # of the clips
-        return [effect(clip, argument) for clip in clips]
+    wave = np.concatenate([s.audio[0] for s in embedded("ru", "train", corpus.CHUNK)])
+    clips = [clip.numpy() for clip in load_audio(wave).split(10 * SAMPLE_RATE)[:-1]]
+    def run_ours(c):
+        for clip in clips:
+            if rng.random() < c.touched:
+                augment(clip, c, rng, *bank)
+    def run_theirs(chain):
+        for clip in clips:
+            chain(clip, SAMPLE_RATE)
     with tempfile.TemporaryDirectory() as folder:
         for kind, waves in zip(("noises", "rooms"), bank, strict=True):
             os.mkdir(f"{folder}/{kind}")
             for i, wave in enumerate(waves):
                 soundfile.write(f"{folder}/{kind}/{i}.wav", wave, SAMPLE_RATE)
         for name, c in examples().items():
-            if name.startswith(("before", "mask", "stage_clean", "split")):
-                continue
-            chain = partial(each, theirs(c, folder), SAMPLE_RATE)
-            took = take_turns([partial(each, ours, c), chain], 24 if "stage" in name else 2)
-            a, b = 10 * len(clips) / took
-            table.append({"effect": name, "x real time": a, "audiomentations": b, "ratio": a / b})
+            if name in BESIDE["compared"]:
+                calls = partial(run_ours, c), partial(run_theirs, theirs(c, folder, rng))
+                a, b = 10 * len(clips) / take_turns(calls, 24 if "stage" in name else 2)
+                table.append({"effect": name, "x real time": a, "audiomentations": b, "x": a / b})
     print_rows(table)
 
 # ---- train: transformers' Trainer, saving after saving, and a step of train.py
-TEXT, LABELS = 160, 100  # tokens of text in a row, and how many of them are its answer
-ACCUMULATION, STEPS, MAX_TEXT = 2, 3, 1024  # one step is not counted; the original pads texts
+ACCUMULATION, STEPS, PADDED = 2, 3, 1024  # one step is not counted; the original pads texts
 LORA = dict(rank=64, alpha=128, dropout=0.0)
 LOOPS = "Trainer, the original's way", "a step of train.py"
 
 def make_batch(model: Borealis, rows: int, micro_batch: int) -> dict:
-    """What Dataset.collate() makes of so many rows, each with a window of sound, and labels."""
-    c = model.config
-    audio = [c.audio_start_id, *[c.audio_token_id] * c.tokens_per_window, c.audio_end_id]
-    ids = [*range(TEXT - LABELS), *audio, *range(LABELS)]
-    labels = [-100] * (len(ids) - LABELS) + ids[-LABELS:]
-    item = (ids, labels, [torch.randn(c.window_samples) / 9], None), []
-    return Dataset([], model.tokenizer, c, batch_size=micro_batch).collate([item] * rows)
+    """What collate() makes of so many rows of a window of sound and an answer of 100 tokens."""
+    noise = np.random.default_rng(0).integers(-4096, 4096, model.config.window_samples, np.int16)
+    sample = Sample("1" * 100, [noise])
+    dataset = Dataset([sample], model.tokenizer, model.config, batch_size=micro_batch)
+    return dataset.collate([dataset[0, 0.0]] * rows)
 
-def make_step(cfg, model: Borealis):
-    """-> a step of train.py's loop, as a function of what collate() made, and its optimizers."""
+def make_step(cfg, model: Borealis):  # -> a step of train.py's loop, given what collate() made
     net, optimizers = train.wrap(cfg, model, 1), optim.make(cfg, model)
     def step(batch):
         train.backward(net, batch["micro"], batch["labels"], 1, model.device)
         ranks.clip_gradients([*net.parameters()], cfg.grad_clip)
         optim.update(optimizers, cfg.lr, forget=True)
-    return step, optimizers
+    return step
+
+def run_trainer(model: Borealis, row: dict) -> None:
+    width = PADDED + model.config.tokens_per_window - row["input_ids"].shape[1]
+    row["attention_mask"] = torch.ones_like(row["input_ids"])
+    for key, value in dict(input_ids=0, labels=-100, attention_mask=0).items():
+        row[key] = F.pad(row[key], (0, width), value=value)
+    def of_all(outputs, labels, num_items_in_batch):  # logits, as the original
+        return F.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
+    settings = hf.TrainingArguments(tempfile.gettempdir(), max_steps=STEPS, **TABLES["trainer"],
+                                    gradient_accumulation_steps=ACCUMULATION)
+    hf.Trainer(model, settings, lambda _: dict(row), range(ACCUMULATION * STEPS),
+               compute_loss_func=of_all).train()
 
 def run_loop(name: str) -> tuple:  # some steps of it -> samples/s, peak GiB
     model = lora.prepare(random_model(WHISPER_TINY, TABLES["llm_trainer"]).cpu(), "lora", LORA)
     batch, stamps = make_batch(model, ACCUMULATION, 1), []
-    def of_all(outputs, labels, num_items_in_batch):  # logits, as the original
-        return F.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
     register_optimizer_step_post_hook(lambda *_: stamps.append(time.perf_counter()))
     if name == LOOPS[0]:
-        row = batch["micro"][0]
-        row["attention_mask"] = torch.ones_like(row["input_ids"])
-        for key, value in dict(input_ids=0, labels=-100, attention_mask=0).items():
-            row[key] = F.pad(row[key], (0, MAX_TEXT - TEXT), value=value)
-        settings = hf.TrainingArguments(tempfile.gettempdir(), max_steps=STEPS, **TABLES["trainer"],
-                                        gradient_accumulation_steps=ACCUMULATION)
-        hf.Trainer(model, settings, lambda _: dict(row), range(ACCUMULATION * STEPS),
-                   compute_loss_func=of_all).train()
+        run_trainer(model, batch["micro"][0])
     else:
-        step, _ = make_step(train.TrainConfig(), model)
+        step = make_step(train.TrainConfig(), model)
         for _ in range(STEPS):
             step(batch)
     peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # KiB
@@ -166,17 +155,6 @@ def bench_train(args):
         speeds, peaks = np.transpose(pool.map(run_loop, LOOPS, 1))
     print_rows({"loop": LOOPS, "samples/s": speeds, "peak memory, GiB": peaks,
                 "speed x": speeds / speeds[0], "memory x": peaks / peaks[0]})
-    rows = []
-    for name in ("adamw", "muon"):  # what a tiny model's step is made of
-        model = random_model(*TINY)
-        step, optimizers = make_step(train.TrainConfig(optimizer=name), model)
-        batch = make_batch(model, 16, 16)
-        gradients = partial(train.backward, model, batch["micro"], 1, 1, model.device)
-        optimize = partial(optim.update, optimizers, 1e-5, forget=True)
-        ms = 1000 * take_turns([partial(step, batch), gradients, optimize], 20)
-        rows.append({"tiny, batch 16": name, "step, ms": ms[0], "gradients, ms": ms[1],
-                     "optimizer, ms": ms[2], "its share, %": 100 * ms[2] / ms[0]})
-    print_rows(rows)
 
 # ---- gpu, generate, serve
 def record(rows: list, what: str, batch: int | None, call, rounds: int = 0) -> float:
@@ -216,7 +194,7 @@ def time_training(rows: list, what: str, args) -> None:
     cfg = train.TrainConfig(**{flag[2:]: True for flag in what.split()[1:]})
     model = random_model(*SIZES[args.size][:2], args.dtype)
     lora.prepare(model, "lora", dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=0.0))
-    step, _ = make_step(cfg, model)
+    step = make_step(cfg, model)
     for micro in (1, 2, 4, 8):
         batch = make_batch(model, cfg.effective_batch // 8, micro)
         if DEVICE == "cuda":
