@@ -439,7 +439,7 @@ def test_published_ranges_and_stages():
     assert [three.stage(e).start_epoch for e in epochs] == [0, 0, 1, 1, 1, 2.5, 2.5]
 
 def test_draws_fill_their_ranges():
-    heavy, rng = augment.HEAVY, np.random.default_rng(0)
+    heavy, rng = augment.CURRICULUM[-1].config, np.random.default_rng(0)
     for effect in (heavy.telephony, heavy.eq, heavy.noise, heavy.speed):
         low, high = np.array(effect[1::2]), np.array(effect[2::2])
         drawn = [d for d in (augment.draw(effect, rng) for _ in range(2000)) if d]
@@ -544,7 +544,7 @@ def test_no_clipping_by_accident(speech):
 
 def test_a_clip_is_a_function_of_seed_epoch_and_index(speech, made):
     wave = torch.from_numpy(speech)
-    one, two, other = (augmenter(made, augment.HEAVY, seed) for seed in (5, 5, 6))
+    one, two, other = (augmenter(made, augment.CURRICULUM[-1].config, seed) for seed in (5, 5, 6))
     one.wave(0, 99, wave, 0)  # what came before does not matter
     for epoch in (0.1, 0.9):  # within an epoch, a sample comes once
         assert torch.equal(one.wave(epoch, 3, wave, 0), two.wave(0, 3, wave, 0))

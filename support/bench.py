@@ -26,11 +26,10 @@ from support.tiny import texts_of, tiny_config, train_tokenizer
 
 # ---- Models, clocks, tables
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WHISPER_TINY = WHISPER_LARGE_V3 | TABLES["whisper_tiny"]
 TINY = TABLES["tiny_encoder"], TABLES["tiny_llm"] | dict(vocab_size=1024)
-SIZES = {  # the encoder's shape, how the LLM differs from Qwen3-4B; seconds heard, tokens answered
-    "tiny": (*TINY, 2, 8), "110m": (WHISPER_TINY, TABLES["llm_110m"], 30, 128),
-    "5b": (WHISPER_LARGE_V3, {}, 30, 128)}
+# The encoder's shape, how the LLM differs from Qwen3-4B; seconds heard, tokens answered.
+SIZES = {"tiny": (*TINY, 2, 8), "5b": (WHISPER_LARGE_V3, {}, 30, 128),
+         "110m": (TABLES["whisper_tiny"], TABLES["llm_110m"], 30, 128)}
 COUNTS = dict(gpu=(1, 8, 16, 32), generate=(1, 2, 4, 8, 16), serve=(1, 4, 16, 32))  # at once
 
 def random_model(encoder: dict, llm: dict, dtype=torch.float32) -> Borealis:
@@ -98,7 +97,8 @@ def bench_augment(args):
     print_rows(table)
 
 # ---- train: transformers' Trainer, saving after saving, and a step of train.py
-ACCUMULATION, PADDED = 2, 1024  # tokens to which the original pads texts
+PADDED = 1024  # tokens: to so many the original pads texts
+ACCUMULATION = TABLES["trainer"]["gradient_accumulation_steps"]
 LORA = dict(rank=64, alpha=128, dropout=0.0)
 
 def make_batch(model: Borealis, rows: int, micro_batch: int) -> dict:
@@ -123,10 +123,9 @@ def make_trainer(model: Borealis, row: dict) -> hf.Trainer:  # of a step on such
         row[key] = F.pad(row[key], (0, width), value=value)
     def of_all(outputs, labels, num_items_in_batch):  # logits, as the original
         return F.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
-    settings = hf.TrainingArguments(tempfile.gettempdir(), **TABLES["trainer"],
-                                    gradient_accumulation_steps=ACCUMULATION)
-    return hf.Trainer(model, settings, lambda _: dict(row), range(ACCUMULATION),
-                      compute_loss_func=of_all)
+    settings = hf.TrainingArguments(tempfile.gettempdir(), **TABLES["trainer"])
+    rows = range(ACCUMULATION)
+    return hf.Trainer(model, settings, lambda _: dict(row), rows, compute_loss_func=of_all)
 
 def peak_memory(call) -> float:  # of this process while it runs, in GiB
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
@@ -134,7 +133,7 @@ def peak_memory(call) -> float:  # of this process while it runs, in GiB
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 
 def bench_train(args):
-    model = lora.prepare(random_model(WHISPER_TINY, TABLES["llm_trainer"]).cpu(), "lora", LORA)
+    model = lora.prepare(random_model(SIZES["110m"][0], TABLES["llm_trainer"]).cpu(), "lora", LORA)
     batch, step = make_batch(model, ACCUMULATION, 1), make_step(train.TrainConfig(), model)
     calls = make_trainer(model, dict(batch["micro"][0])).train, partial(step, batch)
     with contextlib.redirect_stdout(sys.stderr):  # Trainer is talkative
@@ -198,7 +197,7 @@ def bench_parts(args):
     torch.set_float32_matmul_precision("high")  # as in training
     rows, ended, engines = [], None, ["native", "vllm"]
     training = ["train", "train --grad_checkpoint", "train --compile"]
-    sizes = list(SIZES)[:3 if DEVICE == "cuda" else 2]  # without 5b
+    sizes = ["tiny", "110m", *["5b"] * (DEVICE == "cuda")]
     try:
         for what in dict(gpu=training + engines, generate=sizes, serve=engines)[args.what]:
             (time_training if what in training else time_answers)(rows, what, args)
