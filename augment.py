@@ -2,9 +2,7 @@
 
     python augment.py in.wav out/                     # hear and see every effect and every stage
     python augment.py in.wav out/ --noise my_noises/  # with your own; --noise hub takes the post's
-
-Thirteen effects, in nearly the world's order: the speaker (pitch, speed), noise, the room, filters
-(EQ to telephony), gain, Gaussian noise, clipping, the codec; and on the mel, SpecAugment."""
+"""
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -30,7 +30,7 @@ TINY = TABLES["tiny_encoder"], TABLES["tiny_llm"] | dict(vocab_size=1024)
 # The encoder's shape, how the LLM differs from Qwen3-4B; seconds heard, tokens answered.
 SIZES = {"tiny": (*TINY, 2, 8), "5b": (WHISPER_LARGE_V3, {}, 30, 128),
          "110m": (TABLES["whisper_tiny"], TABLES["llm_110m"], 30, 128)}
-COUNTS = dict(gpu=(1, 8, 16, 32), generate=(1, 2, 4, 8, 16), serve=(1, 4, 16, 32))  # at once
+BENCHES = TABLES["benches"]
 
 def random_model(encoder: dict, llm: dict, dtype=torch.float32) -> Borealis:
     """It never ends an answer by itself: so all are equally long, and engines do the same work."""
@@ -153,7 +153,7 @@ def record(rows: list, what: str, batch: int | None, call, rounds: int = 0) -> f
 def time_answers(rows: list, what: str, args) -> None:
     """So many recordings at once. what: a size, or "native": as eval.py does; "vllm". UserError."""
     *shapes, seconds, tokens = SIZES.get(what, SIZES[args.size])
-    model, own, counts = random_model(*shapes, args.dtype), [], COUNTS[args.what]
+    model, own, counts = random_model(*shapes, args.dtype), [], BENCHES[args.what]["at_once"]
     answer = native(model, tokens)
     if what == "vllm":
         engine.check_installed()
@@ -195,12 +195,10 @@ def bench_parts(args):
     if args.size == "5b" and DEVICE == "cpu":
         raise cli.UserError("no GPU is visible; on a CPU: --size tiny")
     torch.set_float32_matmul_precision("high")  # as in training
-    rows, ended, engines = [], None, ["native", "vllm"]
-    training = ["train", "train --grad_checkpoint", "train --compile"]
-    sizes = ["tiny", "110m", *["5b"] * (DEVICE == "cuda")]
+    rows, ended = [], None
     try:
-        for what in dict(gpu=training + engines, generate=sizes, serve=engines)[args.what]:
-            (time_training if what in training else time_answers)(rows, what, args)
+        for what in BENCHES[args.what]["rows"]:
+            (time_training if what.startswith("train") else time_answers)(rows, what, args)
             gc.collect()
             torch.cuda.empty_cache()
     except (torch.cuda.OutOfMemoryError, MemoryError, cli.UserError) as e:
@@ -214,8 +212,8 @@ def bench_parts(args):
 
 def main() -> None:
     parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")
-    parser.add_argument("what", choices=TABLES["benches"],
-                        help="; ".join(map(": ".join, TABLES["benches"].items())))
+    parser.add_argument("what", choices=BENCHES,
+                        help="; ".join(f"{name}: {b['help']}" for name, b in BENCHES.items()))
     args = parser.add_tables("bench").parse_args()
     args.size = args.size or ("5b" if args.what == "gpu" else "110m")
     usual = "bfloat16" if DEVICE == "cuda" or args.what == "serve" else "float32"
