@@ -2,9 +2,7 @@
 
     python augment.py in.wav out/                     # hear and see every effect and every stage
     python augment.py in.wav out/ --noise my_noises/  # with your own; --noise hub takes the post's
-
-Thirteen effects, in nearly the world's order: the speaker (pitch, speed), noise, the room, filters
-(EQ to telephony), gain, Gaussian noise, clipping, the codec; and on the mel, SpecAugment."""
+"""
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +35,6 @@ CURRICULUM = [AugmentationStage(0, AugmentConfig(touched=0), "clean")]
 for column, (name, epoch) in enumerate([("light", 1), ("intense", 3), ("heavy", 4)]):
     effects = {effect: values[column] for effect, values in TABLES["stages"].items()}
     CURRICULUM.append(AugmentationStage(epoch, AugmentConfig(**effects), name))
-HEAVY = CURRICULUM[-1].config
 # What makes two of the six evaluation splits out of clean speech, with noises of their own.
 HARD = {name: AugmentConfig(**effects) for name, effects in TABLES["hard"].items()}
 
@@ -158,9 +155,7 @@ def main() -> None:
     parser = ArgumentParser(prog="augment.py", description="Hear and see every effect and stage.")
     parser.add_argument("wav", help="a recording: wav, flac, ogg or mp3")
     parser.add_argument("out", help="folder for the results")
-    parser.add_argument("--noise", default="made", help="made, hub, or a folder of audio")
-    parser.add_argument("--rooms", default="made", help="the same, of impulse responses")
-    args = parser.parse_args()
+    args = parser.add_tables("augment").parse_args()
     check_out(args.out)
     with as_user_error(f"{args.wav}: ", rows.BadRow, suffix="; give a file with sound in it"):
         wave = rows.load_audio(args.wav)

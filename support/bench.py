@@ -1,9 +1,10 @@
 """support/bench.py -- speeds of random weights, as ratios to something measured in the same run."""
+import contextlib
 import gc
 import json
 import os
+import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from timeit import timeit
@@ -13,25 +14,23 @@ import torch
 import transformers as hf
 from tabulate import tabulate
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 import train
 from augment import AugmentConfig, augment, examples
-from data import TRANSCRIBE, Dataset, embedded, load_audio
+from data import TRANSCRIBE, Dataset, Sample, embedded, load_audio
 from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3
 from model import BorealisForConditionalGeneration as Borealis
-from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks, sound
+from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks
 from support.recipes import TABLES
 from support.tasks import native
 from support.tiny import texts_of, tiny_config, train_tokenizer
 
 # ---- Models, clocks, tables
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WHISPER_TINY = WHISPER_LARGE_V3 | TABLES["whisper_tiny"]
 TINY = TABLES["tiny_encoder"], TABLES["tiny_llm"] | dict(vocab_size=1024)
-SIZES = {  # the encoder's shape, how the LLM differs from Qwen3-4B; seconds heard, tokens answered
-    "tiny": (*TINY, 2, 8), "110m": (WHISPER_TINY, TABLES["llm_110m"], 30, 128),
-    "5b": (WHISPER_LARGE_V3, {}, 30, 128)}
-COUNTS = dict(gpu=(1, 8, 16, 32), generate=(1, 2, 4, 8, 16), serve=(1, 4, 16, 32))  # at once
+# The encoder's shape, how the LLM differs from Qwen3-4B; seconds heard, tokens answered.
+SIZES = {"tiny": (*TINY, 2, 8), "5b": (WHISPER_LARGE_V3, {}, 30, 128),
+         "110m": (TABLES["whisper_tiny"], TABLES["llm_110m"], 30, 128)}
+BENCHES = TABLES["benches"]
 
 def random_model(encoder: dict, llm: dict, dtype=torch.float32) -> Borealis:
     """It never ends an answer by itself: so all are equally long, and engines do the same work."""
@@ -58,125 +57,90 @@ def print_rows(rows: list[dict] | dict[str, list]) -> None:
     print(tabulate(rows, "keys", "pipe", floatfmt=",.2f", missingval="-"), end="\n\n", flush=True)
 
 # ---- augment
-def theirs(c: AugmentConfig, folder: str):  # a second noise or room comes on average
-    """The same by audiomentations; the codecs that it lacks are ours, resampling is soxr's."""
+BESIDE = TABLES["audiomentations"]
+
+def theirs(c: AugmentConfig, rng):
+    """The same by audiomentations, but one noise, one room; what BESIDE says remains ours."""
     import audiomentations as A
-    import soxr
-    mean, rate, rng = np.mean, c.codec_rate, np.random.default_rng(0)
-    def trip(x, rate, low, high, there=lambda x, rate: x):
-        other = round(rng.uniform(low, high))
-        return soxr.resample(there(soxr.resample(x, rate, other), other), other, rate)
-    def band(p, *edges):  # Hz: of the lower one from, to, of the upper one
-        centre, width = mean(edges), (mean(edges[2:]) - mean(edges[:2])) / mean(edges)
-        return A.BandPassFilter(centre, centre, width, width, p=p)
-    def ours(x, _, kind):
-        return sound.codec(x, mean(c.codec[1:]), kind, rate)
-    noises, rooms = ((1, p * mean(n)) for p, *n in (c.more_noise, c.more_room))
-    kbps = np.minimum(c.codec[1:], 160 if rate == SAMPLE_RATE else 64)  # MP3 has no more
-    codecs = {"opus": c.opus, "gsm": c.phone / 2, "mu-law": c.phone / 2}
-    return A.Compose([
-        A.PitchShift(*c.pitch[1:], p=c.pitch[0]),
-        A.TimeStretch(*c.speed[1:], leave_length_unchanged=False, p=c.speed[0]),
-        A.Compose([A.AddBackgroundNoise(f"{folder}/noises", *c.noise[1:], p=p) for p in noises],
-                  p=c.noise[0]),
-        A.Compose([A.ApplyImpulseResponse(f"{folder}/rooms", p=p) for p in rooms], p=c.room[0]),
-        A.SevenBandParametricEQ(*c.eq[1:3], p=c.eq[0]), band(*c.band_pass),
-        A.Gain(*c.gain[1:], p=c.gain[0]), A.AddGaussianNoise(*c.gaussian[1:], p=c.gaussian[0]),
-        A.ClippingDistortion(0, 5, p=c.clipping[0]),
-        A.Lambda(trip, c.resample[0], low=c.resample[1], high=c.resample[2]),
-        A.Compose([A.Lambda(trip, 1, low=c.telephony[1], high=c.telephony[2]),
-                   band(1, *c.telephony[3:])], p=c.telephony[0]),
-        A.Lambda(trip, c.codec[0] * (1 - c.opus - c.phone), low=rate, high=rate,
-                 there=A.Mp3Compression(*map(int, kbps), p=1)),
-        *(A.Lambda(ours, c.codec[0] * p, kind=kind) for kind, p in codecs.items())], p=c.touched)
+    rest = AugmentConfig(**{name: getattr(c, name) for name in BESIDE["ours"]})
+    def ours(x, rate):
+        return augment(x, rest, rng, [], [])
+    chain = []
+    for name, kind, front, (first, last), back in BESIDE["chain"]:
+        p, effect = getattr(c, name)[0], getattr(c, name)[first:last]
+        chain.append(getattr(A, kind)(*front, *effect, *back, p=p))
+    return A.Compose([*chain, A.Lambda(ours, 1)], p=c.touched)
 
 def bench_augment(args):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     bank, table, rng = banks.open_banks(), [], np.random.Generator(np.random.SFC64(0))
-    wave = load_audio(np.concatenate([s.audio[0] for s in embedded("ru", "train", corpus.CHUNK)]))
-    clips = [clip.numpy() for clip in wave.split(10 * SAMPLE_RATE)[:-1]]
-    def ours(clip, c):
-        return augment(clip, c, rng, *bank) if rng.random() < c.touched else clip
-    def each(effect, argument):  # of the clips
-        return [effect(clip, argument) for clip in clips]
-    with tempfile.TemporaryDirectory() as folder:
+    wave = np.concatenate([s.audio[0] for s in embedded("ru", "train", corpus.CHUNK)])
+    clips = [clip.numpy() for clip in load_audio(wave).split(10 * SAMPLE_RATE)[:-1]]
+    def run_ours(c):
+        for clip in clips:
+            if rng.random() < c.touched:
+                augment(clip, c, rng, *bank)
+    def run_theirs(chain):
+        for clip in clips:
+            chain(clip, SAMPLE_RATE)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for kind, waves in zip(("noises", "rooms"), bank, strict=True):
-            os.mkdir(f"{folder}/{kind}")
+            os.mkdir(kind)
             for i, wave in enumerate(waves):
-                soundfile.write(f"{folder}/{kind}/{i}.wav", wave, SAMPLE_RATE)
+                soundfile.write(f"{kind}/{i}.wav", wave, SAMPLE_RATE)
         for name, c in examples().items():
-            if name.startswith(("before", "mask", "stage_clean", "split")):
-                continue
-            chain = partial(each, theirs(c, folder), SAMPLE_RATE)
-            took = take_turns([partial(each, ours, c), chain], 24 if "stage" in name else 2)
-            a, b = 10 * len(clips) / took
-            table.append({"effect": name, "x real time": a, "audiomentations": b, "ratio": a / b})
+            if name in BESIDE["compared"]:
+                calls = partial(run_ours, c), partial(run_theirs, theirs(c, rng))
+                a, b = 10 * len(clips) / take_turns(calls, 24 if "stage" in name else 2)
+                table.append({"effect": name, "x real time": a, "audiomentations": b, "x": a / b})
     print_rows(table)
 
 # ---- train: transformers' Trainer, saving after saving, and a step of train.py
-TEXT, LABELS = 160, 100  # tokens of text in a row, and how many of them are its answer
-ACCUMULATION, STEPS, MAX_TEXT = 2, 3, 1024  # one step is not counted; the original pads texts
+PADDED = 1024  # tokens: to so many the original pads texts
+ACCUMULATION = TABLES["trainer"]["gradient_accumulation_steps"]
 LORA = dict(rank=64, alpha=128, dropout=0.0)
-LOOPS = "Trainer, the original's way", "a step of train.py"
 
 def make_batch(model: Borealis, rows: int, micro_batch: int) -> dict:
-    """What Dataset.collate() makes of so many rows, each with a window of sound, and labels."""
-    c = model.config
-    audio = [c.audio_start_id, *[c.audio_token_id] * c.tokens_per_window, c.audio_end_id]
-    ids = [*range(TEXT - LABELS), *audio, *range(LABELS)]
-    labels = [-100] * (len(ids) - LABELS) + ids[-LABELS:]
-    item = (ids, labels, [torch.randn(c.window_samples) / 9], None), []
-    return Dataset([], model.tokenizer, c, batch_size=micro_batch).collate([item] * rows)
+    """What collate() makes of so many rows of a window of sound and an answer of 100 tokens."""
+    noise = np.random.default_rng(0).integers(-4096, 4096, model.config.window_samples, np.int16)
+    sample = Sample("1" * 100, [noise])
+    dataset = Dataset([sample], model.tokenizer, model.config, batch_size=micro_batch)
+    return dataset.collate([dataset[0, 0.0]] * rows)
 
-def make_step(cfg, model: Borealis):
-    """-> a step of train.py's loop, as a function of what collate() made, and its optimizers."""
+def make_step(cfg, model: Borealis):  # -> a step of train.py's loop, given what collate() made
     net, optimizers = train.wrap(cfg, model, 1), optim.make(cfg, model)
     def step(batch):
         train.backward(net, batch["micro"], batch["labels"], 1, model.device)
         ranks.clip_gradients([*net.parameters()], cfg.grad_clip)
         optim.update(optimizers, cfg.lr, forget=True)
-    return step, optimizers
+    return step
 
-def run_loop(name: str) -> tuple:  # some steps of it -> samples/s, peak GiB
-    model = lora.prepare(random_model(WHISPER_TINY, TABLES["llm_trainer"]).cpu(), "lora", LORA)
-    batch, stamps = make_batch(model, ACCUMULATION, 1), []
+def make_trainer(model: Borealis, row: dict) -> hf.Trainer:  # of a step on such rows
+    width = PADDED + model.config.tokens_per_window - row["input_ids"].shape[1]
+    row["attention_mask"] = torch.ones_like(row["input_ids"])
+    for key, value in dict(input_ids=0, labels=-100, attention_mask=0).items():
+        row[key] = F.pad(row[key], (0, width), value=value)
     def of_all(outputs, labels, num_items_in_batch):  # logits, as the original
         return F.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
-    register_optimizer_step_post_hook(lambda *_: stamps.append(time.perf_counter()))
-    if name == LOOPS[0]:
-        row = batch["micro"][0]
-        row["attention_mask"] = torch.ones_like(row["input_ids"])
-        for key, value in dict(input_ids=0, labels=-100, attention_mask=0).items():
-            row[key] = F.pad(row[key], (0, MAX_TEXT - TEXT), value=value)
-        settings = hf.TrainingArguments(tempfile.gettempdir(), max_steps=STEPS, **TABLES["trainer"],
-                                        gradient_accumulation_steps=ACCUMULATION)
-        hf.Trainer(model, settings, lambda _: dict(row), range(ACCUMULATION * STEPS),
-                   compute_loss_func=of_all).train()
-    else:
-        step, _ = make_step(train.TrainConfig(), model)
-        for _ in range(STEPS):
-            step(batch)
-    peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # KiB
-    return ACCUMULATION / np.median(np.diff(stamps)), int(peak) / 2**20
+    settings = hf.TrainingArguments(tempfile.gettempdir(), **TABLES["trainer"])
+    rows = range(ACCUMULATION)
+    return hf.Trainer(model, settings, lambda _: dict(row), rows, compute_loss_func=of_all)
+
+def peak_memory(call) -> float:  # of this process while it runs, in GiB
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    call()
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 
 def bench_train(args):
-    # Each in a process of its own: its peak memory is the loop's. It prints to standard error.
-    with torch.multiprocessing.get_context("spawn").Pool(1, os.dup2, (2, 1), 1) as pool:
-        speeds, peaks = np.transpose(pool.map(run_loop, LOOPS, 1))
-    print_rows({"loop": LOOPS, "samples/s": speeds, "peak memory, GiB": peaks,
-                "speed x": speeds / speeds[0], "memory x": peaks / peaks[0]})
-    rows = []
-    for name in ("adamw", "muon"):  # what a tiny model's step is made of
-        model = random_model(*TINY)
-        step, optimizers = make_step(train.TrainConfig(optimizer=name), model)
-        batch = make_batch(model, 16, 16)
-        gradients = partial(train.backward, model, batch["micro"], 1, 1, model.device)
-        optimize = partial(optim.update, optimizers, 1e-5, forget=True)
-        ms = 1000 * take_turns([partial(step, batch), gradients, optimize], 20)
-        rows.append({"tiny, batch 16": name, "step, ms": ms[0], "gradients, ms": ms[1],
-                     "optimizer, ms": ms[2], "its share, %": 100 * ms[2] / ms[0]})
-    print_rows(rows)
+    model = lora.prepare(random_model(SIZES["110m"][0], TABLES["llm_trainer"]).cpu(), "lora", LORA)
+    batch, step = make_batch(model, ACCUMULATION, 1), make_step(train.TrainConfig(), model)
+    calls = make_trainer(model, dict(batch["micro"][0])).train, partial(step, batch)
+    with contextlib.redirect_stdout(sys.stderr):  # Trainer is talkative
+        peaks, seconds = np.array([*map(peak_memory, calls)]), take_turns(calls, 0)
+    print_rows({"loop": ["Trainer, the original's way", "a step of train.py"],
+                "samples/s": ACCUMULATION / seconds, "peak memory, GiB": peaks,
+                "speed x": seconds[0] / seconds, "memory x": peaks / peaks[0]})
 
 # ---- gpu, generate, serve
 def record(rows: list, what: str, batch: int | None, call, rounds: int = 0) -> float:
@@ -189,7 +153,7 @@ def record(rows: list, what: str, batch: int | None, call, rounds: int = 0) -> f
 def time_answers(rows: list, what: str, args) -> None:
     """So many recordings at once. what: a size, or "native": as eval.py does; "vllm". UserError."""
     *shapes, seconds, tokens = SIZES.get(what, SIZES[args.size])
-    model, own, counts = random_model(*shapes, args.dtype), [], COUNTS[args.what]
+    model, own, counts = random_model(*shapes, args.dtype), [], BENCHES[args.what]["at_once"]
     answer = native(model, tokens)
     if what == "vllm":
         engine.check_installed()
@@ -209,14 +173,14 @@ def time_answers(rows: list, what: str, args) -> None:
         rows[-1] |= dict(samples_per_s=speed, tokens_per_s=speed * tokens,
                          audio_s_per_s=speed * seconds, speed=speed / own[0])
         if what == "vllm":
-            rows[-1] |= {"/ native": speed / beside[n], "/ its best": speed / max(beside.values())}
+            rows[-1]["/ native"] = speed / beside[n]
 
 def time_training(rows: list, what: str, args) -> None:
     """what: "train", and more flags of train.py. A step is a GPU's part of the default run's."""
     cfg = train.TrainConfig(**{flag[2:]: True for flag in what.split()[1:]})
     model = random_model(*SIZES[args.size][:2], args.dtype)
     lora.prepare(model, "lora", dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=0.0))
-    step, _ = make_step(cfg, model)
+    step = make_step(cfg, model)
     for micro in (1, 2, 4, 8):
         batch = make_batch(model, cfg.effective_batch // 8, micro)
         if DEVICE == "cuda":
@@ -231,28 +195,25 @@ def bench_parts(args):
     if args.size == "5b" and DEVICE == "cpu":
         raise cli.UserError("no GPU is visible; on a CPU: --size tiny")
     torch.set_float32_matmul_precision("high")  # as in training
-    rows, ended, engines = [], None, ["native", "vllm"]
-    training = ["train", "train --grad_checkpoint", "train --compile"]
-    sizes = list(SIZES)[:3 if DEVICE == "cuda" else 2]  # without 5b
+    rows, ended = [], None
     try:
-        for what in dict(gpu=training + engines, generate=sizes, serve=engines)[args.what]:
-            (time_training if what in training else time_answers)(rows, what, args)
+        for what in BENCHES[args.what]["rows"]:
+            (time_training if what.startswith("train") else time_answers)(rows, what, args)
             gc.collect()
             torch.cuda.empty_cache()
     except (torch.cuda.OutOfMemoryError, MemoryError, cli.UserError) as e:
         ended = f"{what}: {cli.first_line(e)}"
-    finally:
-        name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-        facts = dict(device=name, torch=torch.__version__, size=args.size, rows=rows, ended=ended)
-        if args.what == "gpu":
-            cli.write_text(args.out, json.dumps(facts, indent=1))
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    facts = dict(device=name, torch=torch.__version__, size=args.size, rows=rows, ended=ended)
+    if args.what == "gpu":
+        cli.write_text(args.out, json.dumps(facts, indent=1))
     print_rows(rows)
     print(f"Device: {name}" + (f"; ended early, {ended}" if ended else ""))
 
 def main() -> None:
     parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")
-    parser.add_argument("what", choices=TABLES["benches"],
-                        help="; ".join(map(": ".join, TABLES["benches"].items())))
+    parser.add_argument("what", choices=BENCHES,
+                        help="; ".join(f"{name}: {b['help']}" for name, b in BENCHES.items()))
     args = parser.add_tables("bench").parse_args()
     args.size = args.size or ("5b" if args.what == "gpu" else "110m")
     usual = "bfloat16" if DEVICE == "cuda" or args.what == "serve" else "float32"

@@ -123,10 +123,6 @@ def load_checkpoint(where, encoder: str = ENCODER, llm: str = LLM, dtype=None) -
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True)  # check_state_dict() says better what mismatches
         storage.check_state_dict(folder, **info)
-    rows = config.llm_config.vocab_size
-    known = len(tokenizer) - (config.audio_token_id >= rows)
-    if known > rows:
-        raise ValueError(f"{folder} has a tokenizer of {known} tokens, but {rows} embeddings")
     model.tokenizer = tokenizer
     return model.eval()
 

@@ -14,10 +14,10 @@ def read_run(folder: Path) -> dict[str, dict]:  # its systems: {name: {"step", "
         result = json.loads((folder / "results.json").read_text())
         for line in (folder / "hypotheses.jsonl").read_text().strip().split("\n"):
             row = json.loads(line)
-            main = row.get("run", result["run"]) == result["run"]
+            main = row["run"] == result["run"]
             name = folder.resolve().name.removeprefix("out_") if main else row["run"]
-            run = runs.setdefault(name, dict(step=result["step"] if main else None, rows=[],
-                                             task=result.get("task", "asr")))
+            step = result["step"] if main else None
+            run = runs.setdefault(name, dict(step=step, task=result["task"], rows=[]))
             run["rows"].append({k: row[k] for k in ("split", "id", "reference", "hypothesis")})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"no results of eval.py in {folder}: run it with --ckpt {folder}") from None

@@ -68,7 +68,6 @@ class System:
     answer: Callable
     facts: tuple        # what its answers depend on, besides the samples
     settings: str = ""  # digest of both
-    warned: bool = False  # that a batch fell apart
     def read(self, folder: Path, reuse: bool) -> dict:  # {(split, number): row} without what failed
         answers = {}
         for path in sorted(folder.glob("hypotheses*.jsonl" if reuse else "*.part.jsonl")):
@@ -88,9 +87,7 @@ class System:
             reason = ("" if isinstance(e, BadRow) else f"{type(e).__name__}: ") + first_line(e)
             if len(batch) == 1:
                 return [rows[0] | dict(failed=reason)]
-            if not self.warned:
-                tqdm.write(f"{self.name}: a batch fails, so one by one: {reason}", sys.stderr)
-            self.warned = True
+            tqdm.write(f"{self.name}: a batch fails, so one by one: {reason}", sys.stderr)
             return [row for item in batch for row in self.ask([item])]
         took = round((time.perf_counter() - began) / len(rows), 5)
         return [row | dict(hypothesis=pauses.without_thoughts(text), tokens=n, cut=cut, took=took)
@@ -128,17 +125,12 @@ class System:
                    mininterval=0.1 if sys.stderr.isatty() else 10, disable=RANK > 0)
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"hypotheses.{self.settings}.{RANK}.part.jsonl"
-        try:
-            with bar, open(part, "a", buffering=1, encoding="utf-8") as file:  # 1: line by line
-                for block in blocks:
-                    for row in self.ask_block(block, done, batch_size):
-                        done[row["split"], row["row"]] = row
-                        file.write(f"\n{json.dumps(row, ensure_ascii=False)}\n")
-                    bar.update(len(block))
-        except KeyboardInterrupt:
-            if RANK == 0:
-                print(f"\nstopped; {len(done)} answers are kept; repeat to go on", file=sys.stderr)
-            raise
+        with bar, open(part, "a", buffering=1, encoding="utf-8") as file:  # 1: line by line
+            for block in blocks:
+                for row in self.ask_block(block, done, batch_size):
+                    done[row["split"], row["row"]] = row
+                    file.write(f"\n{json.dumps(row, ensure_ascii=False)}\n")
+                bar.update(len(block))
         everyone = [done] * WORLD
         if WORLD > 1:
             dist.all_gather_object(everyone, done)

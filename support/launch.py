@@ -1,7 +1,5 @@
 """support/launch.py -- before the loop of train.py: flags, and the model that a run starts from."""
-import math
 import os
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from augment import CURRICULUM, Augmenter
@@ -35,28 +33,27 @@ def parse_config(config: type, argv: list[str]):
     return cfg
 
 def check(cfg) -> None:  # what the flags' own ranges cannot tell. Raises UserError
-    if cfg.data_dir and not Path(cfg.data_dir).is_dir():
-        raise UserError(f"no folder at --data_dir {cfg.data_dir}")
     for source in (cfg.noise, cfg.rooms) if stage_starts(cfg) else ():
         check_source(source)
-    if cfg.shard and (cfg.optimizer, cfg.ctc) != ("adamw", 0):
-        raise UserError("--shard goes with --optimizer adamw and --ctc 0: they want whole weights")
     check_out(cfg.out)
-    if steps_in(cfg.out) and not cfg.overwrite and not cfg.resume:
-        raise UserError(f"{cfg.out} already holds a run: --resume, --overwrite or another --out")
     for name in ("init_from", "encoder", "llm"):  # they may lie in --data_dir, too
         where = getattr(cfg, name)
         if where and cfg.data_dir and Path(cfg.data_dir, where).is_dir():
             setattr(cfg, name, str(Path(cfg.data_dir, where)))
-    if cfg.resume or not cfg.init_from:
-        return
-    start = Path(cfg.init_from).resolve()
-    if start.is_relative_to(Path(cfg.out).resolve()):
-        raise UserError(f"--init_from {cfg.init_from} lies in --out: write into another folder")
-    if cfg.train == "scratch":
-        raise UserError("--train scratch starts from nothing: leave out --init_from")
-    if cfg.init_from == TWIN["init_from"] and not start.exists():
-        raise UserError(f"no {cfg.init_from} yet: python train.py --preset tiny_pretrain makes it")
+    start, out = "" if cfg.resume else cfg.init_from or "", Path(cfg.out).resolve()
+    whole = cfg.optimizer == "muon" or cfg.ctc  # weights are what they want
+    for wrong, message in (
+            (cfg.data_dir and not Path(cfg.data_dir).is_dir(), f"no folder at {cfg.data_dir}"),
+            (cfg.shard and whole, "--shard goes with --optimizer adamw and --ctc 0"),
+            (steps_in(out) and not cfg.overwrite and not cfg.resume,
+             f"{cfg.out} already holds a run: --resume, --overwrite or another --out"),
+            (start and Path(start).resolve().is_relative_to(out),
+             f"--init_from {start} lies in --out: write into another folder"),
+            (start and cfg.train == "scratch", "--train scratch: leave out --init_from"),
+            (start == TWIN["init_from"] and not Path(start).exists(),
+             f"no {start} yet: python train.py --preset tiny_pretrain makes it")):
+        if wrong:
+            raise UserError(message)
 
 def stage_starts(cfg) -> list[float]:
     """--curriculum -> where in the run its four stages start, from 0 to 1. Raises UserError."""
@@ -71,11 +68,9 @@ def stage_starts(cfg) -> list[float]:
 
 def make_augmenter(cfg, banks, samples: int):
     """-> the Augmenter of --curriculum, whose fractions of the run become epochs, None for none."""
-    starts, epochs, stages = stage_starts(cfg), cfg.steps * cfg.effective_batch / samples, []
-    for stage, at, end in zip(CURRICULUM, starts, [*starts[1:], 1], strict=False):
-        stages.append(replace(stage, start_epoch=at * epochs))
-        if math.ceil(at * cfg.steps) == math.ceil(end * cfg.steps):
-            print(f"warning: --curriculum: stage {len(stages)} of 4 never starts", file=sys.stderr)
+    epochs = cfg.steps * cfg.effective_batch / samples
+    stages = [replace(stage, start_epoch=at * epochs)
+              for at, stage in zip(stage_starts(cfg), CURRICULUM, strict=False)]
     return Augmenter(stages, *banks, cfg.seed) if stages else None
 
 def check_data(cfg, data: dict) -> None:

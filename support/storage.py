@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 from transformers.modeling_utils import load_state_dict
 from support import lora
-from support.cli import UserError, as_user_error
+from support.cli import as_user_error
 from support.recipes import TABLES
 
 def steps_in(out: str | Path) -> list[Path]:
@@ -35,13 +35,10 @@ class Saver:
         self.pending = self.thread.submit(int)
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            self.lock = os.fdopen(os.open(out / ".lock", os.O_RDWR | os.O_CREAT), "r+")
-            try:
+            self.lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+            with as_user_error(f"another process is writing into {out}: wait until it ends, or "
+                               "choose another --out: ", OSError):
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until we end
-            except OSError:
-                raise UserError(f"process {self.lock.read().strip()} is writing into {out}: wait "
-                                "until it ends, or choose another --out") from None
-            print(f"{os.getpid():<20}", file=self.lock, flush=True)
     def clear(self) -> None:  # of what an earlier run and its evaluation left, and nothing else
         prune(steps_in(self.out))
         for name in TABLES["run"]["results"]:
@@ -65,7 +62,7 @@ class Saver:
         self.wait()
         if self.rank == 0:
             os.remove(self.out / ".lock")
-            self.lock.close()
+            os.close(self.lock)
     def write(self, model, tensors: dict, state: dict, config: dict, also) -> None:
         """out/step-0000500, whole or not there at all; of the old ones the newest `keep` stay."""
         fresh = self.out / ".new-step"
@@ -105,9 +102,7 @@ def restore_weights(folder: str | Path, model: torch.nn.Module) -> None:
 def restore(out: str | Path, optimizers: list) -> int:
     """The newest checkpoint's state, mapped, into optimizers that may be sharded -> its step."""
     saved = torch.load(newest_step(out) / "state.pt", "cpu", weights_only=True, mmap=True)
-    states = saved["optimizer"]
-    states = [states] if isinstance(states, dict) else states  # AdamW's alone: of older runs
-    for optimizer, state in zip(optimizers, states, strict=True):
+    for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for i, moments in state["state"].items():
             for name, x in moments.items():
