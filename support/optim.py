@@ -6,29 +6,33 @@ from data import TRANSCRIBE
 from model import ASR_SYSTEM
 
 class Muon(torch.optim.Muon):
-    """torch's (Keller Jordan, 2024), but in fp32 unless bf16."""
+    """torch's (Keller Jordan, 2024), but in fp32 unless bf16, and all of a shape at once."""
     bf16 = False
     @torch.no_grad()
     def step(self):
         group, = self.param_groups
-        params, grads, buffers = [], [], []
+        params, grads, buffers, shapes = [], [], [], {}
         self._init_group(group, params, grads, buffers)
-        for p, grad, buffer in zip(params, grads, buffers, strict=True):
-            buffer.lerp_(grad, 1 - group["momentum"])
-            x = grad.lerp(buffer, group["momentum"])  # Nesterov's
-            x = orthogonal(x.bfloat16() if self.bf16 else x, group)
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(x, alpha=-group["lr"] * max(1, len(p) / p.shape[1]) ** 0.5)  # its "original"
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov's
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        for p, update in zip(params, updates, strict=True):
+            shapes.setdefault(p.shape, []).append((p, update))
+        for (rows, columns), pairs in shapes.items():
+            own, updates = zip(*pairs, strict=True)
+            x = torch.stack(updates).to(torch.bfloat16 if self.bf16 else own[0].dtype)
+            new, times = orthogonal(x, group).to(own[0].dtype), max(1, rows / columns) ** 0.5
+            torch._foreach_add_(own, [*new], alpha=-group["lr"] * times)  # its "original"
 
 def orthogonal(x: torch.Tensor, group: dict) -> torch.Tensor:
-    """(rows, columns) -> nearly the closest matrix whose singular values are all 1."""
-    if len(x) > x.shape[1]:
-        return orthogonal(x.T, group).T  # smaller squares
+    """(n, rows, columns) -> nearly the closest matrices whose singular values are all 1."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT, group).mT  # smaller squares
     a, b, c = group["ns_coefficients"]
-    x = x / x.norm().clamp(min=group["eps"])
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):  # a x + b (x x') x + c (x x')^2 x
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x
 
 def make(cfg, model) -> list[torch.optim.Optimizer]:
