@@ -98,6 +98,8 @@ def load_pools(cfg, bad):  # -> (banks, {name: pool of samples}, their shares). 
     for name in shares:
         if cfg.embedded:
             pools[name] = tiny_pool(name, cfg.utterances, cfg.seed, cfg.lang.split(","))
+        elif name not in POOLS:
+            raise UserError(f"--mix {cfg.mix} has no datasets, it is spoken: add --embedded")
         else:
             pools[name] = Chain([HubSamples(s, cfg.data_dir, cfg.max_rows) for s in POOLS[name]])
         if not len(pools[name]):

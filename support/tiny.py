@@ -22,14 +22,18 @@ def text_row(rng: random.Random, name: str) -> dict:  # about a sentence that is
     return {"conversation": [{"role": "user", "content": f"{asked['question']}\n{text}"},
                              {"role": "assistant", "content": asked["answer"]}], "name": name}
 
+def repeat_row(lang: str, rng: random.Random, name: str) -> dict:  # copy names that are read
+    names = [named(lang, "named", rng).split()[-1] for _ in range(rng.randint(1, 6))]
+    return {"conversation": [{"role": "user", "content": "Повтори.\n" + " ".join(names)},
+                             {"role": "assistant", "content": " ".join(names)}], "name": name}
+
 def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict]:
     """The tiny counterpart of a pool, from n utterances or texts. languages: of "pretrain"."""
     rng = random.Random(f"{seed} {name}")
-    if name == "repeat":
-        texts = [" ".join(named(languages[0], "named", rng).split()[-1] for _ in range(rng.randint(1, 6))) for i in range(n)]
-        return [{"conversation": [{"role": "user", "content": f"Повтори.\n{t}"}, {"role": "assistant", "content": t}], "name": f"repeat/{i}"} for i, t in enumerate(texts)]
     if name == "text":
         return [text_row(rng, f"text/{i}") for i in range(n)]
+    if name == "repeat":
+        return [repeat_row(languages[0], rng, f"repeat/{i}") for i in range(n)]
     if name != "pretrain":
         languages = ["en" if name == "en_audio" else "ru"]
     each = -(-n // len(languages))
