@@ -52,7 +52,7 @@ def grade(row: dict, task: str, normalizer: str) -> dict:
     ref, hyp = clean(row["reference"]), clean(row["hypothesis"])
     if task == "asr":
         counts = dict(wer=edits(ref, hyp), cer=edits(ref, hyp, jiwer.process_characters))
-        counts |= report.more_counts(ref.split(), hyp.split(), row["seconds"])
+        counts |= report.more_counts(ref.split(), hyp.split(), row.get("seconds", 0))
     elif task == "qa":
         counts = dict(em=[float(ref == hyp), 1], f1=[compute_f1(ref, hyp), 1])
     else:
