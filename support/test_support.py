@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import tracemalloc
 import weakref
 from itertools import product
@@ -34,7 +33,7 @@ from augment import noise_at
 from conftest import HERE, PUBLISHED, A, M, exit_of, is_one_line, losses, newest, pcm, tone
 
 # isort: split
-from conftest import clip, flac, needs_vllm, train_now, wav_bytes, write_manifest
+from conftest import clip, flac, train_now, wav_bytes, write_manifest
 from support import banks, bench, compare, decoding, export, lora, meter, pauses, ranks, recipes
 
 from support import report, tasks, tiny  # isort: skip
@@ -935,20 +934,6 @@ def test_phrases_say_only_what_they_keep(sounds, noise, lines):
     assert "".join(said) == "".join(" ".join(WORDS[:n]) + "\n" for n in lines)
     early = [text for text in said if text and "\n" not in text]
     assert early or len(sounds) < 9  # words before the phrase is over
-
-@needs_vllm
-def test_raw_samples_as_they_drip_in():
-    from support import realtime
-    samples, (read, write) = np.arange(-10000, 10001, dtype="<i2"), os.pipe()
-    sent = samples.tobytes() + b"x"
-    def drip():
-        for i in range(0, len(sent), 3001):
-            os.write(write, sent[i:i + 3001])
-        os.close(write)
-    threading.Thread(target=drip).start()
-    with open(read, "rb") as pipe:
-        heard = list(realtime.chunks(pipe))
-    assert [len(p) for p in heard] == [3200] * 12 + [1602] and b"".join(heard) == samples.tobytes()
 
 def test_the_walk_names_what_exists():
     walk = (HERE / "docs" / "WALK.md").read_text()
