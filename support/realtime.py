@@ -26,7 +26,8 @@ class Connection(connection.RealtimeConnection):
     """vLLM's, which reads the events into a queue; all that is ours is what becomes of them."""
     async def handle_event(self, event) -> None:
         await super().handle_event(event)
-        while (task := self.generation_task) and not task.done() and self.audio_queue.qsize() > AHEAD:
+        task = self.generation_task
+        while task and not task.done() and self.audio_queue.qsize() > AHEAD:
             await asyncio.sleep(0.05)
     async def start_generation(self) -> None:
         if self.generation_task is None or self.generation_task.done():
