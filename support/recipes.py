@@ -20,15 +20,11 @@ class Source(SimpleNamespace):
         return [self.conversation] if self.conversation else [self.audio, *asked, self.answer]
     def manifest_row(self, row: dict) -> dict:  # -> in the format of a manifest, see data.py
         if self.conversation:
-            chat = row[self.conversation]
-            if isinstance(chat, dict):  # datasets may turn a list of dicts inside out
-                chat = [dict(zip(chat, t, strict=True)) for t in zip(*chat.values(), strict=True)]
-            return {"conversation": chat}
-        audio, *texts = (row[column] for column in self.columns)
-        if isinstance(audio, dict):
-            audio = audio.get("bytes") or audio.get("path")
-        keys = ["question", "answer"] if self.question else ["text"]
-        return {"audio": audio} | dict(zip(keys, texts, strict=True))
+            return {"conversation": row[self.conversation]}
+        audio = row[self.audio]["bytes"] or row[self.audio]["path"]
+        if self.question:
+            return dict(audio=audio, question=row[self.question], answer=row[self.answer])
+        return dict(audio=audio, text=row[self.answer])
 
 POOLS = {name: [Source(**e) for e in entries] for name, entries in TABLES["pools"].items()}
 MIXES = TABLES["mixes"]  # {mix: {pool: how often its turn comes}}
@@ -54,9 +50,8 @@ def read_copy(source: Source, data_dir: str | Path):  # -> datasets table, or Us
             kind = path.suffix[1:].replace("jsonl", "json")
             table = load_dataset(kind, data_files=str(path), split="train")
             return table.map(lambda r, at=folder: {source.audio: str(at / r["file_name"])})
-    if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
-        table = load_from_disk(place)
-        return table[source.split] if isinstance(table, dict) else table
+    if (place / "dataset_dict.json").exists():
+        return load_from_disk(place)[source.split]
     return load_dataset(str(place), split=source.split)
 
 def select(source: Source, table, limit: int | None):  # its columns and rows. Raises UserError
@@ -66,8 +61,7 @@ def select(source: Source, table, limit: int | None):  # its columns and rows. R
     if missing := [c for c in columns if there and c not in there]:
         raise UserError(f"{source.hub} has no column {missing[0]}: it has {', '.join(there)}")
     table = table.select_columns(columns)
-    features = table.features or {source.audio: Audio()}  # a stream may not know its columns
-    if isinstance(features.get(source.audio), Audio):  # load_audio decodes, not torchcodec
+    if source.audio in columns:  # load_audio decodes, not torchcodec
         table = table.cast_column(source.audio, Audio(decode=False))
     if only:
         table = table.filter(lambda *row: any(word in (x or "") for x in row), input_columns=only)
