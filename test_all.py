@@ -1190,7 +1190,7 @@ def test_twenty_kills(stand_ins, tmp_path, monkeypatch):
     ("--preset tiny --curriculum 0,0.2,0.5", "fractions"), ("--resume", "nothing to resume"),
     ("--preset tiny --init_from x", "leave out --init_from"), ("--lora_dropout 1", "between 0 and"),
     ("--preset tiny_ru_only", "--preset tiny_pretrain"), ("--preset tiny --steps 0", "at least 1"),
-    ("--presett tiny", "did you mean --preset"), ("--preset tiny --keep -1", "at least 0"),
+    ("--presett x", "unrecognized arguments: --presett"), ("--preset tiny --keep -1", "at least 0"),
     ("--preset tiny --device cuda", "no GPU"), ("--data_dir nowhere", "no folder at"),
     ("--preset tiny --lang fr", "--lang"), ("--preset tiny", "no multiple of 3"),
     ("--mix soup", "choose from"), ("--beta2 1", "between 0 and"), ("", "--preset pretrain"),

@@ -44,14 +44,13 @@ class Connection(connection.RealtimeConnection):
         yield rest, False, True
     async def transcribe(self) -> None:
         phrases = pauses.Phrases(self.serving.model_config.hf_config.window_samples)
-        text = ""
+        heard = []
         async def decode(n, over=False):  # the first n samples of the phrase
-            nonlocal text
             wave, name = torch.from_numpy(phrases.phrase[:n]), f"{self.connection_id}-{uuid4()}"
             output = await uploads.answer(self.serving, wave, GREEDY, name)
             said = pauses.without_thoughts(output.outputs[0].text)
             if new := phrases.take(said, n, over):
-                text += new
+                heard.append(new)
                 await self.send(connection.TranscriptionDelta(delta=new))
         try:
             async for piece, more, last in self.pieces():
@@ -60,7 +59,7 @@ class Connection(connection.RealtimeConnection):
                     await decode(end, over=True)
                 if phrases.due() and not more:
                     await decode(len(phrases.phrase))
-            await self.send(connection.TranscriptionDone(text=text))
+            await self.send(connection.TranscriptionDone(text="".join(heard)))
         except Exception as e:
             connection.logger.exception("a live session ends")
             with suppress(Exception):  # the client may be gone

@@ -1,4 +1,4 @@
-"""support/recipes.py -- recipes.toml as objects; datasets, of the hub or in any form on disk."""
+"""support/recipes.py -- recipes.toml as objects; datasets, of the hub or copies of them."""
 import sys
 import tomllib
 from pathlib import Path
@@ -40,16 +40,9 @@ PRESETS = {name: TABLES["all_presets"] | more for name, more in PRESETS.items()}
 # ---- Reading a dataset. Who reads none need not wait 0.4 s for the import of `datasets`.
 def read_copy(source: Source, data_dir: str | Path):  # -> datasets table, or UserError
     from datasets import load_dataset, load_from_disk
-    place = Path(data_dir, source.hub)
+    place = Path(data_dir, source.hub, source.config)
     if not place.is_dir():
         raise UserError(f"--data_dir {data_dir} has no {source.hub}: put its files into {place}")
-    if (place / source.config).is_dir():
-        place /= source.config
-    for folder in (place / source.split, place / "data", place):  # of audio files?
-        for path in sorted(folder.glob("metadata.*")):
-            kind = path.suffix[1:].replace("jsonl", "json")
-            table = load_dataset(kind, data_files=str(path), split="train")
-            return table.map(lambda r, at=folder: {source.audio: str(at / r["file_name"])})
     if (place / "dataset_dict.json").exists():
         return load_from_disk(place)[source.split]
     return load_dataset(str(place), split=source.split)

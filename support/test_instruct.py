@@ -391,7 +391,7 @@ def test_key_stays_secret(tmp_path, run, monkeypatch):
     (["--concurrency", "x"], "invalid number value"),
     (["--out", "in/a.wav/out.jsonl"], "is a file or not writable"),
     (["--out", "in"], "is finished: delete it, or choose another"),
-    (["--modle", "m"], "did you mean --model?")])
+    (["--modle", "m"], "unrecognized arguments: --modle m")])
 def test_mistakes(flags, says, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     manifest = transcripts(tmp_path, 3)

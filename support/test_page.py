@@ -207,7 +207,7 @@ def test_both_languages_say_the_same_things():
     ("--port 99999", "between 1 and 65535"), ("--lang de", "invalid choice"),
     ("--examples nowhere", "nowhere"), ("--examples empty", "files in empty"),
     ("--ckpt nowhere", "nowhere"), ("--ckpt nowhere --examples good", "nowhere"),
-    ("--port TAKEN", "in use"), ("--exampls x", "did you mean --examples")])
+    ("--port TAKEN", "in use"), ("--exampls x", "unrecognized arguments: --exampls x")])
 def test_wrong_flags(monkeypatch, capsys, tmp_path, argv, says):
     pytest.importorskip("gradio")
     monkeypatch.chdir(tmp_path)

@@ -541,15 +541,10 @@ def test_a_placeholder_without_a_recording_is_left_out(text, tmp_path, tokenizer
     assert item[0] == data.encode(pool[5], tokenizer, net.config)[0]
 
 def test_data_dir_takes_what_datasets_writes(hub, corpus, tmp_path):
-    table, folder = recipes.open_source(BOOKS, hub), tmp_path / "audiofolder" / BOOKS.hub / "train"
+    table = recipes.open_source(BOOKS, hub)
     datasets.DatasetDict(train=table).save_to_disk(tmp_path / "saved" / BOOKS.hub)
-    folder.mkdir(parents=True)
-    lines = ["file_name,text", *(f"{i}.flac,{s.answer}" for i, s in enumerate(corpus[:12]))]
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    for i, s in enumerate(corpus[:12]):
-        soundfile.write(folder / f"{i}.flac", s.audio[0], 16000)
     table.to_parquet(tmp_path / "parquet" / BOOKS.hub / "train.parquet")
-    for place in map(tmp_path.joinpath, ("saved", "audiofolder", "parquet")):
+    for place in map(tmp_path.joinpath, ("saved", "parquet")):
         found = {s.answer: len(data.load_audio(s.audio[0])) for s in data.HubSamples(BOOKS, place)}
         assert found == {s.answer: len(s.audio[0]) for s in corpus[:12]}, place
 
