@@ -70,11 +70,8 @@ async def realtime(socket: connection.WebSocket):
     await Connection(socket, socket.app.state.openai_serving_transcription).handle_connection()
 
 # ---- A client: serve_vllm.py --live
-CHUNK = SAMPLE_RATE // 5  # bytes sent at once, 0.1 s
-
 def follow(url: str) -> None:
-    """Raw PCM on standard input (16 bits, mono, 16 kHz) -> what the server at `url` hears, printed
-    as it hears it, a line a phrase. Raises UserError."""
+    """Print what the server at `url` hears in the PCM on standard input. Raises UserError."""
     address = "ws" + url.rstrip("/").removesuffix("/v1").removeprefix("http") + "/v1/realtime"
     headers = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
     problems, hint = (WebSocketException, OSError, ValueError), "; does serve_vllm.py run there?"
@@ -91,8 +88,8 @@ def follow(url: str) -> None:
         send(type="session.update", model="borealis")
         send(type="input_audio_buffer.commit")
         with suppress(KeyboardInterrupt):  # which is how a microphone ends
-            while len(pcm := sys.stdin.buffer.read(CHUNK)) > 1 and not listener.done():
-                whole = pcm[:len(pcm) // 2 * 2]  # samples: the last may be cut in half
+            while len(pcm := sys.stdin.buffer.read(SAMPLE_RATE // 5)) > 1 and not listener.done():
+                whole = pcm[:len(pcm) // 2 * 2]  # samples of 0.1 s: the last may be cut in half
                 send(type="input_audio_buffer.append", audio=base64.b64encode(whole).decode())
         send(type="input_audio_buffer.commit", final=True)
         listener.result()

@@ -38,21 +38,21 @@ PRESETS |= {name: TWIN | more for name, more in TABLES["twin_presets"].items()}
 PRESETS = {name: TABLES["all_presets"] | more for name, more in PRESETS.items()}
 
 # ---- Reading a dataset. Who reads none need not wait 0.4 s for the import of `datasets`.
-def read_copy(source: Source, data_dir: str | Path):  # -> datasets table, or UserError
+def read_copy(source: Source, data_dir: str | Path):  # -> datasets table
     from datasets import load_dataset, load_from_disk
     place = Path(data_dir, source.hub, source.config)
     if not place.is_dir():
-        raise UserError(f"--data_dir {data_dir} has no {source.hub}: put its files into {place}")
+        raise FileNotFoundError(f"no folder {place}")
     if (place / "dataset_dict.json").exists():
         return load_from_disk(place)[source.split]
     return load_dataset(str(place), split=source.split)
 
-def select(source: Source, table, limit: int | None):  # its columns and rows. Raises UserError
+def select(source: Source, table, limit: int | None):  # its columns and rows
     from datasets import Audio
     only, word = source.only or ([], "")
     columns, there = [*source.columns, *only], table.column_names
     if missing := [c for c in columns if there and c not in there]:
-        raise UserError(f"{source.hub} has no column {missing[0]}: it has {', '.join(there)}")
+        raise ValueError(f"no column {missing[0]}: it has {', '.join(there)}")
     table = table.select_columns(columns)
     if source.audio in columns:  # load_audio decodes, not torchcodec
         table = table.cast_column(source.audio, Audio(decode=False))
@@ -78,9 +78,7 @@ def open_source(source: Source, data_dir: str | Path | None = None, limit: int |
         else:
             table = load_dataset(*hub, split=source.split)
         return select(source, table, limit)
-    except UserError:
-        raise
     except Exception as e:  # it fails in many ways, some of them half-way, and none of them is ours
         what = f"{source.hub}, split {source.split}, in {data_dir or 'the hub'}"
-        raise UserError(f"cannot reach {what} ({first_line(e.__cause__ or e)[:200]}): go online "
+        raise UserError(f"cannot read {what} ({first_line(e.__cause__ or e)[:200]}): go online "
                         "(gated sets want HF_TOKEN), or give a copy as --data_dir") from None
