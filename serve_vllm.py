@@ -4,7 +4,7 @@ encoder and adapter in front. The last chapter; what it serves, train.py wrote.
     python serve_vllm.py --ckpt out/           # an OpenAI server on 127.0.0.1:8000
     python serve_vllm.py --ckpt out/ --max_audio_seconds 60 --limit-mm-per-prompt '{"audio": 4}'
     python serve_vllm.py --ckpt out/ --transcribe a.wav folder/ --format srt --out_dir texts/
-    arecord -t raw -f S16_LE -r 16000 | python serve_vllm.py --ckpt out/ --live -      # as spoken
+    arecord -t raw -f S16_LE -r 16000 | python serve_vllm.py --live    # asks a running server
 
 vLLM does not know our model. Four classes tell it what it must know:
     ProcessingInfo            how many recordings a prompt may hold, how many tokens one can take
@@ -19,7 +19,7 @@ import sys
 from itertools import chain
 import model
 from model import AUDIO, SAMPLE_RATE
-from support import engine, rows, transcripts  # before vllm, which reads what engine sets
+from support import engine, transcripts  # before vllm, which reads what engine sets
 from support.cli import ArgumentParser, UserError, check_port, run
 
 if __name__ == "__main__" and not engine.INSTALLED:  # one line of error, not vLLM's ImportError
@@ -185,21 +185,13 @@ def main() -> int | None:
     if not args.transcribe and not args.live:
         with engine.loading(args.ckpt):
             return serve(args, vllm_flags)
-    if vllm_flags and (args.transcribe or args.server):
+    if vllm_flags:
         raise UserError(f"unknown flag {vllm_flags[0]}; vLLM's own flags are for the server")
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # file names may be bytes
-    if args.transcribe:
-        planned = transcripts.plan(args)  # wrong ones show before vLLM has loaded the model
-        vllm = engine.Offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm,
-                              args.loop_guard)
-        return transcripts.transcribe(vllm, vllm.config.window_samples, BATCH, args, planned)
-    sound = realtime.open_sound(args.live, args.max_audio_seconds or rows.MAX_SECONDS)
-    if args.server:
-        return realtime.follow(sound, args.server)
-    command = [__file__, "--ckpt", args.ckpt, "--encoder", args.encoder, "--llm", args.llm,
-               "--loop_guard" if args.loop_guard else "--no-loop_guard"]
-    with realtime.own_server([*command, *vllm_flags]) as address:
-        print(f"listening at {address}", file=sys.stderr)
-        realtime.follow(sound, address)
+    if args.live:
+        return realtime.follow(args.server)
+    planned = transcripts.plan(args)  # wrong ones show before vLLM has loaded the model
+    vllm = engine.Offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm, args.loop_guard)
+    return transcripts.transcribe(vllm, vllm.config.window_samples, BATCH, args, planned)
 
 run(main, __name__)

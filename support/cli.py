@@ -1,7 +1,6 @@
 """support/cli.py -- how every script talks to its user: flags, errors, files written whole."""
 import argparse
 import contextlib
-import difflib
 import hashlib
 import math
 import os
@@ -62,7 +61,7 @@ FLAGS = tomllib.loads(Path(__file__).with_name("flags.toml").read_text(encoding=
 TYPES = dict(str=str, int=int, float=float)
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is one line, not a page of usage, and a near miss gets a hint."""
+    """argparse, but a wrong flag is one line, not a page of usage."""
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
     def add_flags(self, config: type) -> "ArgumentParser":
@@ -84,13 +83,6 @@ class ArgumentParser(argparse.ArgumentParser):
         elif kind in (int, float):
             settings["type"] = ranged(kind, low, high)
         self.add_argument(*names, **settings)
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            name = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, 1)
-            self.error(f"unknown argument {name}" + (f", did you mean {near[0]}?" if near else ""))
-        return parsed
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')}; see --help")
 

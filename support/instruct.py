@@ -81,9 +81,7 @@ async def ask(jobs: dict, args, answers: dict, part: Path, counts: Counter) -> N
     """Adds what the server says to `answers` and `part`, and failed requests to `counts`."""
     with cli.as_user_error("pip install -r support/requirements-page.txt: ", ImportError):
         import openai
-    secret = os.environ.get("OPENAI_API_KEY") or re.match(TABLES["local"], args.url) and "none"
-    if not secret:
-        raise cli.UserError("set OPENAI_API_KEY")
+    secret = os.environ.get("OPENAI_API_KEY") or "none"  # where one is needed, servers say so
     client = openai.AsyncOpenAI(
         base_url=args.url, api_key=secret, timeout=args.timeout, max_retries=args.retries)
     part.parent.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,14 @@
-"""support/page.py -- talk to the model in a browser: python -m support.page --ckpt out/, or, where
-serve_vllm.py runs, --server http://127.0.0.1:8000. Labels, layout and looks are in page.toml."""
-import base64
-import io
+"""support/page.py -- talk to the model in a browser: python -m support.page --ckpt out/
+Labels, layout and looks are in page.toml."""
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-import soundfile
 from matplotlib.figure import Figure
 from transformers import TextIteratorStreamer
 from data import TASK_SYSTEM, TRANSCRIBE, Sample
-from model import ASR_SYSTEM, AUDIO, HOP, SAMPLE_RATE, BorealisConfig, cut_windows, log_mel
+from model import HOP, SAMPLE_RATE, cut_windows, log_mel
 from support import checkpoint, cli, corpus, pauses, rows
 from support.transcripts import find_recordings
 
@@ -28,30 +25,10 @@ def load(cfg):  # -> config; stream(wave, sample), which yields pieces of text, 
         yield "", ids.result().shape[1]
     return net.config, stream
 
-def connect(cfg):  # -> the same
-    import openai
-    with cli.as_user_error(f"no serve_vllm.py answers at {cfg.server}: ", Exception):  # of many
-        client = openai.OpenAI(base_url=cfg.server.rstrip("/") + "/v1", api_key="none")
-        served = client.models.list().data[0].root  # its folder, if it is on this machine
-    def stream(wave, sample):
-        soundfile.write(wav := io.BytesIO(), wave.numpy(), SAMPLE_RATE, format="WAV")
-        wav, (system, user) = wav.getvalue(), sample.messages(with_answer=False)
-        if sample.system == ASR_SYSTEM:
-            chunks = client.audio.transcriptions.create(file=("a.wav", wav), **TABLES["transcribe"])
-        else:
-            sound = dict(data=base64.b64encode(wav).decode(), format="wav")
-            text = dict(type="text", text=user["content"].removeprefix(AUDIO))
-            user["content"] = [dict(type="input_audio", input_audio=sound), text]
-            chunks = client.chat.completions.create(messages=[system, user], **TABLES["ask"])
-        for chunk in map(openai.BaseModel.to_dict, chunks):
-            text = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
-            yield text, (chunk.get("usage") or {}).get("completion_tokens", 0)
-    return checkpoint.read_config(Path(served)) or BorealisConfig(), stream
-
 def find_examples(cfg) -> dict:  # label -> what gr.Audio takes. Raises UserError
     if cfg.examples:
         return {path.name: str(path) for path, _ in find_recordings([cfg.examples])}
-    lang = "ru" if cfg.server else checkpoint.training_config(cfg.ckpt).get("lang", "ru")[:2]
+    lang = checkpoint.training_config(cfg.ckpt).get("lang", "ru")[:2]
     said = {split: corpus.embedded_rows(lang, split, 1)[0] for split in corpus.EVAL_SPLITS}
     return {f"{k}: {row['text']}": (SAMPLE_RATE, row["audio"]) for k, row in said.items()}
 
@@ -80,7 +57,7 @@ def reply(cfg, config, stream, same, path, question=None):  # yields what three 
                 numbers = seconds, len(windows), took, tokens, took / seconds
                 yield pauses.without_thoughts(said), words["figures"].format(*numbers), same
             said = pauses.without_thoughts(said) + " "
-    except Exception as e:  # of many kinds: of the file, the server, the GPU
+    except Exception as e:  # of many kinds: of the file, the GPU
         matching = (text for start, text in words["problems"] if str(e).startswith(start))
         yield next(matching).replace("REASON", cli.first_line(e)), "", None
 
@@ -90,7 +67,7 @@ def main():
     examples = find_examples(cfg)
     with cli.as_user_error(TABLES["install"], ImportError):
         import gradio as gr
-        event = partial(reply, cfg, *(connect if cfg.server else load)(cfg), gr.skip())
+        event = partial(reply, cfg, *load(cfg), gr.skip())
     with gr.Blocks(analytics_enabled=False, delete_cache=(600, 3600)) as page:
         _, sound, said, question, answer, *shown = [
             getattr(gr, box.pop("kind"))(**box) for box in TABLES[cfg.lang]["boxes"]]

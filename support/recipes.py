@@ -1,4 +1,4 @@
-"""support/recipes.py -- recipes.toml as objects; datasets, of the hub or in any form on disk."""
+"""support/recipes.py -- recipes.toml as objects; datasets, of the hub or copies of them."""
 import sys
 import tomllib
 from pathlib import Path
@@ -20,15 +20,11 @@ class Source(SimpleNamespace):
         return [self.conversation] if self.conversation else [self.audio, *asked, self.answer]
     def manifest_row(self, row: dict) -> dict:  # -> in the format of a manifest, see data.py
         if self.conversation:
-            chat = row[self.conversation]
-            if isinstance(chat, dict):  # datasets may turn a list of dicts inside out
-                chat = [dict(zip(chat, t, strict=True)) for t in zip(*chat.values(), strict=True)]
-            return {"conversation": chat}
-        audio, *texts = (row[column] for column in self.columns)
-        if isinstance(audio, dict):
-            audio = audio.get("bytes") or audio.get("path")
-        keys = ["question", "answer"] if self.question else ["text"]
-        return {"audio": audio} | dict(zip(keys, texts, strict=True))
+            return {"conversation": row[self.conversation]}
+        audio = row[self.audio]["bytes"] or row[self.audio]["path"]
+        if self.question:
+            return dict(audio=audio, question=row[self.question], answer=row[self.answer])
+        return dict(audio=audio, text=row[self.answer])
 
 POOLS = {name: [Source(**e) for e in entries] for name, entries in TABLES["pools"].items()}
 MIXES = TABLES["mixes"]  # {mix: {pool: how often its turn comes}}
@@ -42,32 +38,23 @@ PRESETS |= {name: TWIN | more for name, more in TABLES["twin_presets"].items()}
 PRESETS = {name: TABLES["all_presets"] | more for name, more in PRESETS.items()}
 
 # ---- Reading a dataset. Who reads none need not wait 0.4 s for the import of `datasets`.
-def read_copy(source: Source, data_dir: str | Path):  # -> datasets table, or UserError
+def read_copy(source: Source, data_dir: str | Path):  # -> datasets table
     from datasets import load_dataset, load_from_disk
-    place = Path(data_dir, source.hub)
+    place = Path(data_dir, source.hub, source.config)
     if not place.is_dir():
-        raise UserError(f"--data_dir {data_dir} has no {source.hub}: put its files into {place}")
-    if (place / source.config).is_dir():
-        place /= source.config
-    for folder in (place / source.split, place / "data", place):  # of audio files?
-        for path in sorted(folder.glob("metadata.*")):
-            kind = path.suffix[1:].replace("jsonl", "json")
-            table = load_dataset(kind, data_files=str(path), split="train")
-            return table.map(lambda r, at=folder: {source.audio: str(at / r["file_name"])})
-    if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
-        table = load_from_disk(place)
-        return table[source.split] if isinstance(table, dict) else table
+        raise FileNotFoundError(f"no folder {place}")
+    if (place / "dataset_dict.json").exists():
+        return load_from_disk(place)[source.split]
     return load_dataset(str(place), split=source.split)
 
-def select(source: Source, table, limit: int | None):  # its columns and rows. Raises UserError
+def select(source: Source, table, limit: int | None):  # its columns and rows
     from datasets import Audio
     only, word = source.only or ([], "")
     columns, there = [*source.columns, *only], table.column_names
     if missing := [c for c in columns if there and c not in there]:
-        raise UserError(f"{source.hub} has no column {missing[0]}: it has {', '.join(there)}")
+        raise ValueError(f"no column {missing[0]}: it has {', '.join(there)}")
     table = table.select_columns(columns)
-    features = table.features or {source.audio: Audio()}  # a stream may not know its columns
-    if isinstance(features.get(source.audio), Audio):  # load_audio decodes, not torchcodec
+    if source.audio in columns:  # load_audio decodes, not torchcodec
         table = table.cast_column(source.audio, Audio(decode=False))
     if only:
         table = table.filter(lambda *row: any(word in (x or "") for x in row), input_columns=only)
@@ -91,9 +78,7 @@ def open_source(source: Source, data_dir: str | Path | None = None, limit: int |
         else:
             table = load_dataset(*hub, split=source.split)
         return select(source, table, limit)
-    except UserError:
-        raise
     except Exception as e:  # it fails in many ways, some of them half-way, and none of them is ours
         what = f"{source.hub}, split {source.split}, in {data_dir or 'the hub'}"
-        raise UserError(f"cannot reach {what} ({first_line(e.__cause__ or e)[:200]}): go online "
+        raise UserError(f"cannot read {what} ({first_line(e.__cause__ or e)[:200]}): go online "
                         "(gated sets want HF_TOKEN), or give a copy as --data_dir") from None

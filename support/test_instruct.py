@@ -381,10 +381,8 @@ def test_key_stays_secret(tmp_path, run, monkeypatch):
     (["--manifest", "none.jsonl"], "no manifest at none.jsonl"),
     (["--manifest", "empty.jsonl"], "is empty"),
     (["--manifest", "other.jsonl"], "3 of 3 rows are unusable, fix them: 2 no transcript, or"),
-    (["--url", "https://example.org/v1"], "set OPENAI_API_KEY"),
-    (["--url", "http://localhost.example.org/v1"], "set OPENAI_API_KEY"),
     (["--url", "http://127.0.0.1:{port}/v1", "--retries", "0"], "does not answer"),
-    (["--url", "127.0.0.1:1"], "set OPENAI_API_KEY"),
+    (["--url", "127.0.0.1:1"], "does not answer"),
     (["--kinds", "what=1,where=1"], "--kinds what=1,where=1: some of what, who"),
     (["--kinds", "what"], "--kinds what:"), (["--kinds", "what=-1"], "--kinds what=-1:"),
     (["--kinds", "what=nan"], "--kinds what=nan:"), (["--kinds", ""], "no kind"),
@@ -393,7 +391,7 @@ def test_key_stays_secret(tmp_path, run, monkeypatch):
     (["--concurrency", "x"], "invalid number value"),
     (["--out", "in/a.wav/out.jsonl"], "is a file or not writable"),
     (["--out", "in"], "is finished: delete it, or choose another"),
-    (["--modle", "m"], "did you mean --model?")])
+    (["--modle", "m"], "unrecognized arguments: --modle m")])
 def test_mistakes(flags, says, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     manifest = transcripts(tmp_path, 3)

@@ -1,5 +1,4 @@
 """support/test_page.py -- the page in a real browser, whose microphone plays a file."""
-import base64
 import contextlib
 import os
 import re
@@ -14,14 +13,14 @@ import pytest
 import soundfile
 import torch
 import data
-from conftest import HERE, exit_of, is_one_line, needs_vllm, tone, wav_bytes
+from conftest import HERE, exit_of, is_one_line, tone, wav_bytes
 from support import corpus
 from support import page as support_page
 from support.pauses import cut_at_pauses, without_thoughts
 from support.rows import load_audio
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-LACKING = [name for name in ("gradio", "openai", "playwright") if not find_spec(name)]
+LACKING = [name for name in ("gradio", "playwright") if not find_spec(name)]
 LACKING += [] if CHROMIUM else ["chromium"]
 in_browser = pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)}")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -129,19 +128,19 @@ QUESTION = dict(user_prompt="что слышно?", system_prompt=data.TASK_SYST
 def pieces_of(net, wave) -> list:
     return cut_at_pauses(wave, net.config.window_samples)
 
-def check(tab, path, net, text=None, answer=None):
+def check(tab, path, net):
     """Uploads a recording, then asks about it. The words are generate's (the first time, of pieces
-    cut at pauses), or those given; so are the tokens; there is a picture."""
+    cut at pauses), and so are the tokens; there is a picture."""
     wave = load_audio(str(path))
     pieces = pieces_of(net, wave)
     words, tokens = joined(net, pieces)
     upload(tab, path)
-    figures = wait_for(tab, "said", text or words, tokens)
+    figures = wait_for(tab, "said", words, tokens)
     assert figures[:2] == [f"{len(wave) / 16000:.1f} с", str(len(pieces))] and float(figures[4]) > 0
     assert tab.locator(".picture img").evaluate("image => image.naturalWidth") > 500
     ask(tab, "что слышно?")
     words, tokens = joined(net, [wave], **QUESTION)
-    wait_for(tab, "answer", answer or words, tokens)
+    wait_for(tab, "answer", words, tokens)
 
 @in_browser
 @pytest.mark.heavy
@@ -190,31 +189,6 @@ def test_problems_are_sentences(tab, address, recordings):
         ask(tab, question)
         wait_for(tab, "answer", sentence(why))
 
-@needs_vllm
-@in_browser
-@pytest.mark.heavy
-def test_a_server_answers_instead(tab, clients, net, recordings, tmp_path):
-    """The real one, asked through the OpenAI client. Its own text is compared, as vLLM leaves out
-    letters that were cut in half; the tokens are those of generate."""
-    client, wave = clients[0], load_audio(str(recordings / "long.wav"))
-    texts = [client.audio.transcriptions.create(
-        model="borealis", file=("a.wav", wav_bytes(piece)),
-        extra_body=dict(max_completion_tokens=256)).text for piece in pieces_of(net, wave)]
-    content = [{"type": "input_audio", "input_audio": {
-        "data": base64.b64encode(wav_bytes(wave)).decode(), "format": "wav"}},
-        {"type": "text", "text": "\nчто слышно?"}]
-    chat = [dict(role="system", content=data.TASK_SYSTEM), dict(role="user", content=content)]
-    answer = client.chat.completions.create(model="borealis", messages=chat, max_tokens=256)
-    (tmp_path / "mine.wav").write_bytes((recordings / "short.wav").read_bytes())
-    url = str(client.base_url).removesuffix("/v1/")
-    with page_at(tmp_path, "--server", url, "--lang", "ru", "--examples", tmp_path) as address:
-        tab.goto(address)
-        tab.locator(".gallery-item").wait_for()
-        assert tab.locator(".gallery-item").all_inner_texts() == ["mine.wav"]
-        check(tab, recordings / "long.wav", net, " ".join(map(without_thoughts, texts)),
-              without_thoughts(answer.choices[0].message.content))
-    assert tab.elsewhere == [] == tab.wrong
-
 def test_words_appear_while_others_are_decoded(checkpoint, net, recordings):
     cfg = SimpleNamespace(ckpt=checkpoint, encoder=None, llm=None, lang="ru", max_audio_seconds=20)
     path = recordings / "long.wav"
@@ -233,12 +207,9 @@ def test_both_languages_say_the_same_things():
     ("--port 99999", "between 1 and 65535"), ("--lang de", "invalid choice"),
     ("--examples nowhere", "nowhere"), ("--examples empty", "files in empty"),
     ("--ckpt nowhere", "nowhere"), ("--ckpt nowhere --examples good", "nowhere"),
-    ("--examples good --server http://127.0.0.1:9", "no serve_vllm.py answers"),
-    ("--examples good --server what", "no serve_vllm.py answers"),
-    ("--port TAKEN", "in use"), ("--serve x", "did you mean --server")])
+    ("--port TAKEN", "in use"), ("--exampls x", "unrecognized arguments: --exampls x")])
 def test_wrong_flags(monkeypatch, capsys, tmp_path, argv, says):
     pytest.importorskip("gradio")
-    pytest.importorskip("openai")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good").mkdir()
     (tmp_path / "empty").mkdir()
@@ -249,14 +220,11 @@ def test_wrong_flags(monkeypatch, capsys, tmp_path, argv, says):
         code, _, err = exit_of(support_page.main, monkeypatch, capsys, *flags)
     assert is_one_line(code, err, says)
 
-@pytest.mark.parametrize("package", ["gradio", "openai"])
-def test_without_its_packages(tmp_path, package):
-    if package == "openai":
-        pytest.importorskip("gradio")
+def test_without_its_packages(tmp_path):
     (tmp_path / "a.wav").write_bytes(wav_bytes(tone(1)))
-    code = ("import sys; sys.modules[sys.argv.pop()] = None\n"
+    code = ("import sys; sys.modules['gradio'] = None\n"
             "from support import cli, page; cli.run(page.main)")
-    flags = ["--port", free_port(), "--examples", tmp_path, "--server", "http://127.0.0.1:9"]
-    result = subprocess.run([sys.executable, "-c", code, *map(str, flags), package],
+    flags = ["--port", free_port(), "--examples", tmp_path]
+    result = subprocess.run([sys.executable, "-c", code, *map(str, flags)],
                             capture_output=True, text=True, cwd=HERE, timeout=120)
     assert is_one_line(result.returncode, result.stderr, '"make page"')
