@@ -288,30 +288,29 @@ class BorealisForConditionalGeneration(hf.PreTrainedModel):
             asr = messages[-1]["content"] == ASR_PROMPT
             limits.append(speech_limit(sum(map(len, waves))) if asr else None)
         # Padded on the left and masked, so that each row gets the tokens it would get alone.
-        ids = pad_sequence(rows, True, self.config.audio_start_id, "left")
+        ids = pad_sequence(rows, True, self.ends[1], "left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
         return self.answer(ids, log_mel(pieces, self.config), mask, limits=limits, **settings)
     @torch.no_grad()
     def answer(self, input_ids, input_features=None, attention_mask=None, max_new_tokens=256,
                do_sample=False, streamer=None, loop_guard=True, limits=(None,), **sampling):
         """(B, L) ids and (W, M, F) mels -> new ids. Greedy unless do_sample; then temperature, ...
-        go to transformers, as a streamer. What guard() cuts, with limits (B,), has no end token."""
-        pad = self.config.audio_start_id
-        def guarded(ids):  # -> of each row all, and what is kept; each of B may have several rows
-            rows = [[x for x in row if x != pad] for row in ids.tolist()]
-            most = [limits[i * len(limits) // len(rows)] for i in range(len(rows))]
-            return [(row, guard(row, limit)) for row, limit in zip(rows, most, strict=True)]
+        go to transformers, as a streamer. What guard() cuts, with limits (B,), ends with MARKER."""
+        ends = self.ends
+        def guarded(ids):  # -> how long each row is, how much is kept; each of B may have several
+            for i, row in enumerate(ids.tolist()):
+                said = row[:min((row.index(x) for x in ends if x in row), default=len(row))]
+                yield len(said), len(guard(said, limits[i * len(limits) // len(ids)]))
         def cut(ids, *_, **__):  # which rows loop, or are too long?
-            return torch.tensor([row != kept for row, kept in guarded(ids)], device=ids.device)
+            return torch.tensor([kept < n for n, kept in guarded(ids)], device=ids.device)
         embeds = self.embed(input_ids, input_features)  # (B, L, D)
         settings = hf.GenerationConfig(max_new_tokens=max_new_tokens, do_sample=do_sample,
-                                    eos_token_id=self.ends, pad_token_id=pad, **sampling)
+                                       eos_token_id=ends, pad_token_id=ends[1], **sampling)
         new = self.llm.generate(None, settings, streamer=streamer, inputs_embeds=embeds,
                                 attention_mask=attention_mask,
                                 stopping_criteria=[cut] if loop_guard else [])
-        for row, (said, kept) in zip(new, guarded(new), strict=True):
-            if loop_guard and set(said).isdisjoint(self.ends):
-                row[len(kept):] = pad
+        for row, (n, kept) in zip(new, guarded(new) if loop_guard else (), strict=loop_guard):
+            row[kept if kept < n else len(row):] = self.config.audio_start_id
         return new
     @property
     def ends(self) -> list[int]:  # tokens that end an answer; the second is Qwen3's padding, too

@@ -125,7 +125,8 @@ def synthesise(job: tuple) -> None:
 
 def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
     """The first n rows of "train" or of one of EVAL_SPLITS, spoken now or read from the cache."""
-    recipe = [DATA, SENTENCE_SHARE, TRAIN_MANNERS[1], CHUNK, 2]
+    recipe = [GRAMMAR[lang], TRAIN_VOICES, EVAL_VOICES, SENTENCE_SHARE, TRAIN_MANNERS[1], CHUNK, 2]
+    recipe += [NAMES[lang]] if split in ("named", "names") else []
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]  # 2: of synthesise
     folder = cli.cache_dir() / f"{lang}-{seed}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
     processor = processing.BorealisProcessor(extractor, model.tokenizer, facts=facts)
     processor.auto_map = {"AutoProcessor": table["auto_map"]["AutoProcessor"]}
     # By hand: transformers writes no temperature beside do_sample=False, vLLM samples without one.
-    greedy = dict(do_sample=False, eos_token_id=ends, pad_token_id=config.audio_start_id)
+    greedy = dict(do_sample=False, eos_token_id=ends, pad_token_id=ends[-1])
     greedy |= dict(temperature=0.0) if layout == "remote" else dict(max_new_tokens=256)
     if layout == "voxtral" and config.audio_token_id >= config.llm_config.vocab_size:
         greedy["suppress_tokens"] = [config.audio_token_id]  # its row is empty: nobody shall say it

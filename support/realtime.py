@@ -25,6 +25,10 @@ AHEAD = 1000  # pieces of sound that may wait; who sends more is read no faster 
 class Connection(connection.RealtimeConnection):
     """vLLM's, which reads the events into a queue; all that is ours is what becomes of them."""
     async def handle_event(self, event) -> None:
+        if not isinstance(event, dict):
+            return await self.send_error("an event is a JSON object", "invalid_event")
+        if self.audio_queue.qsize() >= AHEAD and not self.generation_task:
+            return await self.send_error("audio waits for a first commit", "invalid_event")
         await super().handle_event(event)
         task = self.generation_task
         while task and not task.done() and self.audio_queue.qsize() > AHEAD:

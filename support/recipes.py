@@ -40,9 +40,17 @@ PRESETS = {name: TABLES["all_presets"] | more for name, more in PRESETS.items()}
 # ---- Reading a dataset. Who reads none need not wait 0.4 s for the import of `datasets`.
 def read_copy(source: Source, data_dir: str | Path):  # -> datasets table
     from datasets import load_dataset, load_from_disk
-    place = Path(data_dir, source.hub, source.config)
-    if not place.is_dir():
-        raise FileNotFoundError(f"no folder {place}")
+    root, name = Path(data_dir), Path(source.hub).name  # its owner's folder, or itself, will do
+    places = [root / source.hub, root / name] + [root] * (root.name == name)
+    place = next(filter(Path.is_dir, places), None)
+    if not place:
+        raise FileNotFoundError(f"no folder {places[0]}")
+    place = place / source.config if (place / source.config).is_dir() else place
+    for folder in (place / source.split, place / "data", place):
+        for path in folder.glob("metadata.*"):  # beside audio files, as in BigBenchAudio
+            kind = path.suffix[1:].replace("jsonl", "json")
+            table = load_dataset(kind, data_files=str(path), split="train")
+            return table.map(lambda row, at=folder: {source.audio: str(at / row["file_name"])})
     if (place / "dataset_dict.json").exists():
         return load_from_disk(place)[source.split]
     return load_dataset(str(place), split=source.split)

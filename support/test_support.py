@@ -786,7 +786,10 @@ def test_diagnosis_by_hand():
         row("на", "нананананана"), row("ананас", "ананас"),  # in a word
         row("", "спасибо за просмотр"), row("…", "")]          # nobody spoke
     assert report.diagnose(rows) == dict(
-        stopped_early=1, loops=2, cut=1, silence=2, text_on_silence=1)
+        stopped_early=1, cut=1, silence=2, text_on_silence=1)
+    loops = [report.has_loop(r["reference_normalised"].split(), r["hypothesis_normalised"].split())
+             for r in rows]
+    assert loops == [False, False, True, False, True, False, False, False]
     text = report.worst(rows, "asr")
     assert text.split("\n", 4)[1:4] == ["REF: раз два *** *** *** ***",
                                         "HYP: раз два два два два два",

@@ -35,7 +35,8 @@ if __name__ == "__main__":
 
 def tokens_of(net):
     ids = net.generate(WAVES, QUESTION, None, max_new_tokens=10)
-    return [[x for x in row if x != net.config.audio_start_id] for row in ids.tolist()]
+    fill = net.config.audio_start_id, net.ends[1]
+    return [[x for x in row if x not in fill] for row in ids.tolist()]
 
 def chat(client, model, wave):
     sound = dict(data=base64.b64encode(wav_bytes(wave, subtype="FLOAT")).decode(), format="wav")
