@@ -1490,7 +1490,7 @@ def test_big_bench_audio(ev, corpus, tmp_path, monkeypatch):
         (folder / f"question_{i}.mp3").write_bytes(clip(corpus[i], "MP3")["bytes"])
         rows.append(dict(file_name=f"question_{i}.mp3", category=category, official_answer=answer))
     write_manifest(folder / "metadata.jsonl", rows)
-    def chat(self, conversations, recordings, max_new_tokens):
+    def chat(self, conversations, recordings, max_new_tokens, loop_guard):
         asked.extend((c[0]["content"], max_new_tokens) for c in conversations)
         return torch.zeros(len(conversations), 2, dtype=torch.long)
     monkeypatch.setattr(Borealis, "chat", chat)
