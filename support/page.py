@@ -4,6 +4,7 @@ import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from matplotlib.figure import Figure
 from transformers import TextIteratorStreamer
@@ -14,15 +15,15 @@ from support.transcripts import find_recordings
 
 TABLES = tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
 
-def load(cfg):  # -> config; stream(wave, sample), which yields pieces of text, tokens in them
+def load(cfg):  # -> config; stream(wave, sample), which yields the text so far, tokens at the end
     net = checkpoint.load_model(cfg.ckpt, cli.pick_device("auto"), cfg.encoder, cfg.llm)
     threads = ThreadPoolExecutor()
     def stream(wave, sample):
         texts = TextIteratorStreamer(net.tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = threads.submit(net.chat, [sample.messages(False)], [[wave]], streamer=texts)
         ids.add_done_callback(lambda _: texts.end())  # after an error, too: here somebody waits
-        yield from ((text, 0) for text in texts)
-        yield "", ids.result().shape[1]
+        yield from ((text, 0) for text in accumulate(texts))
+        yield net.decode(ids.result()[0]), ids.result().shape[1]  # a loop has been cut
     return net.config, stream
 
 def find_examples(cfg) -> dict:  # label -> what gr.Audio takes. Raises UserError
@@ -53,10 +54,11 @@ def reply(cfg, config, stream, same, path, question=None):  # yields what three 
         yield "", "", spectrogram(windows, config)
         for piece in pieces:
             for text, n in stream(piece, sample):
-                said, tokens, took = said + text, tokens + n, time.perf_counter() - begun
+                now, tokens = pauses.without_thoughts(said + text), tokens + n
+                took = time.perf_counter() - begun
                 numbers = seconds, len(windows), took, tokens, took / seconds
-                yield pauses.without_thoughts(said), words["figures"].format(*numbers), same
-            said = pauses.without_thoughts(said) + " "
+                yield now, words["figures"].format(*numbers), same
+            said = now + " "
     except Exception as e:  # of many kinds: of the file, the GPU
         matching = (text for start, text in words["problems"] if str(e).startswith(start))
         yield next(matching).replace("REASON", cli.first_line(e)), "", None
