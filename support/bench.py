@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 from functools import partial
-from pathlib import Path
 from timeit import timeit
 import numpy as np
 import soundfile
@@ -63,13 +62,12 @@ def theirs(c: AugmentConfig, rng):
     """The same by audiomentations, but one noise, one room; what BESIDE says remains ours."""
     import audiomentations as A
     rest = AugmentConfig(**{name: getattr(c, name) for name in BESIDE["ours"]})
-    def ours(x, rate):
-        return augment(x, rest, rng, [], [])
     chain = []
     for name, kind, front, (first, last), back in BESIDE["chain"]:
         p, effect = getattr(c, name)[0], getattr(c, name)[first:last]
         chain.append(getattr(A, kind)(*front, *effect, *back, p=p))
-    return A.Compose([*chain, A.Lambda(ours, 1)], p=c.touched)
+    chain.append(A.Lambda(lambda x, sample_rate: augment(x, rest, rng, [], []), p=1))
+    return partial(A.Compose(chain), sample_rate=SAMPLE_RATE)
 
 def bench_augment(args):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -77,23 +75,20 @@ def bench_augment(args):
     bank, table, rng = banks.open_banks(), [], np.random.Generator(np.random.SFC64(0))
     wave = np.concatenate([s.audio[0] for s in embedded("ru", "train", corpus.CHUNK)])
     clips = [clip.numpy() for clip in load_audio(wave).split(10 * SAMPLE_RATE)[:-1]]
-    def run_ours(c):
+    def run(chain):
         for clip in clips:
-            if rng.random() < c.touched:
-                augment(clip, c, rng, *bank)
-    def run_theirs(chain):
-        for clip in clips:
-            chain(clip, SAMPLE_RATE)
+            chain(clip)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for kind, waves in zip(("noises", "rooms"), bank, strict=True):
             os.mkdir(kind)
             for i, wave in enumerate(waves):
                 soundfile.write(f"{kind}/{i}.wav", wave, SAMPLE_RATE)
-        for name, c in examples().items():
-            if name in BESIDE["compared"]:
-                calls = partial(run_ours, c), partial(run_theirs, theirs(c, rng))
-                a, b = 10 * len(clips) / take_turns(calls, 24 if "stage" in name else 2)
-                table.append({"effect": name, "x real time": a, "audiomentations": b, "x": a / b})
+        for name in BESIDE["compared"]:
+            c = examples()[name]
+            ours = partial(augment, config=c, rng=rng, noises=bank[0], rooms=bank[1])
+            seconds = take_turns([partial(run, ours), partial(run, theirs(c, rng))], 8)
+            a, b = 10 * len(clips) / seconds
+            table.append({"effect": name, "x real time": a, "audiomentations": b, "x": a / b})
     print_rows(table)
 
 # ---- train: transformers' Trainer, saving after saving, and a step of train.py
@@ -117,43 +112,30 @@ def make_step(cfg, model: Borealis):  # -> a step of train.py's loop, given what
     return step
 
 def make_trainer(model: Borealis, row: dict) -> hf.Trainer:  # of a step on such rows
-    width = PADDED + model.config.tokens_per_window - row["input_ids"].shape[1]
-    row["attention_mask"] = torch.ones_like(row["input_ids"])
-    for key, value in dict(input_ids=0, labels=-100, attention_mask=0).items():
-        row[key] = F.pad(row[key], (0, width), value=value)
+    pad = 0, PADDED + model.config.tokens_per_window - row["input_ids"].shape[1]
+    row["attention_mask"] = F.pad(torch.ones_like(row["input_ids"]), pad)
+    row["input_ids"] = F.pad(row["input_ids"], pad)
+    row["labels"] = F.pad(row["labels"], pad, value=-100)
     def of_all(outputs, labels, num_items_in_batch):  # logits, as the original
         return F.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
     settings = hf.TrainingArguments(tempfile.gettempdir(), **TABLES["trainer"])
     rows = range(ACCUMULATION)
     return hf.Trainer(model, settings, lambda _: dict(row), rows, compute_loss_func=of_all)
 
-def peak_memory(call) -> float:  # of this process while it runs, in GiB
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    call()
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
-
 def bench_train(args):
     model = lora.prepare(random_model(SIZES["110m"][0], TABLES["llm_trainer"]).cpu(), "lora", LORA)
     batch, step = make_batch(model, ACCUMULATION, 1), make_step(train.TrainConfig(), model)
     calls = make_trainer(model, dict(batch["micro"][0])).train, partial(step, batch)
     with contextlib.redirect_stdout(sys.stderr):  # Trainer is talkative
-        peaks, seconds = np.array([*map(peak_memory, calls)]), take_turns(calls, 0)
+        seconds = take_turns(calls, 1)
     print_rows({"loop": ["Trainer, the original's way", "a step of train.py"],
-                "samples/s": ACCUMULATION / seconds, "peak memory, GiB": peaks,
-                "speed x": seconds[0] / seconds, "memory x": peaks / peaks[0]})
+                "samples/s": ACCUMULATION / seconds, "x": seconds[0] / seconds})
 
 # ---- gpu, generate, serve
-def record(rows: list, what: str, batch: int | None, call, rounds: int = 0) -> float:
-    """Add a row to a table, at once: what then runs out of memory has one as well. -> seconds"""
-    rows.append({"what": what, "batch": batch})
-    seconds, = take_turns([call], rounds)
-    rows[-1]["ms"] = 1000 * seconds
-    return seconds
-
-def time_answers(rows: list, what: str, args) -> None:
-    """So many recordings at once. what: a size, or "native": as eval.py does; "vllm". UserError."""
+def time_answers(what: str, args):
+    """-> a row for so many recordings at once. what: a size, "native": as eval.py does, or "vllm"."""
     *shapes, seconds, tokens = SIZES.get(what, SIZES[args.size])
-    model, own, counts = random_model(*shapes, args.dtype), [], BENCHES[args.what]["at_once"]
+    model, counts = random_model(*shapes, args.dtype), BENCHES[args.what]["at_once"]
     answer = native(model, tokens)
     if what == "vllm":
         engine.check_installed()
@@ -164,19 +146,15 @@ def time_answers(rows: list, what: str, args) -> None:
             export.export(f"{folder}/ckpt", f"{folder}/hf")
             answer = engine.Offline(f"{folder}/hf", tokens, max_num_seqs=counts[-1],
                                     max_model_len=2048, dtype=args.dtype)
-    beside = {row["batch"]: row["samples_per_s"] for row in rows if row["what"] == "native"}
     for n in counts:
         def ask(n=n):  # each time other sounds: vLLM does not encode twice what it has heard
             answer([TRANSCRIBE] * n, [*torch.randn(n, 1, seconds * SAMPLE_RATE) / 9])
-        speed = n / record(rows, what, n, ask, rounds=3 if n <= 4 else 1)
-        own.append(speed)
-        rows[-1] |= dict(samples_per_s=speed, tokens_per_s=speed * tokens,
-                         audio_s_per_s=speed * seconds, speed=speed / own[0])
-        if what == "vllm":
-            rows[-1]["/ native"] = speed / beside[n]
+        s, = take_turns([ask], 3 if n <= 4 else 1)
+        yield dict(what=what, batch=n, samples_per_s=n / s, ms=1000 * s,
+                   tokens_per_s=n * tokens / s, audio_s_per_s=n * seconds / s)
 
-def time_training(rows: list, what: str, args) -> None:
-    """what: "train", and more flags of train.py. A step is a GPU's part of the default run's."""
+def time_training(what: str, args):
+    """-> rows. what: "train", and flags of train.py. A step is a GPU's part of the default run's."""
     cfg = train.TrainConfig(**{flag[2:]: True for flag in what.split()[1:]})
     model = random_model(*SIZES[args.size][:2], args.dtype)
     lora.prepare(model, "lora", dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=0.0))
@@ -184,11 +162,18 @@ def time_training(rows: list, what: str, args) -> None:
     for micro in (1, 2, 4, 8):
         batch = make_batch(model, cfg.effective_batch // 8, micro)
         if DEVICE == "cuda":
-            batch["micro"] = [{k: v.pin_memory() for k, v in m.items()} for m in batch["micro"]]
             torch.cuda.reset_peak_memory_stats()
-        s = record(rows, what, micro, partial(step, batch), rounds=2)
+        s, = take_turns([partial(step, batch)], 2)
         measured = meter.speed(model, batch, s, 1, model.device)
-        rows[-1] |= dict(samples_per_s=batch["windows"] / s, **measured)
+        yield dict(what=what, batch=micro, samples_per_s=batch["windows"] / s, **measured)
+
+def add_ratios(rows: list[dict]) -> None:  # of a row to the first of its kind, and to native's
+    speeds = {(row["what"], row["batch"]): row["samples_per_s"] for row in rows}
+    first = {row["what"]: row["samples_per_s"] for row in reversed(rows)}
+    for row in rows:
+        row["x first"] = row["samples_per_s"] / first[row["what"]]
+        if native := speeds.get(("native", row["batch"])):
+            row["x native"] = row["samples_per_s"] / native
 
 def bench_parts(args):
     """gpu, generate, serve: a row at each batch size; what was measured stays if memory ends."""
@@ -198,13 +183,16 @@ def bench_parts(args):
     rows, ended = [], None
     try:
         for what in BENCHES[args.what]["rows"]:
-            (time_training if what.startswith("train") else time_answers)(rows, what, args)
+            time_rows = time_training if what.startswith("train") else time_answers
+            for row in time_rows(what, args):
+                rows.append(row)
             gc.collect()
             torch.cuda.empty_cache()
     except (torch.cuda.OutOfMemoryError, MemoryError, cli.UserError) as e:
         ended = f"{what}: {cli.first_line(e)}"
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     facts = dict(device=name, torch=torch.__version__, size=args.size, rows=rows, ended=ended)
+    add_ratios(rows)
     if args.what == "gpu":
         cli.write_text(args.out, json.dumps(facts, indent=1))
     print_rows(rows)

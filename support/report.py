@@ -16,9 +16,9 @@ KNOWN_NAMES = Counter(name for own in NAMES.values() for name in own["held_out"]
 NOTES, KINDS = TABLES["notes"], TABLES["kinds"]  # {kind of error: which ones, out of what}
 PAIR = "REF: {reference}\nHYP: {hypothesis}"
 
-def by_split(rows: list[dict]) -> dict[str, list[dict]]:
-    splits = dict.fromkeys(r["split"] for r in rows)
-    return {split: [r for r in rows if r["split"] == split] for split in splits}
+def by_split(rows: list[dict], key: str = "split") -> dict[str, list[dict]]:
+    splits = dict.fromkeys(r[key] for r in rows)
+    return {split: [r for r in rows if r[key] == split] for split in splits}
 
 def longest_loop(words: list[str] | str) -> int:
     """Words or letters, 4 or more, in the longest stretch that says a phrase (up to 30) thrice."""
