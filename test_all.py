@@ -17,7 +17,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 import datasets
@@ -1103,14 +1102,10 @@ def test_muon_is_torchs_in_fp32(net, monkeypatch):
     embeddings and what is no matrix, AdamW's. bf16 only where there are instructions for it."""
     net, cfg = copy.deepcopy(net), Config(optimizer="muon", muon_lr=0.1, weight_decay=0.3)
     adamw, muon = optim.make(cfg, net)
-    said = optim.describe([adamw, muon])
     matrices = [p for p in net.parameters() if p.requires_grad and p.dim() == 2]
     table = net.llm.get_input_embeddings().weight
     assert [len(group["params"]) for group in muon.param_groups] == [len(matrices) - 1] == [22]
     assert any(p is table for p in adamw.param_groups[0]["params"])
-    total = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    assert said.startswith("AdamW: ") and "; Muon: 22 tensors, " in said
-    assert sum(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters", said)) == total
     twins = [nn.Parameter(p.clone()) for p in muon.param_groups[0]["params"]]
     theirs = torch.optim.Muon(twins, 0.1, 0.3)
     for _ in range(3):

@@ -133,7 +133,7 @@ def bench_train(args):
 
 # ---- gpu, generate, serve
 def time_answers(what: str, args):
-    """-> a row for so many recordings at once. what: a size, "native": as eval.py does, or "vllm"."""
+    """-> rows: so many recordings at once. what: a size; "native", as eval.py does; or "vllm"."""
     *shapes, seconds, tokens = SIZES.get(what, SIZES[args.size])
     model, counts = random_model(*shapes, args.dtype), BENCHES[args.what]["at_once"]
     answer = native(model, tokens)
@@ -154,7 +154,7 @@ def time_answers(what: str, args):
                    tokens_per_s=n * tokens / s, audio_s_per_s=n * seconds / s)
 
 def time_training(what: str, args):
-    """-> rows. what: "train", and flags of train.py. A step is a GPU's part of the default run's."""
+    """-> rows. what: "train" and flags of it. A step is a GPU's part of the default run's."""
     cfg = train.TrainConfig(**{flag[2:]: True for flag in what.split()[1:]})
     model = random_model(*SIZES[args.size][:2], args.dtype)
     lora.prepare(model, "lora", dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=0.0))

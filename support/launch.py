@@ -6,7 +6,7 @@ from augment import CURRICULUM, Augmenter
 from support import checkpoint
 from support.banks import check_source
 from support.cli import ArgumentParser, UserError, as_user_error, check_out
-from support.recipes import PRESETS, TWIN
+from support.recipes import PRESETS
 from support.storage import fingerprint, newest_step, steps_in
 
 # ---- Flags
@@ -41,17 +41,15 @@ def check(cfg) -> None:  # what the flags' own ranges cannot tell. Raises UserEr
         if where and cfg.data_dir and Path(cfg.data_dir, where).is_dir():
             setattr(cfg, name, str(Path(cfg.data_dir, where)))
     start, out = "" if cfg.resume else cfg.init_from or "", Path(cfg.out).resolve()
-    whole = cfg.optimizer == "muon" or cfg.ctc  # weights are what they want
     for wrong, message in (
             (cfg.data_dir and not Path(cfg.data_dir).is_dir(), f"no folder at {cfg.data_dir}"),
-            (cfg.shard and whole, "--shard goes with --optimizer adamw and --ctc 0"),
+            (cfg.shard and (cfg.optimizer == "muon" or cfg.ctc),  # they want whole weights
+             "--shard goes with --optimizer adamw and --ctc 0"),
             (steps_in(out) and not cfg.overwrite and not cfg.resume,
              f"{cfg.out} already holds a run: --resume, --overwrite or another --out"),
             (start and Path(start).resolve().is_relative_to(out),
              f"--init_from {start} lies in --out: write into another folder"),
-            (start and cfg.train == "scratch", "--train scratch: leave out --init_from"),
-            (start == TWIN["init_from"] and not Path(start).exists(),
-             f"no {start} yet: python train.py --preset tiny_pretrain makes it")):
+            (start and cfg.train == "scratch", "--train scratch: leave out --init_from")):
         if wrong:
             raise UserError(message)
 
@@ -59,8 +57,7 @@ def stage_starts(cfg) -> list[float]:
     """--curriculum -> where in the run its four stages start, from 0 to 1. Raises UserError."""
     if cfg.curriculum == "none":
         return []
-    with as_user_error("--curriculum: none, or where in the run its 4 stages start, as ascending "
-                       "fractions from 0, like 0,0.2,0.5,0.8: ", ValueError):
+    with as_user_error("--curriculum: none, or ascending fractions like 0,0.2,0.5,0.8: ", ValueError):
         starts = [float(s) for s in cfg.curriculum.split(",")]
         if len(starts) != 4 or starts != sorted(starts) or starts[0] or not 0 <= starts[3] <= 1:
             raise ValueError(f"not {cfg.curriculum}")
@@ -85,7 +82,7 @@ def load_start(cfg) -> checkpoint.Borealis:
     """What to train on, loaded; model.config.base names it for later. Raises UserError."""
     base = dict(checkpoint=None, encoder=cfg.encoder, llm=cfg.llm)
     parts = f"--init_from {cfg.init_from} --encoder {cfg.encoder} --llm {cfg.llm}"
-    ways = "; or --init_from none (a new adapter), or --preset pretrain first and its --out here"
+    ways = "; or --init_from none: a new adapter; or --preset pretrain (tiny_pretrain) first"
     with as_user_error(f"cannot start from {parts}: ", *checkpoint.ERRORS,
                        suffix=ways if cfg.init_from and not cfg.resume else ""):
         if cfg.resume:  # on what the run was started on, wherever its flags would point by now

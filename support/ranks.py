@@ -99,6 +99,5 @@ def load(dataset, schedule, workers: int, pin_memory: bool):
     return batches
 
 def quiet_worker(_: int) -> None:  # Ctrl-C and SIGTERM go to all processes: the loop answers
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -39,11 +39,11 @@ def more_counts(ref: list[str], hyp: list[str], seconds: float) -> dict[str, lis
                 found=[(names & Counter(hyp)).total(), names.total()])
 
 def diagnose(rows: list[dict]) -> dict[str, int]:  # in how many of a split's rows what went wrong
-    kinds, found = ("stopped_early", "cut", "silence", "text_on_silence"), []
-    for r in rows:
-        ref, hyp = r["reference_normalised"].split(), r["hypothesis_normalised"].split()
-        found.append((len(ref) > 1.5 * len(hyp), r["cut"], not ref, bool(hyp and not ref)))
-    return dict(zip(kinds, map(sum, zip(*found, strict=True)), strict=True))
+    texts = [(r["reference_normalised"].split(), r["hypothesis_normalised"].split()) for r in rows]
+    silence = [hyp for ref, hyp in texts if not ref]
+    return dict(stopped_early=sum(len(ref) > 1.5 * len(hyp) for ref, hyp in texts),
+                cut=sum(r["cut"] for r in rows), silence=len(silence),
+                text_on_silence=sum(map(bool, silence)))
 
 def describe(rows: list[dict], task: str) -> dict:  # what a split's figure is made of, and took
     sound, took, tokens = (sum(r[k] for r in rows) for k in ("seconds", "took", "tokens"))
@@ -55,16 +55,14 @@ def describe(rows: list[dict], task: str) -> dict:  # what a split's figure is m
                         seconds=round(sound, 1), rtf=round(took / sound, 5) if sound else None,
                         tokens_per_s=round(tokens / max(took, 1e-9), 1))
 
-def worst(rows: list[dict], task: str, n: int = 10) -> str:  # transcripts: aligned word by word
+def worst(rows: list[dict], task: str, n: int = 10) -> str:  # aligned word by word
     def errors(r):
         return sum(r["wer"][:3]) if task == "asr" else 1 - r[TASKS[task][-1]][0]
     blocks = []
     for r in sorted(filter(errors, rows), key=errors, reverse=True)[:n]:
-        text = PAIR.format_map(r)
-        if task == "asr":
-            words = jiwer.process_words(r["reference_normalised"], r["hypothesis_normalised"])
-            text = jiwer.visualize_alignment(words, show_measures=False, line_width=110)
-            text = text.split("===\n", 1)[1].strip("\n")  # below its own headline
+        words = jiwer.process_words(r["reference_normalised"], r["hypothesis_normalised"])
+        text = jiwer.visualize_alignment(words, show_measures=False, line_width=110)
+        text = text.split("===\n", 1)[1].strip("\n")  # below its own headline
         blocks.append(f"{r['id']}: {errors(r):.3g} errors\n{text}")
     return "\n\n".join(blocks)
 
