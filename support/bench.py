@@ -8,7 +8,6 @@ import tempfile
 from functools import partial
 from timeit import timeit
 import numpy as np
-import soundfile
 import torch
 import transformers as hf
 from tabulate import tabulate
@@ -18,7 +17,7 @@ from augment import AugmentConfig, augment, examples
 from data import TRANSCRIBE, Dataset, Sample, embedded, load_audio
 from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3
 from model import BorealisForConditionalGeneration as Borealis
-from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks
+from support import cli, corpus, engine, export, lora, meter, optim, ranks
 from support.recipes import TABLES
 from support.tasks import native
 from support.tiny import texts_of, tiny_config, train_tokenizer
@@ -44,54 +43,46 @@ def random_model(encoder: dict, llm: dict, dtype=torch.float32) -> Borealis:
     return model
 
 def take_turns(calls: list, rounds: int) -> np.ndarray:
-    """Functions -> median seconds of a call of each, after a first one unless rounds is 0."""
+    """Functions -> median seconds of a call of each, after a first one."""
     def once(call):
         call()
         if DEVICE == "cuda":  # it has only been given its work
             torch.cuda.synchronize()
     times = [[timeit(partial(once, call), number=1) for call in calls] for _ in range(rounds + 1)]
-    return np.median(times[min(rounds, 1):], 0)
+    return np.median(times[1:], 0)
 
 def print_rows(rows: list[dict] | dict[str, list]) -> None:
     print(tabulate(rows, "keys", "pipe", floatfmt=",.2f", missingval="-"), end="\n\n", flush=True)
 
-# ---- augment
+# ---- augment: what audiomentations has too, and needs no folders of noises and rooms for
 BESIDE = TABLES["audiomentations"]
 
-def theirs(c: AugmentConfig, rng):
-    """The same by audiomentations, but one noise, one room; what BESIDE says remains ours."""
+def theirs(c: AugmentConfig):  # the same chain by audiomentations
     import audiomentations as A
-    rest = AugmentConfig(**{name: getattr(c, name) for name in BESIDE["ours"]})
     chain = []
     for name, kind, front, (first, last), back in BESIDE["chain"]:
-        p, effect = getattr(c, name)[0], getattr(c, name)[first:last]
-        chain.append(getattr(A, kind)(*front, *effect, *back, p=p))
-    chain.append(A.Lambda(lambda x, sample_rate: augment(x, rest, rng, [], []), p=1))
+        p, *effect = getattr(c, name)
+        chain.append(getattr(A, kind)(*front, *effect[first:last], *back, p=p))
     return partial(A.Compose(chain), sample_rate=SAMPLE_RATE)
 
 def bench_augment(args):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    bank, table, rng = banks.open_banks(), [], np.random.Generator(np.random.SFC64(0))
+    table, rng = [], np.random.Generator(np.random.SFC64(0))
     wave = np.concatenate([s.audio[0] for s in embedded("ru", "train", corpus.CHUNK)])
     clips = [clip.numpy() for clip in load_audio(wave).split(10 * SAMPLE_RATE)[:-1]]
     def run(chain):
         for clip in clips:
             chain(clip)
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        for kind, waves in zip(("noises", "rooms"), bank, strict=True):
-            os.mkdir(kind)
-            for i, wave in enumerate(waves):
-                soundfile.write(f"{kind}/{i}.wav", wave, SAMPLE_RATE)
-        for name in BESIDE["compared"]:
-            c = examples()[name]
-            ours = partial(augment, config=c, rng=rng, noises=bank[0], rooms=bank[1])
-            seconds = take_turns([partial(run, ours), partial(run, theirs(c, rng))], 8)
-            a, b = 10 * len(clips) / seconds
-            table.append({"effect": name, "x real time": a, "audiomentations": b, "x": a / b})
+    for name in BESIDE["compared"]:
+        c = AugmentConfig(**vars(examples()[name]) | BESIDE["without"])
+        ours = partial(augment, config=c, rng=rng, noises=[], rooms=[])
+        seconds = take_turns([partial(run, ours), partial(run, theirs(c))], 8)
+        a, b = 10 * len(clips) / seconds
+        table.append({"effect": name, "x real time": a, "audiomentations": b, "x": a / b})
     print_rows(table)
 
-# ---- train: transformers' Trainer, saving after saving, and a step of train.py
+# ---- train: transformers' Trainer and a step of train.py
 PADDED = 1024  # tokens: to so many the original pads texts
 ACCUMULATION = TABLES["trainer"]["gradient_accumulation_steps"]
 LORA = dict(rank=64, alpha=128, dropout=0.0)
@@ -111,7 +102,10 @@ def make_step(cfg, model: Borealis):  # -> a step of train.py's loop, given what
         optim.update(optimizers, cfg.lr, forget=True)
     return step
 
-def make_trainer(model: Borealis, row: dict) -> hf.Trainer:  # of a step on such rows
+def bench_train(args):
+    model = lora.prepare(random_model(SIZES["110m"][0], TABLES["llm_trainer"]).cpu(), "lora", LORA)
+    batch, step = make_batch(model, ACCUMULATION, 1), make_step(train.TrainConfig(), model)
+    row = dict(batch["micro"][0])
     pad = 0, PADDED + model.config.tokens_per_window - row["input_ids"].shape[1]
     row["attention_mask"] = F.pad(torch.ones_like(row["input_ids"]), pad)
     row["input_ids"] = F.pad(row["input_ids"], pad)
@@ -119,15 +113,10 @@ def make_trainer(model: Borealis, row: dict) -> hf.Trainer:  # of a step on such
     def of_all(outputs, labels, num_items_in_batch):  # logits, as the original
         return F.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
     settings = hf.TrainingArguments(tempfile.gettempdir(), **TABLES["trainer"])
-    rows = range(ACCUMULATION)
-    return hf.Trainer(model, settings, lambda _: dict(row), rows, compute_loss_func=of_all)
-
-def bench_train(args):
-    model = lora.prepare(random_model(SIZES["110m"][0], TABLES["llm_trainer"]).cpu(), "lora", LORA)
-    batch, step = make_batch(model, ACCUMULATION, 1), make_step(train.TrainConfig(), model)
-    calls = make_trainer(model, dict(batch["micro"][0])).train, partial(step, batch)
+    trainer = hf.Trainer(model, settings, lambda _: dict(row), range(ACCUMULATION),
+                         compute_loss_func=of_all)
     with contextlib.redirect_stdout(sys.stderr):  # Trainer is talkative
-        seconds = take_turns(calls, 1)
+        seconds = take_turns([trainer.train, partial(step, batch)], 1)
     print_rows({"loop": ["Trainer, the original's way", "a step of train.py"],
                 "samples/s": ACCUMULATION / seconds, "x": seconds[0] / seconds})
 
@@ -167,18 +156,8 @@ def time_training(what: str, args):
         measured = meter.speed(model, batch, s, 1, model.device)
         yield dict(what=what, batch=micro, samples_per_s=batch["windows"] / s, **measured)
 
-def add_ratios(rows: list[dict]) -> None:  # of a row to the first of its kind, and to native's
-    speeds = {(row["what"], row["batch"]): row["samples_per_s"] for row in rows}
-    first = {row["what"]: row["samples_per_s"] for row in reversed(rows)}
-    for row in rows:
-        row["x first"] = row["samples_per_s"] / first[row["what"]]
-        if native := speeds.get(("native", row["batch"])):
-            row["x native"] = row["samples_per_s"] / native
-
 def bench_parts(args):
     """gpu, generate, serve: a row at each batch size; what was measured stays if memory ends."""
-    if args.size == "5b" and DEVICE == "cpu":
-        raise cli.UserError("no GPU is visible; on a CPU: --size tiny")
     torch.set_float32_matmul_precision("high")  # as in training
     rows, ended = [], None
     try:
@@ -190,22 +169,26 @@ def bench_parts(args):
             torch.cuda.empty_cache()
     except (torch.cuda.OutOfMemoryError, MemoryError, cli.UserError) as e:
         ended = f"{what}: {cli.first_line(e)}"
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-    facts = dict(device=name, torch=torch.__version__, size=args.size, rows=rows, ended=ended)
-    add_ratios(rows)
+    speeds = {(row["what"], row["batch"]): row["samples_per_s"] for row in rows}
+    for row in rows:
+        row["x one"] = row["samples_per_s"] / speeds[row["what"], 1]
+        if native := speeds.get(("native", row["batch"])):
+            row["x native"] = row["samples_per_s"] / native
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     if args.what == "gpu":
+        facts = dict(device=device, torch=torch.__version__, size=args.size, rows=rows, ended=ended)
         cli.write_text(args.out, json.dumps(facts, indent=1))
     print_rows(rows)
-    print(f"Device: {name}" + (f"; ended early, {ended}" if ended else ""))
+    print(f"Device: {device}" + (f"; ended early, {ended}" if ended else ""))
 
 def main() -> None:
     parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")
     parser.add_argument("what", choices=BENCHES,
                         help="; ".join(f"{name}: {b['help']}" for name, b in BENCHES.items()))
     args = parser.add_tables("bench").parse_args()
-    args.size = args.size or ("5b" if args.what == "gpu" else "110m")
-    usual = "bfloat16" if DEVICE == "cuda" or args.what == "serve" else "float32"
-    args.dtype = getattr(torch, args.dtype or usual)
+    args.size = args.size or ("5b" if args.what == "gpu" and DEVICE == "cuda" else "110m")
+    bf16 = DEVICE == "cuda" or args.what == "serve"
+    args.dtype = torch.bfloat16 if bf16 else torch.float32
     with cli.as_user_error("", ModuleNotFoundError, suffix="; see support/requirements-bench.txt"):
         globals().get(f"bench_{args.what}", bench_parts)(args)
 

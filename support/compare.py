@@ -40,9 +40,6 @@ def p_value(differences: np.ndarray) -> float:
     either = min((differences <= 0).sum(), (differences >= 0).sum())
     return float(min(1.0, 2 * (either + 1) / (len(differences) + 1)))
 
-def table(columns: list[str], runs: list[tuple]) -> str:
-    return markdown([[*r[:2], *map(plain, r[2])] for r in runs], ["Run", "Steps", *columns, "Avg"])
-
 def differences(columns: list[str], scores: dict[str, tuple]) -> list[str]:
     """{name: what score() of eval.py returns} -> their differences, explained."""
     rows = []
@@ -59,16 +56,17 @@ def compare(folders: list[str], grade, score, normalizer: str, out: Path):
     columns, metric = list(by_split(first["rows"])), TASKS[first["task"]][0]
     scores = {name: score([grade(r, run["task"], normalizer) for r in run["rows"]], metric)
               for name, run in runs.items()}
-    same = metric == "wer" and columns == list(BENCHMARK)  # speech: with the post's runs
-    published = [(f"{name} (published)", n or None, xs) for name, (n, *xs) in PUBLISHED.items()]
     shown = [(name, run["step"], scores[name][0]) for name, run in runs.items()]
-    shown += published if same else []
+    published = metric == "wer" and columns == list(BENCHMARK)  # of the same speech
+    if published:
+        shown += [(f"{name} (published)", n or None, xs) for name, (n, *xs) in PUBLISHED.items()]
     shown.sort(key=lambda r: (np.isnan(r[2][-1]), r[2][-1] if metric == "wer" else -r[2][-1]))
-    text = [f"{TITLES[metric]}; normaliser: {normalizer}.", table(columns, shown)]
+    lines = [[name, step, *map(plain, figures)] for name, step, figures in shown]
+    text = [f"{TITLES[metric]}; normaliser: {normalizer}.",
+            markdown(lines, ["Run", "Steps", *columns, "Avg"])]
     if len(scores) > 1:
         text += differences(columns, {name: scores[name] for name, *_ in shown if name in scores})
-    if metric == "wer":
-        text.append(NOTES["same" if columns[0] in BENCHMARK else "other"])
-        text += [] if same else [table(BENCHMARK, published)]
+    if published:
+        text.append(NOTES["published"])
     write_text(out / "table.md", "\n\n".join(text) + "\n")
     print(*text, f"wrote table.md to {out}", sep="\n\n")

@@ -78,9 +78,9 @@ async def ask(jobs: dict, args, answers: dict, part: Path, counts: Counter) -> N
     """Adds what the server says to `answers` and `part`, and failed requests to `counts`."""
     with cli.as_user_error("pip install -r support/requirements-page.txt: ", ImportError):
         import openai
+    secret = os.environ.get("OPENAI_API_KEY", "none")  # a server of one's own wants none
     client = openai.AsyncOpenAI(
-        base_url=args.url, api_key=os.environ.get("OPENAI_API_KEY", "none"),  # a local one needs none
-        timeout=args.timeout, max_retries=args.retries)
+        base_url=args.url, api_key=secret, timeout=args.timeout, max_retries=args.retries)
     part.parent.mkdir(parents=True, exist_ok=True)
     left, tokens = [key for key in jobs if key not in answers], Counter()
     bar = tqdm(total=len(left), unit=" answers", mininterval=0.1 if sys.stderr.isatty() else 10)

@@ -11,8 +11,8 @@ from support.storage import fingerprint, newest_step, steps_in
 
 # ---- Flags
 def parse_config(config: type, argv: list[str]):
-    """Flags over preset (with --resume: over the run's configuration) over defaults -> a `config`
-    of train.py; the word none switches off what may be None. Raises UserError."""
+    """Flags over preset (with --resume: over the run's configuration) over defaults -> a `config`.
+    The word none switches off what may be None. Raises UserError."""
     parser = ArgumentParser(prog="train.py", description="Fit a Borealis model.").add_flags(config)
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     first = parser.parse_args(argv)  # again: some presets name their --out
@@ -57,7 +57,7 @@ def stage_starts(cfg) -> list[float]:
     """--curriculum -> where in the run its four stages start, from 0 to 1. Raises UserError."""
     if cfg.curriculum == "none":
         return []
-    with as_user_error("--curriculum: none, or ascending fractions like 0,0.2,0.5,0.8: ", ValueError):
+    with as_user_error("--curriculum: none, or four ascending fractions from 0: ", ValueError):
         starts = [float(s) for s in cfg.curriculum.split(",")]
         if len(starts) != 4 or starts != sorted(starts) or starts[0] or not 0 <= starts[3] <= 1:
             raise ValueError(f"not {cfg.curriculum}")

@@ -31,8 +31,8 @@ def has_loop(ref: list[str], hyp: list[str]) -> bool:  # one that the reference 
     return longest_loop(hyp) > longest_loop(ref) or in_words[1] > in_words[0]
 
 def more_counts(ref: list[str], hyp: list[str], seconds: float) -> dict[str, list[float]]:
-    """Of a transcript, beside its edits: does it loop? Of silence: its words, and 100 minutes' part
-    of it, so that eval.percent() gives words a minute. Of corpus.NAMES in it: found, all."""
+    """Of a transcript: does it loop? Of silence: its words, and 100 minutes' part of it, for
+    eval.percent() gives words a minute so. Of corpus.NAMES in it: found, all."""
     names = Counter(ref) & KNOWN_NAMES
     return dict(loops=[float(has_loop(ref, hyp)), 1],
                 made_up=[0, 0] if ref else [len(hyp), 100 * seconds / 60],
@@ -129,8 +129,8 @@ def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: 
         failed = [f"{r['id']} ({system}, {r['split']}): {r['failed']}" for r in own if r["failed"]]
         if failed:
             text.append("\n- ".join([f"## Failed, counted as empty: {system}\n", *failed]))
-            first = "; ".join(failed[:5])
-            print(NOTES["failed"].format(system, len(failed), len(own), first), file=sys.stderr)
+            facts = system, len(failed), len(own), "; ".join(failed[:5])
+            print(NOTES["failed"].format(*facts), file=sys.stderr)
         for split, some in by_split(own).items():
             if block := worst(some, task):
                 text.append(f"## The worst of {system}, {split}\n\n```\n{block}\n```")

@@ -770,7 +770,7 @@ def test_bench_gpu_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     code, out, err = exit_of(bench.main, monkeypatch, capsys, *run)
     report = json.loads((tmp_path / "gpu.json").read_text())
     (first,) = report["rows"]
-    assert code == 0 and first["samples_per_s"] > 0 and first["batch"] == first["x first"] == 1
+    assert code == 0 and first["samples_per_s"] > 0 and first["batch"] == first["x one"] == 1
     assert report["ended"].startswith("train: CUDA out of memory") and "Traceback" not in err
 
 def row(reference, hypothesis, task="asr", **more):
@@ -867,8 +867,7 @@ def test_compare_tells_what_is_real(tmp_path, monkeypatch, capsys):
     assert len(p) == 3 and all((v < 0.05) == ("bad" in name) for name, v in p.items())
     wers = [float(x) for x in lines["bad"][2:]]
     assert wers[2] == pytest.approx((wers[0] + wers[1]) / 2, abs=0.02)
-    assert lines["Whisper-v3 (published)"][1:] == [
-        "-", "11.68", "12.23", "7.77", "11.95", "2.68", "19.87", "11.03"] and "other speech" in out
+    assert "WER %; normaliser: default." in out and "published" not in out  # that is other speech
     assert (tmp_path / "all" / "table.md").read_text() in out
     theirs = (folders["alike"] / "hypotheses.jsonl").read_text().splitlines()
     for name, source in (("x", "bad"), ("y", "good")):  # two runs of one name, one baseline
