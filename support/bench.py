@@ -2,7 +2,6 @@
 import contextlib
 import gc
 import json
-import os
 import sys
 import tempfile
 from functools import partial
@@ -66,7 +65,6 @@ def theirs(c: AugmentConfig):  # the same chain by audiomentations
     return partial(A.Compose(chain), sample_rate=SAMPLE_RATE)
 
 def bench_augment(args):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     table, rng = [], np.random.Generator(np.random.SFC64(0))
     wave = np.concatenate([s.audio[0] for s in embedded("ru", "train", corpus.CHUNK)])
@@ -113,8 +111,8 @@ def bench_train(args):
     def of_all(outputs, labels, num_items_in_batch):  # logits, as the original
         return F.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
     settings = hf.TrainingArguments(tempfile.gettempdir(), **TABLES["trainer"])
-    trainer = hf.Trainer(model, settings, lambda _: dict(row), range(ACCUMULATION),
-                         compute_loss_func=of_all)
+    rows = range(ACCUMULATION)
+    trainer = hf.Trainer(model, settings, lambda _: dict(row), rows, compute_loss_func=of_all)
     with contextlib.redirect_stdout(sys.stderr):  # Trainer is talkative
         seconds = take_turns([trainer.train, partial(step, batch)], 1)
     print_rows({"loop": ["Trainer, the original's way", "a step of train.py"],
@@ -187,8 +185,7 @@ def main() -> None:
                         help="; ".join(f"{name}: {b['help']}" for name, b in BENCHES.items()))
     args = parser.add_tables("bench").parse_args()
     args.size = args.size or ("5b" if args.what == "gpu" and DEVICE == "cuda" else "110m")
-    bf16 = DEVICE == "cuda" or args.what == "serve"
-    args.dtype = torch.bfloat16 if bf16 else torch.float32
+    args.dtype = torch.bfloat16 if DEVICE == "cuda" or args.what == "serve" else torch.float32
     with cli.as_user_error("", ModuleNotFoundError, suffix="; see support/requirements-bench.txt"):
         globals().get(f"bench_{args.what}", bench_parts)(args)
 

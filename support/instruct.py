@@ -1,5 +1,4 @@
-"""support/instruct.py -- questions and answers about transcripts by any OpenAI-compatible server,
-as instruct.toml has it. What it said is in OUT.part until nothing is missing: repeat to go on."""
+"""support/instruct.py -- questions and answers about transcripts by an OpenAI-compatible server."""
 import asyncio
 import json
 import os
@@ -103,7 +102,8 @@ async def ask(jobs: dict, args, answers: dict, part: Path, counts: Counter) -> N
 
 def main() -> None:
     args = cli.ArgumentParser(prog="python -m support.instruct").add_tables("instruct").parse_args()
-    out, part, rows, seen, counts = Path(args.out), Path(f"{args.out}.part"), [], set(), Counter()
+    rows, seen, counts = [], set(), Counter()
+    out, part = Path(args.out), Path(f"{args.out}.part")  # what was said; repeat to go on from it
     if out.exists() and not part.exists():
         raise cli.UserError(f"{out} is finished: delete it, or choose another --out")
     cli.check_out(out.parent)

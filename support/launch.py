@@ -9,10 +9,8 @@ from support.cli import ArgumentParser, UserError, as_user_error, check_out
 from support.recipes import PRESETS
 from support.storage import fingerprint, newest_step, steps_in
 
-# ---- Flags
 def parse_config(config: type, argv: list[str]):
-    """Flags over preset (with --resume: over the run's configuration) over defaults -> a `config`.
-    The word none switches off what may be None. Raises UserError."""
+    """Flags over preset (with --resume: the run's configuration) over defaults -> a `config`."""
     parser = ArgumentParser(prog="train.py", description="Fit a Borealis model.").add_flags(config)
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     first = parser.parse_args(argv)  # again: some presets name their --out
@@ -23,7 +21,7 @@ def parse_config(config: type, argv: list[str]):
         saved = checkpoint.training_config(first.out) | dict(out=first.out)
         parser.set_defaults(**{f.name: saved.get(f.name, f.default) for f in fields(config)})
     cfg = config(**vars(parser.parse_args(argv)))
-    for f in fields(config):
+    for f in fields(config):  # the word none switches off what may be None
         if f.type | None == f.type and getattr(cfg, f.name) in ("none", ""):
             setattr(cfg, f.name, None)
     for name in names[:names.index("out")]:  # the fields behind are the machine's

@@ -28,10 +28,9 @@ class Log:
         self.path, self.tracker = Path(cfg.out, "metrics.jsonl"), None
         self.rows = read_metrics(self.path, start)
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        if cfg.log != "none":  # wandb, or trackio, which is called alike
-            failed, group = f"--log {cfg.log}: ", Path(cfg.out).resolve().name
-            with as_user_error(failed, Exception, suffix=f" (pip install {cfg.log}?)"):
-                self.tracker = import_module(cfg.log)
+        with as_user_error(f"--log {cfg.log}: ", Exception, suffix=f" (pip install {cfg.log}?)"):
+            if cfg.log != "none":  # wandb, or trackio, which is called alike
+                self.tracker, group = import_module(cfg.log), Path(cfg.out).resolve().name
                 self.tracker.init(project="nanoborealis", group=group, config=vars(cfg))
         self.bar = tqdm(total=cfg.steps, initial=start, desc="training", unit="step",
                         mininterval=0.1 if sys.stderr.isatty() else 10)  # seconds; 10 in a file
@@ -42,8 +41,7 @@ class Log:
         figures = {k: v for k, v in row.items() if k != "step"}
         if self.tracker:
             self.tracker.log(figures, step=row["step"])
-        text = [f"{k} {v:,.0f}" if v >= 100 else f"{k} {v:.3g}" for k, v in figures.items()]
-        self.bar.set_postfix_str(", ".join(text), refresh=False)
+        self.bar.set_postfix(figures, refresh=False)
         self.bar.update()
     def note(self, text: str):  # a line on standard error, above the bar
         self.bar.write(text, file=sys.stderr)

@@ -64,9 +64,8 @@ def use_bf16(device: str, wanted: bool) -> bool:  # a CPU without instructions f
 
 @contextmanager
 def autocast(device: str, bf16: bool):
-    """A context for the forward: products in bf16, or as they are. On a CPU attention is then
-    spelled out, for the backward of the fused one takes four times as long in bf16 as in fp32."""
-    on = use_bf16(device, bf16)
+    """A context for the forward: products in bf16, or as they are."""
+    on = use_bf16(device, bf16)  # a CPU's fused attention is slow backward in it: spell it out
     spelled_out = sdpa_kernel(SDPBackend.MATH) if on and device == "cpu" else nullcontext()
     with torch.autocast(device, torch.bfloat16, enabled=on), spelled_out:
         yield
