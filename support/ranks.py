@@ -43,7 +43,7 @@ def pick_batch(cfg, model, device: torch.device, world: int) -> int:
     return 1
 
 def shard(model: torch.nn.Module) -> torch.nn.Module:
-    """FSDP2: each rank keeps a part of weights, gradients and moments; layers are gathered in turn."""
+    """FSDP2: each rank keeps a part of weights, gradients, moments; it gathers layers in turn."""
     gpu = model.device.type == "cuda"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if gpu else MixedPrecisionPolicy()
     for part in (*model.llm.model.layers, model.adapter):
