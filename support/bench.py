@@ -81,7 +81,6 @@ def bench_augment(args):
     print_rows(table)
 
 # ---- train: transformers' Trainer and a step of train.py
-PADDED = 1024  # tokens: to so many the original pads texts
 ACCUMULATION = TABLES["trainer"]["gradient_accumulation_steps"]
 LORA = dict(rank=64, alpha=128, dropout=0.0)
 
@@ -104,7 +103,8 @@ def bench_train(args):
     model = lora.prepare(random_model(SIZES["110m"][0], TABLES["llm_trainer"]).cpu(), "lora", LORA)
     batch, step = make_batch(model, ACCUMULATION, 1), make_step(train.TrainConfig(), model)
     row = dict(batch["micro"][0])
-    pad = 0, PADDED + model.config.tokens_per_window - row["input_ids"].shape[1]
+    # The original pads texts to 1024 tokens.
+    pad = 0, 1024 + model.config.tokens_per_window - row["input_ids"].shape[1]
     row["attention_mask"] = F.pad(torch.ones_like(row["input_ids"]), pad)
     row["input_ids"] = F.pad(row["input_ids"], pad)
     row["labels"] = F.pad(row["labels"], pad, value=-100)
@@ -151,8 +151,8 @@ def time_training(what: str, args):
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
         s, = take_turns([partial(step, batch)], 2)
-        measured = meter.speed(model, batch, s, 1, model.device)
-        yield dict(what=what, batch=micro, samples_per_s=batch["windows"] / s, **measured)
+        yield dict(what=what, batch=micro, samples_per_s=batch["windows"] / s,
+                   **meter.speed(model, batch, s, 1, model.device))
 
 def bench_parts(args):
     """gpu, generate, serve: a row at each batch size; what was measured stays if memory ends."""
