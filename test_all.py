@@ -7,7 +7,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import socket
@@ -17,7 +16,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 import datasets
@@ -739,8 +737,7 @@ def test_no_micro_batch_waits_for_the_gpu(net, corpus, tokenizer):
 
 @pytest.mark.parametrize("more", [["--adapter", "deep", "--bf16"], NOISY])  # deep has dropout
 def test_resume_is_bit_for_bit(manifest, tmp_path, monkeypatch, more):
-    log = "tensorboard" if find_spec("tensorboard") else "none"
-    flags = [*FAST, "--train_manifest", manifest, "--steps", 6, "--save_every", 3, "--log", log]
+    flags = [*FAST, "--train_manifest", manifest, "--steps", 6, "--save_every", 3]
     _, whole = train_now(monkeypatch, *flags, *more, "--out", tmp_path)
     weights, path = weights_in(tmp_path), tmp_path / "metrics.jsonl"
     storage.prune(storage.steps_in(tmp_path)[1:])  # as if it had died before it saved step 6
@@ -748,7 +745,6 @@ def test_resume_is_bit_for_bit(manifest, tmp_path, monkeypatch, more):
     path.write_text(path.read_text() + '{"step": 7, "lo')
     _, rest = train_now(monkeypatch, "--resume", "--out", tmp_path)
     assert losses(rest).tolist() == losses(whole).tolist() and equal(weights_in(tmp_path), weights)
-    assert log == "none" or len([*tmp_path.glob("events.out.tfevents.*")]) == 2
 
 def test_trackio_keeps_the_log(manifest, tmp_path, monkeypatch):
     """Offline, in its own folder: a row a step, and the run's settings."""
@@ -1105,14 +1101,10 @@ def test_muon_is_torchs_in_fp32(net, monkeypatch):
     embeddings and what is no matrix, AdamW's. bf16 only where there are instructions for it."""
     net, cfg = copy.deepcopy(net), Config(optimizer="muon", muon_lr=0.1, weight_decay=0.3)
     adamw, muon = optim.make(cfg, net)
-    said = optim.describe([adamw, muon])
     matrices = [p for p in net.parameters() if p.requires_grad and p.dim() == 2]
     table = net.llm.get_input_embeddings().weight
     assert [len(group["params"]) for group in muon.param_groups] == [len(matrices) - 1] == [22]
     assert any(p is table for p in adamw.param_groups[0]["params"])
-    total = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    assert said.startswith("AdamW: ") and "; Muon: 22 tensors, " in said
-    assert sum(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters", said)) == total
     twins = [nn.Parameter(p.clone()) for p in muon.param_groups[0]["params"]]
     theirs = torch.optim.Muon(twins, 0.1, 0.3)
     for _ in range(3):
@@ -1458,9 +1450,10 @@ def test_the_benchmark_end_to_end(ev, hub, baseline, tmp_path):
     assert e.rows[0]["id"] == "Vikhrmodels/RuASRBenchmark/Russian_LibriSpeech:0"
     assert e.results["others"]["whisper-tiny"]["splits"]["Tone_Speak"]["wer"] == 0  # knows them
     c = ev("--compare", tmp_path / "e", out=tmp_path / "c")
-    assert c.code == 0 and "decoded by sampling" in c.out and "other speech" not in c.out
+    assert c.code == 0 and "decoded by sampling" in c.out
     assert all(f"\n| {line} |" in c.out for line in (
         "ru_text_10pct (published) | 1624 | 6.42 | 15.79 | 60.69 | 11.36 | 1.99 | 18.75 | 19.17",
+        "Whisper-v3 (published) | - | 11.68 | 12.23 | 7.77 | 11.95 | 2.68 | 19.87 | 11.03",
         "whisper-tiny", "e"))
     for folder in ("Vikhrmodels", "Vikhrmodels/RuASRBenchmark"):  # as people name a copy
         e = ev("--data_dir", hub / folder, "--split", "Tone_Webinars,Tone_Books")

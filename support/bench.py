@@ -2,14 +2,11 @@
 import contextlib
 import gc
 import json
-import os
 import sys
 import tempfile
 from functools import partial
-from pathlib import Path
 from timeit import timeit
 import numpy as np
-import soundfile
 import torch
 import transformers as hf
 from tabulate import tabulate
@@ -19,7 +16,7 @@ from augment import AugmentConfig, augment, examples
 from data import TRANSCRIBE, Dataset, Sample, embedded, load_audio
 from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3
 from model import BorealisForConditionalGeneration as Borealis
-from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks
+from support import cli, corpus, engine, export, lora, meter, optim, ranks
 from support.recipes import TABLES
 from support.tasks import native
 from support.tiny import texts_of, tiny_config, train_tokenizer
@@ -45,59 +42,45 @@ def random_model(encoder: dict, llm: dict, dtype=torch.float32) -> Borealis:
     return model
 
 def take_turns(calls: list, rounds: int) -> np.ndarray:
-    """Functions -> median seconds of a call of each, after a first one unless rounds is 0."""
+    """Functions -> median seconds of a call of each, after a first one."""
     def once(call):
         call()
         if DEVICE == "cuda":  # it has only been given its work
             torch.cuda.synchronize()
     times = [[timeit(partial(once, call), number=1) for call in calls] for _ in range(rounds + 1)]
-    return np.median(times[min(rounds, 1):], 0)
+    return np.median(times[1:], 0)
 
 def print_rows(rows: list[dict] | dict[str, list]) -> None:
     print(tabulate(rows, "keys", "pipe", floatfmt=",.2f", missingval="-"), end="\n\n", flush=True)
 
-# ---- augment
+# ---- augment: what audiomentations has too, and needs no folders of noises and rooms for
 BESIDE = TABLES["audiomentations"]
 
-def theirs(c: AugmentConfig, rng):
-    """The same by audiomentations, but one noise, one room; what BESIDE says remains ours."""
+def theirs(c: AugmentConfig):  # the same chain by audiomentations
     import audiomentations as A
-    rest = AugmentConfig(**{name: getattr(c, name) for name in BESIDE["ours"]})
-    def ours(x, rate):
-        return augment(x, rest, rng, [], [])
     chain = []
     for name, kind, front, (first, last), back in BESIDE["chain"]:
-        p, effect = getattr(c, name)[0], getattr(c, name)[first:last]
-        chain.append(getattr(A, kind)(*front, *effect, *back, p=p))
-    return A.Compose([*chain, A.Lambda(ours, 1)], p=c.touched)
+        p, *effect = getattr(c, name)
+        chain.append(getattr(A, kind)(*front, *effect[first:last], *back, p=p))
+    return partial(A.Compose(chain), sample_rate=SAMPLE_RATE)
 
 def bench_augment(args):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    bank, table, rng = banks.open_banks(), [], np.random.Generator(np.random.SFC64(0))
+    table, rng = [], np.random.Generator(np.random.SFC64(0))
     wave = np.concatenate([s.audio[0] for s in embedded("ru", "train", corpus.CHUNK)])
     clips = [clip.numpy() for clip in load_audio(wave).split(10 * SAMPLE_RATE)[:-1]]
-    def run_ours(c):
+    def run(chain):
         for clip in clips:
-            if rng.random() < c.touched:
-                augment(clip, c, rng, *bank)
-    def run_theirs(chain):
-        for clip in clips:
-            chain(clip, SAMPLE_RATE)
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        for kind, waves in zip(("noises", "rooms"), bank, strict=True):
-            os.mkdir(kind)
-            for i, wave in enumerate(waves):
-                soundfile.write(f"{kind}/{i}.wav", wave, SAMPLE_RATE)
-        for name, c in examples().items():
-            if name in BESIDE["compared"]:
-                calls = partial(run_ours, c), partial(run_theirs, theirs(c, rng))
-                a, b = 10 * len(clips) / take_turns(calls, 24 if "stage" in name else 2)
-                table.append({"effect": name, "x real time": a, "audiomentations": b, "x": a / b})
+            chain(clip)
+    for name in BESIDE["compared"]:
+        c = AugmentConfig(**vars(examples()[name]) | BESIDE["without"])
+        ours = partial(augment, config=c, rng=rng, noises=[], rooms=[])
+        seconds = take_turns([partial(run, ours), partial(run, theirs(c))], 8)
+        a, b = 10 * len(clips) / seconds
+        table.append({"effect": name, "x real time": a, "audiomentations": b, "x": a / b})
     print_rows(table)
 
-# ---- train: transformers' Trainer, saving after saving, and a step of train.py
-PADDED = 1024  # tokens: to so many the original pads texts
+# ---- train: transformers' Trainer and a step of train.py
 ACCUMULATION = TABLES["trainer"]["gradient_accumulation_steps"]
 LORA = dict(rank=64, alpha=128, dropout=0.0)
 
@@ -116,44 +99,30 @@ def make_step(cfg, model: Borealis):  # -> a step of train.py's loop, given what
         optim.update(optimizers, cfg.lr, forget=True)
     return step
 
-def make_trainer(model: Borealis, row: dict) -> hf.Trainer:  # of a step on such rows
-    width = PADDED + model.config.tokens_per_window - row["input_ids"].shape[1]
-    row["attention_mask"] = torch.ones_like(row["input_ids"])
-    for key, value in dict(input_ids=0, labels=-100, attention_mask=0).items():
-        row[key] = F.pad(row[key], (0, width), value=value)
+def bench_train(args):
+    model = lora.prepare(random_model(SIZES["110m"][0], TABLES["llm_trainer"]).cpu(), "lora", LORA)
+    batch, step = make_batch(model, ACCUMULATION, 1), make_step(train.TrainConfig(), model)
+    row = dict(batch["micro"][0])
+    # The original pads texts to 1024 tokens.
+    pad = 0, 1024 + model.config.tokens_per_window - row["input_ids"].shape[1]
+    row["attention_mask"] = F.pad(torch.ones_like(row["input_ids"]), pad)
+    row["input_ids"] = F.pad(row["input_ids"], pad)
+    row["labels"] = F.pad(row["labels"], pad, value=-100)
     def of_all(outputs, labels, num_items_in_batch):  # logits, as the original
         return F.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
     settings = hf.TrainingArguments(tempfile.gettempdir(), **TABLES["trainer"])
     rows = range(ACCUMULATION)
-    return hf.Trainer(model, settings, lambda _: dict(row), rows, compute_loss_func=of_all)
-
-def peak_memory(call) -> float:  # of this process while it runs, in GiB
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    call()
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
-
-def bench_train(args):
-    model = lora.prepare(random_model(SIZES["110m"][0], TABLES["llm_trainer"]).cpu(), "lora", LORA)
-    batch, step = make_batch(model, ACCUMULATION, 1), make_step(train.TrainConfig(), model)
-    calls = make_trainer(model, dict(batch["micro"][0])).train, partial(step, batch)
+    trainer = hf.Trainer(model, settings, lambda _: dict(row), rows, compute_loss_func=of_all)
     with contextlib.redirect_stdout(sys.stderr):  # Trainer is talkative
-        peaks, seconds = np.array([*map(peak_memory, calls)]), take_turns(calls, 0)
+        seconds = take_turns([trainer.train, partial(step, batch)], 1)
     print_rows({"loop": ["Trainer, the original's way", "a step of train.py"],
-                "samples/s": ACCUMULATION / seconds, "peak memory, GiB": peaks,
-                "speed x": seconds[0] / seconds, "memory x": peaks / peaks[0]})
+                "samples/s": ACCUMULATION / seconds, "x": seconds[0] / seconds})
 
 # ---- gpu, generate, serve
-def record(rows: list, what: str, batch: int | None, call, rounds: int = 0) -> float:
-    """Add a row to a table, at once: what then runs out of memory has one as well. -> seconds"""
-    rows.append({"what": what, "batch": batch})
-    seconds, = take_turns([call], rounds)
-    rows[-1]["ms"] = 1000 * seconds
-    return seconds
-
-def time_answers(rows: list, what: str, args) -> None:
-    """So many recordings at once. what: a size, or "native": as eval.py does; "vllm". UserError."""
+def time_answers(what: str, args):
+    """-> rows: so many recordings at once. what: a size; "native", as eval.py does; or "vllm"."""
     *shapes, seconds, tokens = SIZES.get(what, SIZES[args.size])
-    model, own, counts = random_model(*shapes, args.dtype), [], BENCHES[args.what]["at_once"]
+    model, counts = random_model(*shapes, args.dtype), BENCHES[args.what]["at_once"]
     answer = native(model, tokens)
     if what == "vllm":
         engine.check_installed()
@@ -164,19 +133,15 @@ def time_answers(rows: list, what: str, args) -> None:
             export.export(f"{folder}/ckpt", f"{folder}/hf")
             answer = engine.Offline(f"{folder}/hf", tokens, max_num_seqs=counts[-1],
                                     max_model_len=2048, dtype=args.dtype)
-    beside = {row["batch"]: row["samples_per_s"] for row in rows if row["what"] == "native"}
     for n in counts:
         def ask(n=n):  # each time other sounds: vLLM does not encode twice what it has heard
             answer([TRANSCRIBE] * n, [*torch.randn(n, 1, seconds * SAMPLE_RATE) / 9])
-        speed = n / record(rows, what, n, ask, rounds=3 if n <= 4 else 1)
-        own.append(speed)
-        rows[-1] |= dict(samples_per_s=speed, tokens_per_s=speed * tokens,
-                         audio_s_per_s=speed * seconds, speed=speed / own[0])
-        if what == "vllm":
-            rows[-1]["/ native"] = speed / beside[n]
+        s, = take_turns([ask], 3 if n <= 4 else 1)
+        yield dict(what=what, batch=n, samples_per_s=n / s, ms=1000 * s,
+                   tokens_per_s=n * tokens / s, audio_s_per_s=n * seconds / s)
 
-def time_training(rows: list, what: str, args) -> None:
-    """what: "train", and more flags of train.py. A step is a GPU's part of the default run's."""
+def time_training(what: str, args):
+    """-> rows. what: "train" and flags of it. A step is a GPU's part of the default run's."""
     cfg = train.TrainConfig(**{flag[2:]: True for flag in what.split()[1:]})
     model = random_model(*SIZES[args.size][:2], args.dtype)
     lora.prepare(model, "lora", dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=0.0))
@@ -184,40 +149,43 @@ def time_training(rows: list, what: str, args) -> None:
     for micro in (1, 2, 4, 8):
         batch = make_batch(model, cfg.effective_batch // 8, micro)
         if DEVICE == "cuda":
-            batch["micro"] = [{k: v.pin_memory() for k, v in m.items()} for m in batch["micro"]]
             torch.cuda.reset_peak_memory_stats()
-        s = record(rows, what, micro, partial(step, batch), rounds=2)
-        measured = meter.speed(model, batch, s, 1, model.device)
-        rows[-1] |= dict(samples_per_s=batch["windows"] / s, **measured)
+        s, = take_turns([partial(step, batch)], 2)
+        yield dict(what=what, batch=micro, samples_per_s=batch["windows"] / s,
+                   **meter.speed(model, batch, s, 1, model.device))
 
 def bench_parts(args):
     """gpu, generate, serve: a row at each batch size; what was measured stays if memory ends."""
-    if args.size == "5b" and DEVICE == "cpu":
-        raise cli.UserError("no GPU is visible; on a CPU: --size tiny")
     torch.set_float32_matmul_precision("high")  # as in training
     rows, ended = [], None
     try:
         for what in BENCHES[args.what]["rows"]:
-            (time_training if what.startswith("train") else time_answers)(rows, what, args)
+            time_rows = time_training if what.startswith("train") else time_answers
+            for row in time_rows(what, args):
+                rows.append(row)
             gc.collect()
             torch.cuda.empty_cache()
     except (torch.cuda.OutOfMemoryError, MemoryError, cli.UserError) as e:
         ended = f"{what}: {cli.first_line(e)}"
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-    facts = dict(device=name, torch=torch.__version__, size=args.size, rows=rows, ended=ended)
+    speeds = {(row["what"], row["batch"]): row["samples_per_s"] for row in rows}
+    for row in rows:
+        row["x one"] = row["samples_per_s"] / speeds[row["what"], 1]
+        if native := speeds.get(("native", row["batch"])):
+            row["x native"] = row["samples_per_s"] / native
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     if args.what == "gpu":
+        facts = dict(device=device, torch=torch.__version__, size=args.size, rows=rows, ended=ended)
         cli.write_text(args.out, json.dumps(facts, indent=1))
     print_rows(rows)
-    print(f"Device: {name}" + (f"; ended early, {ended}" if ended else ""))
+    print(f"Device: {device}" + (f"; ended early, {ended}" if ended else ""))
 
 def main() -> None:
     parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")
     parser.add_argument("what", choices=BENCHES,
                         help="; ".join(f"{name}: {b['help']}" for name, b in BENCHES.items()))
     args = parser.add_tables("bench").parse_args()
-    args.size = args.size or ("5b" if args.what == "gpu" else "110m")
-    usual = "bfloat16" if DEVICE == "cuda" or args.what == "serve" else "float32"
-    args.dtype = getattr(torch, args.dtype or usual)
+    args.size = args.size or ("5b" if args.what == "gpu" and DEVICE == "cuda" else "110m")
+    args.dtype = torch.bfloat16 if DEVICE == "cuda" or args.what == "serve" else torch.float32
     with cli.as_user_error("", ModuleNotFoundError, suffix="; see support/requirements-bench.txt"):
         globals().get(f"bench_{args.what}", bench_parts)(args)
 

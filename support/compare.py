@@ -1,36 +1,33 @@
-"""support/compare.py -- runs in the post's table and heat map; which differences are real."""
+"""support/compare.py -- runs in the post's table, and which differences are real."""
 import json
 from itertools import combinations
 from pathlib import Path
 import numpy as np
-from support.cli import UserError, picture, write_text
+from support.cli import UserError, as_user_error, write_text
 from support.recipes import BENCHMARK, PUBLISHED
 from support.report import NOTES, by_split, markdown, plain
 from support.tasks import TASKS, TITLES
 
 def read_run(folder: Path) -> dict[str, dict]:  # its systems: {name: {"step", "task", "rows"}}
-    runs = {}
-    try:
+    with as_user_error(f"no results of eval.py in {folder}: ", OSError, ValueError, KeyError):
         result = json.loads((folder / "results.json").read_text())
-        for line in (folder / "hypotheses.jsonl").read_text().strip().split("\n"):
-            row = json.loads(line)
-            main = row["run"] == result["run"]
-            name = folder.resolve().name.removeprefix("out_") if main else row["run"]
-            step = result["step"] if main else None
-            run = runs.setdefault(name, dict(step=step, task=result["task"], rows=[]))
-            run["rows"].append({k: row[k] for k in ("split", "id", "reference", "hypothesis")})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"no results of eval.py in {folder}: run it with --ckpt {folder}") from None
-    return runs
+        lines = (folder / "hypotheses.jsonl").read_text().strip().split("\n")
+        systems = by_split([json.loads(line) for line in lines], "run")
+        main, task, step = systems.pop(result["run"]), result["task"], result["step"]
+    runs = {name: dict(step=None, task=task, rows=rows) for name, rows in systems.items()}
+    name = folder.resolve().name.removeprefix("out_")
+    return {name: dict(step=step, task=task, rows=main)} | runs
 
 def read_runs(folders: list[str]) -> dict[str, dict]:
     """read_run() of all. Raises UserError if they were not evaluated on the same utterances."""
+    def columns(run, *names):
+        return [[row[name] for name in names] for row in run["rows"]]
     def asked(run):
-        return run["task"], [(r["split"], r["id"], r["reference"]) for r in run["rows"]]
+        return run["task"], columns(run, "split", "id", "reference")
     runs = {}
     for folder in folders:
         for name, run in read_run(Path(folder)).items():
-            if runs.get(name, run)["rows"] != run["rows"]:
+            if columns(runs.get(name, run), "hypothesis") != columns(run, "hypothesis"):
                 name = f"{folder}/{name}"  # but a baseline that several folders hold is shown once
             runs[name], first = run, next(iter(runs), name)
             if asked(run) != asked(runs[first]):
@@ -43,9 +40,6 @@ def p_value(differences: np.ndarray) -> float:
     either = min((differences <= 0).sum(), (differences >= 0).sum())
     return float(min(1.0, 2 * (either + 1) / (len(differences) + 1)))
 
-def table(columns: list[str], runs: list[tuple]) -> str:
-    return markdown([[*r[:2], *map(plain, r[2])] for r in runs], ["Run", "Steps", *columns, "Avg"])
-
 def differences(columns: list[str], scores: dict[str, tuple]) -> list[str]:
     """{name: what score() of eval.py returns} -> their differences, explained."""
     rows = []
@@ -56,36 +50,23 @@ def differences(columns: list[str], scores: dict[str, tuple]) -> list[str]:
     return [NOTES["p_values"].format(len(draws.T)), markdown(rows, ["Difference", *columns, "Avg"])]
 
 def compare(folders: list[str], grade, score, normalizer: str, out: Path):
-    """Writes table.md, best runs first, and heatmap.png. grade and score are those of eval.py."""
+    """Writes table.md, best runs first. grade and score are those of eval.py."""
     runs = read_runs(folders)
     first = next(iter(runs.values()))
     columns, metric = list(by_split(first["rows"])), TASKS[first["task"]][0]
     scores = {name: score([grade(r, run["task"], normalizer) for r in run["rows"]], metric)
               for name, run in runs.items()}
-    same = metric == "wer" and columns == list(BENCHMARK)  # speech: with the post's runs
-    published = [(f"{name} (published)", n or None, xs) for name, (n, *xs) in PUBLISHED.items()]
     shown = [(name, run["step"], scores[name][0]) for name, run in runs.items()]
-    shown += published if same else []
+    published = metric == "wer" and columns == list(BENCHMARK)  # of the same speech
+    if published:
+        shown += [(f"{name} (published)", n or None, xs) for name, (n, *xs) in PUBLISHED.items()]
     shown.sort(key=lambda r: (np.isnan(r[2][-1]), r[2][-1] if metric == "wer" else -r[2][-1]))
-    text = [f"{TITLES[metric]}, %, normaliser: {normalizer}.", table(columns, shown)]
+    lines = [[name, step, *map(plain, figures)] for name, step, figures in shown]
+    text = [f"{TITLES[metric]}; normaliser: {normalizer}.",
+            markdown(lines, ["Run", "Steps", *columns, "Avg"])]
     if len(scores) > 1:
         text += differences(columns, {name: scores[name] for name, *_ in shown if name in scores})
-    if metric == "wer":
-        text.append(NOTES["same" if columns[0] in BENCHMARK else "other"])
-        text += [] if same else [table(BENCHMARK, published)]
+    if published:
+        text.append(NOTES["published"])
     write_text(out / "table.md", "\n\n".join(text) + "\n")
-    plot_heatmap(shown, [*columns, "Avg"], metric, out / "heatmap.png")
-    print(*text, f"wrote table.md and heatmap.png to {out}", sep="\n\n")
-
-def plot_heatmap(runs: list[tuple], columns: list[str], metric: str, path: Path) -> None:
-    """Green is good. WER is shaded by its logarithm: 1 against 2 as 50 against 100, its worst."""
-    names, _, figures = zip(*runs, strict=True)
-    values = np.array(figures, float)  # (runs, columns)
-    scale = dict(norm="log", cmap="RdYlGn_r") if metric == "wer" else dict(cmap="RdYlGn")
-    size = (1.3 * len(columns) + 0.1 * max(map(len, names)) + 0.5, 0.5 * len(names) + 1.4)
-    with picture(path, figsize=size) as (_, axis):
-        axis.imshow(values.clip(0.5, 100), aspect="auto", vmin=0.5, vmax=100, alpha=0.7, **scale)
-        for (i, j), value in np.ndenumerate(values):
-            axis.text(j, i, plain(value), ha="center", va="center")
-        axis.set_xticks(range(len(columns)), [c.replace("_", "\n", 1) for c in columns])
-        axis.set(yticks=range(len(names)), yticklabels=names, xlabel=f"{TITLES[metric]}, %")
+    print(*text, f"wrote table.md to {out}", sep="\n\n")

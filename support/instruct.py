@@ -1,5 +1,4 @@
-"""support/instruct.py -- questions and answers about transcripts by any OpenAI-compatible server,
-as instruct.toml has it. What it said is in OUT.part until nothing is missing: repeat to go on."""
+"""support/instruct.py -- questions and answers about transcripts by an OpenAI-compatible server."""
 import asyncio
 import json
 import os
@@ -28,21 +27,18 @@ def language(text: str) -> str:  # of most letters, "ru", "en" or "other"; "" wi
 def make_jobs(args) -> dict[str, tuple]:
     """{digest of all that an answer depends on: (sample, kind, request)}, audio relative to OUT."""
     bad, jobs, folder = BadRows(), {}, os.path.realpath(Path(args.out).parent)
-    shares = dict(re.findall(r"(\w+)=(\d{1,9}(?:\.\d+)?)", args.kinds))
-    if args.kinds != ",".join(map("=".join, shares.items())) or not shares.keys() <= KINDS.keys():
-        raise cli.UserError(f"--kinds {args.kinds}: some of {', '.join(KINDS)}, as what=3,who=1")
     samples, total = read_manifest(args.manifest, bad)
     for sample in samples:
         text, lang = sample.answer, language(sample.answer)
-        weights = {kind: float(share) for kind, share in shares.items() if lang in KINDS[kind]}
+        kinds = [kind for kind in args.kinds if lang in KINDS[kind]]
         if sample.question != ASR_PROMPT or not all(map(os.path.isfile, sample.audio)):
             bad.add("no transcript, or missing file", sample.name)
-        elif not any(weights.values()):
+        elif not kinds:
             bad.add("no kind of question for its language", sample.name)
         else:
             sample.audio = [os.path.relpath(os.path.abspath(a), folder) for a in sample.audio]
             rng = random.Random(f"{args.seed} {sample.audio} {text}")
-            for kind in rng.choices([*weights], [*weights.values()], k=args.per_row):
+            for kind in rng.choices(kinds, k=args.per_row):
                 prompt = "\n\n".join([TABLES[lang]["prompt"], KINDS[kind][lang], text])
                 messages = [dict(role="user", content=prompt)]
                 request = TABLES["request"] | dict(model=args.model, messages=messages)
@@ -106,7 +102,8 @@ async def ask(jobs: dict, args, answers: dict, part: Path, counts: Counter) -> N
 
 def main() -> None:
     args = cli.ArgumentParser(prog="python -m support.instruct").add_tables("instruct").parse_args()
-    out, part, rows, seen, counts = Path(args.out), Path(f"{args.out}.part"), [], set(), Counter()
+    rows, seen, counts = [], set(), Counter()
+    out, part = Path(args.out), Path(f"{args.out}.part")  # what was said; repeat to go on from it
     if out.exists() and not part.exists():
         raise cli.UserError(f"{out} is finished: delete it, or choose another --out")
     cli.check_out(out.parent)

@@ -6,13 +6,11 @@ from augment import CURRICULUM, Augmenter
 from support import checkpoint
 from support.banks import check_source
 from support.cli import ArgumentParser, UserError, as_user_error, check_out
-from support.recipes import PRESETS, TWIN
+from support.recipes import PRESETS
 from support.storage import fingerprint, newest_step, steps_in
 
-# ---- Flags
 def parse_config(config: type, argv: list[str]):
-    """Flags over preset (with --resume: over the run's configuration) over defaults -> a `config`
-    of train.py; the word none switches off what may be None. Raises UserError."""
+    """Flags over preset (with --resume: the run's configuration) over defaults -> a `config`."""
     parser = ArgumentParser(prog="train.py", description="Fit a Borealis model.").add_flags(config)
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     first = parser.parse_args(argv)  # again: some presets name their --out
@@ -23,7 +21,7 @@ def parse_config(config: type, argv: list[str]):
         saved = checkpoint.training_config(first.out) | dict(out=first.out)
         parser.set_defaults(**{f.name: saved.get(f.name, f.default) for f in fields(config)})
     cfg = config(**vars(parser.parse_args(argv)))
-    for f in fields(config):
+    for f in fields(config):  # the word none switches off what may be None
         if f.type | None == f.type and getattr(cfg, f.name) in ("none", ""):
             setattr(cfg, f.name, None)
     for name in names[:names.index("out")]:  # the fields behind are the machine's
@@ -41,17 +39,15 @@ def check(cfg) -> None:  # what the flags' own ranges cannot tell. Raises UserEr
         if where and cfg.data_dir and Path(cfg.data_dir, where).is_dir():
             setattr(cfg, name, str(Path(cfg.data_dir, where)))
     start, out = "" if cfg.resume else cfg.init_from or "", Path(cfg.out).resolve()
-    whole = cfg.optimizer == "muon" or cfg.ctc  # weights are what they want
     for wrong, message in (
             (cfg.data_dir and not Path(cfg.data_dir).is_dir(), f"no folder at {cfg.data_dir}"),
-            (cfg.shard and whole, "--shard goes with --optimizer adamw and --ctc 0"),
+            (cfg.shard and (cfg.optimizer == "muon" or cfg.ctc),  # they want whole weights
+             "--shard goes with --optimizer adamw and --ctc 0"),
             (steps_in(out) and not cfg.overwrite and not cfg.resume,
              f"{cfg.out} already holds a run: --resume, --overwrite or another --out"),
             (start and Path(start).resolve().is_relative_to(out),
              f"--init_from {start} lies in --out: write into another folder"),
-            (start and cfg.train == "scratch", "--train scratch: leave out --init_from"),
-            (start == TWIN["init_from"] and not Path(start).exists(),
-             f"no {start} yet: python train.py --preset tiny_pretrain makes it")):
+            (start and cfg.train == "scratch", "--train scratch: leave out --init_from")):
         if wrong:
             raise UserError(message)
 
@@ -59,8 +55,7 @@ def stage_starts(cfg) -> list[float]:
     """--curriculum -> where in the run its four stages start, from 0 to 1. Raises UserError."""
     if cfg.curriculum == "none":
         return []
-    with as_user_error("--curriculum: none, or where in the run its 4 stages start, as ascending "
-                       "fractions from 0, like 0,0.2,0.5,0.8: ", ValueError):
+    with as_user_error("--curriculum: none, or four ascending fractions from 0: ", ValueError):
         starts = [float(s) for s in cfg.curriculum.split(",")]
         if len(starts) != 4 or starts != sorted(starts) or starts[0] or not 0 <= starts[3] <= 1:
             raise ValueError(f"not {cfg.curriculum}")
@@ -85,7 +80,7 @@ def load_start(cfg) -> checkpoint.Borealis:
     """What to train on, loaded; model.config.base names it for later. Raises UserError."""
     base = dict(checkpoint=None, encoder=cfg.encoder, llm=cfg.llm)
     parts = f"--init_from {cfg.init_from} --encoder {cfg.encoder} --llm {cfg.llm}"
-    ways = "; or --init_from none (a new adapter), or --preset pretrain first and its --out here"
+    ways = "; or --init_from none: a new adapter; or --preset pretrain (tiny_pretrain) first"
     with as_user_error(f"cannot start from {parts}: ", *checkpoint.ERRORS,
                        suffix=ways if cfg.init_from and not cfg.resume else ""):
         if cfg.resume:  # on what the run was started on, wherever its flags would point by now

@@ -25,17 +25,13 @@ class Silent:  # the Log of the other ranks: nothing happens
 class Log:
     """Rank 0's log: metrics.jsonl, a bar, and what --log names; rows after `start` go."""
     def __init__(self, cfg, start: int):
-        self.path, self.board, self.tracker = Path(cfg.out, "metrics.jsonl"), None, None
+        self.path, self.tracker = Path(cfg.out, "metrics.jsonl"), None
         self.rows = read_metrics(self.path, start)
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         with as_user_error(f"--log {cfg.log}: ", Exception, suffix=f" (pip install {cfg.log}?)"):
-            if cfg.log == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(cfg.out, purge_step=start)
-            elif cfg.log != "none":  # wandb, or trackio, which is called alike
+            if cfg.log != "none":  # wandb, or trackio, which is called alike
                 self.tracker, group = import_module(cfg.log), Path(cfg.out).resolve().name
-                place = dict(dir=cfg.out) if cfg.log == "wandb" else {}
-                self.tracker.init(project="nanoborealis", group=group, config=vars(cfg), **place)
+                self.tracker.init(project="nanoborealis", group=group, config=vars(cfg))
         self.bar = tqdm(total=cfg.steps, initial=start, desc="training", unit="step",
                         mininterval=0.1 if sys.stderr.isatty() else 10)  # seconds; 10 in a file
     def write(self, row: dict):
@@ -45,10 +41,7 @@ class Log:
         figures = {k: v for k, v in row.items() if k != "step"}
         if self.tracker:
             self.tracker.log(figures, step=row["step"])
-        for name, value in figures.items() if self.board else ():
-            self.board.add_scalar(name, value, row["step"])
-        text = [f"{k} {v:,.0f}" if v >= 100 else f"{k} {v:.3g}" for k, v in figures.items()]
-        self.bar.set_postfix_str(", ".join(text), refresh=False)
+        self.bar.set_postfix(figures, refresh=False)
         self.bar.update()
     def note(self, text: str):  # a line on standard error, above the bar
         self.bar.write(text, file=sys.stderr)
@@ -56,8 +49,6 @@ class Log:
         self.bar.close()
         if self.tracker:
             self.tracker.finish()
-        if self.board:
-            self.board.close()
 
 def plot_loss(rows: list[dict], path: Path):  # of a Log -> a picture: each step, and smoothed
     steps, loss = [r["step"] for r in rows], [r["loss"] for r in rows]

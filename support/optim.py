@@ -39,8 +39,8 @@ def make(cfg, model) -> list[torch.optim.Optimizer]:
     """-> [AdamW] or [AdamW, Muon], the latter for all matrices but embeddings and the head."""
     rows = "llm.model.embed_tokens.weight", "llm.lm_head.weight", "new_rows"  # one for each token
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in trained.items() if p.dim() == 2 and name not in rows}
-    matrices = matrices if cfg.optimizer == "muon" else {}
+    matrices = {name: p for name, p in trained.items()
+                if cfg.optimizer == "muon" and p.dim() == 2 and name not in rows}
     rest = [p for name, p in trained.items() if name not in matrices]
     groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=cfg.weight_decay),
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
@@ -59,26 +59,20 @@ def update(optimizers: list, lr: float, forget: bool) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=forget)
 
-def describe(optimizers: list) -> str:
-    shares = {type(o).__name__: sum((g["params"] for g in o.param_groups), []) for o in optimizers}
-    return "; ".join(f"{name}: {len(ps)} tensors, {sum(p.numel() for p in ps):,} parameters"
-                     for name, ps in shares.items())
-
 def use_bf16(device: str, wanted: bool) -> bool:  # a CPU without instructions for it would crawl
     return device == "cuda" or wanted and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 @contextmanager
 def autocast(device: str, bf16: bool):
-    """A context for the forward: products in bf16, or as they are. On a CPU attention is then
-    spelled out, for the backward of the fused one takes four times as long in bf16 as in fp32."""
-    on = use_bf16(device, bf16)
+    """A context for the forward: products in bf16, or as they are."""
+    on = use_bf16(device, bf16)  # a CPU's fused attention is slow backward in it: spell it out
     spelled_out = sdpa_kernel(SDPBackend.MATH) if on and device == "cpu" else nullcontext()
     with torch.autocast(device, torch.bfloat16, enabled=on), spelled_out:
         yield
 
 class WithCTC(torch.nn.Module):
-    """Adds a gradient: the adapter's output, read by the LLM's own head, shall spell a transcript
-    (CTC: Graves et al. 2006): the LLM alone takes long to find out which sounds are which words."""
+    """Adds a gradient: the adapter's output, read by the LLM's head, shall spell a transcript (CTC,
+    Graves et al. 2006): the LLM alone takes long to find out which sounds are which words."""
     def __init__(self, model):  # model.ctc: its weight
         super().__init__()
         self.model, self.ends = model, torch.tensor(model.ends)

@@ -43,8 +43,7 @@ def pick_batch(cfg, model, device: torch.device, world: int) -> int:
     return 1
 
 def shard(model: torch.nn.Module) -> torch.nn.Module:
-    """FSDP2: each rank keeps a part of all weights, gradients and moments; a layer is gathered when
-    it computes, in bf16 on a GPU, and its gradients are added up and dealt out after it."""
+    """FSDP2: each rank keeps a part of weights, gradients, moments; it gathers layers in turn."""
     gpu = model.device.type == "cuda"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if gpu else MixedPrecisionPolicy()
     for part in (*model.llm.model.layers, model.adapter):
@@ -99,6 +98,5 @@ def load(dataset, schedule, workers: int, pin_memory: bool):
     return batches
 
 def quiet_worker(_: int) -> None:  # Ctrl-C and SIGTERM go to all processes: the loop answers
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

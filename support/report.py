@@ -16,9 +16,9 @@ KNOWN_NAMES = Counter(name for own in NAMES.values() for name in own["held_out"]
 NOTES, KINDS = TABLES["notes"], TABLES["kinds"]  # {kind of error: which ones, out of what}
 PAIR = "REF: {reference}\nHYP: {hypothesis}"
 
-def by_split(rows: list[dict]) -> dict[str, list[dict]]:
-    splits = dict.fromkeys(r["split"] for r in rows)
-    return {split: [r for r in rows if r["split"] == split] for split in splits}
+def by_split(rows: list[dict], key: str = "split") -> dict[str, list[dict]]:
+    splits = dict.fromkeys(r[key] for r in rows)
+    return {split: [r for r in rows if r[key] == split] for split in splits}
 
 def longest_loop(words: list[str] | str) -> int:
     """Words or letters, 4 or more, in the longest stretch that says a phrase (up to 30) thrice."""
@@ -31,19 +31,19 @@ def has_loop(ref: list[str], hyp: list[str]) -> bool:  # one that the reference 
     return longest_loop(hyp) > longest_loop(ref) or in_words[1] > in_words[0]
 
 def more_counts(ref: list[str], hyp: list[str], seconds: float) -> dict[str, list[float]]:
-    """Of a transcript, beside its edits: does it loop? Of silence: its words, and 100 minutes' part
-    of it, so that eval.percent() gives words a minute. Of corpus.NAMES in it: found, all."""
+    """Of a transcript: does it loop? Of silence: its words, and 100 minutes' part of it, for
+    eval.percent() gives words a minute so. Of corpus.NAMES in it: found, all."""
     names = Counter(ref) & KNOWN_NAMES
     return dict(loops=[float(has_loop(ref, hyp)), 1],
                 made_up=[0, 0] if ref else [len(hyp), 100 * seconds / 60],
                 found=[(names & Counter(hyp)).total(), names.total()])
 
 def diagnose(rows: list[dict]) -> dict[str, int]:  # in how many of a split's rows what went wrong
-    kinds, found = ("stopped_early", "cut", "silence", "text_on_silence"), []
-    for r in rows:
-        ref, hyp = r["reference_normalised"].split(), r["hypothesis_normalised"].split()
-        found.append((len(ref) > 1.5 * len(hyp), r["cut"], not ref, bool(hyp and not ref)))
-    return dict(zip(kinds, map(sum, zip(*found, strict=True)), strict=True))
+    texts = [(r["reference_normalised"].split(), r["hypothesis_normalised"].split()) for r in rows]
+    silence = [hyp for ref, hyp in texts if not ref]
+    return dict(stopped_early=sum(len(ref) > 1.5 * len(hyp) for ref, hyp in texts),
+                cut=sum(r["cut"] for r in rows), silence=len(silence),
+                text_on_silence=sum(map(bool, silence)))
 
 def describe(rows: list[dict], task: str) -> dict:  # what a split's figure is made of, and took
     sound, took, tokens = (sum(r[k] for r in rows) for k in ("seconds", "took", "tokens"))
@@ -55,16 +55,14 @@ def describe(rows: list[dict], task: str) -> dict:  # what a split's figure is m
                         seconds=round(sound, 1), rtf=round(took / sound, 5) if sound else None,
                         tokens_per_s=round(tokens / max(took, 1e-9), 1))
 
-def worst(rows: list[dict], task: str, n: int = 10) -> str:  # transcripts: aligned word by word
+def worst(rows: list[dict], task: str, n: int = 10) -> str:  # aligned word by word
     def errors(r):
         return sum(r["wer"][:3]) if task == "asr" else 1 - r[TASKS[task][-1]][0]
     blocks = []
     for r in sorted(filter(errors, rows), key=errors, reverse=True)[:n]:
-        text = PAIR.format_map(r)
-        if task == "asr":
-            words = jiwer.process_words(r["reference_normalised"], r["hypothesis_normalised"])
-            text = jiwer.visualize_alignment(words, show_measures=False, line_width=110)
-            text = text.split("===\n", 1)[1].strip("\n")  # below its own headline
+        words = jiwer.process_words(r["reference_normalised"], r["hypothesis_normalised"])
+        text = jiwer.visualize_alignment(words, show_measures=False, line_width=110)
+        text = text.split("===\n", 1)[1].strip("\n")  # below its own headline
         blocks.append(f"{r['id']}: {errors(r):.3g} errors\n{text}")
     return "\n\n".join(blocks)
 
@@ -131,8 +129,8 @@ def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: 
         failed = [f"{r['id']} ({system}, {r['split']}): {r['failed']}" for r in own if r["failed"]]
         if failed:
             text.append("\n- ".join([f"## Failed, counted as empty: {system}\n", *failed]))
-            first = "; ".join(failed[:5])
-            print(NOTES["failed"].format(system, len(failed), len(own), first), file=sys.stderr)
+            facts = system, len(failed), len(own), "; ".join(failed[:5])
+            print(NOTES["failed"].format(*facts), file=sys.stderr)
         for split, some in by_split(own).items():
             if block := worst(some, task):
                 text.append(f"## The worst of {system}, {split}\n\n```\n{block}\n```")

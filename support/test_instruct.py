@@ -24,7 +24,7 @@ from support.corpus import sentence
 from support.rows import BadRow, BadRows
 
 KEY = "sk-nobody-may-read-this"
-ALL = ("--kinds", ",".join(f"{kind}=1" for kind in instruct.KINDS))
+ALL = ("--kinds", *instruct.KINDS)
 
 def said(question: str, answer: str) -> str:
     return json.dumps(dict(question=question, answer=answer), ensure_ascii=False)
@@ -125,7 +125,7 @@ def counts(err: str) -> dict[str, int]:  # the table
 def test_vllm(clients, corpus, tmp_path, monkeypatch, run):
     """Structured output: even a random model's answers are what the schema says. The checks refuse
     them by reason; where any letter is Russian, and it may say "transcribe", most pass."""
-    kinds = dict(any=dict(found="either", max=10**6, per=10**6, ru="Спроси что угодно."),
+    kinds = dict(what=dict(found="either", max=10**6, per=10**6, ru="Спроси что угодно."),
                  tone=instruct.KINDS["tone"])
     monkeypatch.setattr(instruct, "KINDS", kinds)
     strict = dict(instruct.TABLES)
@@ -137,7 +137,7 @@ def test_vllm(clients, corpus, tmp_path, monkeypatch, run):
     manifest = write_manifest(tmp_path / "texts.jsonl", rows)
     url, flags = str(clients[0].base_url), ["--model", "borealis", "--concurrency", 4]
     try:
-        code, err, kept = run(manifest, url, *flags, "--kinds", "any=1")
+        code, err, kept = run(manifest, url, *flags, "--kinds", "what")
     finally:
         instruct.TABLES.update(strict)
     table = counts(err)
@@ -150,7 +150,7 @@ def test_vllm(clients, corpus, tmp_path, monkeypatch, run):
     samples, _ = data.read_manifest(str(tmp_path / "out.jsonl"), bad)
     assert len(samples) == len(kept) and all(len(data.load_audio(s.audio[0])) for s in samples)
     part = tmp_path / "strict.jsonl.part"
-    code, err, kept = run(manifest, url, *flags, "--kinds", "tone=1", out=tmp_path / "strict.jsonl")
+    code, err, kept = run(manifest, url, *flags, "--kinds", "tone", out=tmp_path / "strict.jsonl")
     assert sum(counts(err).values()) == 16 and "broken JSON" not in err
     assert bool(kept) == (code == 0) == (not part.exists())
 
@@ -187,13 +187,12 @@ def test_shares(tmp_path):
         jobs = instruct.make_jobs(parser.parse_args(flags))
         return list(jobs), Counter(kind for _, kind, _ in jobs.values())
     keys, drawn = kinds("ru")
-    for part in parser.get_default("kinds").split(","):
-        kind, share = part.split("=")
-        assert abs(drawn[kind] / 1000 - float(share) / 10) < 0.05, kind
+    for kind, share in Counter(parser.get_default("kinds")).items():
+        assert abs(drawn[kind] / 1000 - share / 10) < 0.05, kind
     assert kinds("ru") == (keys, drawn)
     assert not {*kinds("ru", "--seed", "1")[0]} & {*keys}
     assert not {*kinds("ru", "--model", "other")[0]} & {*keys}
-    _, drawn = kinds("en", "--kinds", "translation=9,tone=1,who=0", "--per_row", "2")
+    _, drawn = kinds("en", "--kinds", "translation", "translation", "tone", "--per_row", "2")
     assert drawn == {"tone": 2000}  # of one row too, each is asked
 
 # ---- Answers that are refused, and those that are not
@@ -382,11 +381,9 @@ def test_key_stays_secret(tmp_path, run, monkeypatch):
     (["--manifest", "empty.jsonl"], "is empty"),
     (["--manifest", "other.jsonl"], "3 of 3 rows are unusable, fix them: 2 no transcript, or"),
     (["--url", "http://127.0.0.1:{port}/v1", "--retries", "0"], "does not answer"),
-    (["--url", "127.0.0.1:1"], "does not answer"),
-    (["--kinds", "what=1,where=1"], "--kinds what=1,where=1: some of what, who"),
-    (["--kinds", "what"], "--kinds what:"), (["--kinds", "what=-1"], "--kinds what=-1:"),
-    (["--kinds", "what=nan"], "--kinds what=nan:"), (["--kinds", ""], "no kind"),
-    (["--kinds", "what=0"], "no kind of question for its language"),
+    (["--url", "127.0.0.1:1", "--retries", "0"], "does not answer"),
+    (["--manifest", "in/en3.jsonl", "--kinds", "translation"], "no kind of question for its lang"),
+    (["--kinds", "where"], "choose from 'what', 'who'"), (["--kinds"], "at least one argument"),
     (["--per_row", "0"], "--per_row/--per-row: must be between 1 and 100"),
     (["--concurrency", "x"], "invalid number value"),
     (["--out", "in/a.wav/out.jsonl"], "is a file or not writable"),
@@ -394,7 +391,7 @@ def test_key_stays_secret(tmp_path, run, monkeypatch):
     (["--modle", "m"], "unrecognized arguments: --modle m")])
 def test_mistakes(flags, says, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
-    manifest = transcripts(tmp_path, 3)
+    manifest, _ = transcripts(tmp_path, 3), transcripts(tmp_path, 3, "en")
     Path("empty.jsonl").write_text("\n")
     write_manifest(tmp_path / "other.jsonl", [
         dict(audio="gone.wav", text="раз"), dict(audio="in/a.wav", text="1 2 3"),

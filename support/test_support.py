@@ -761,12 +761,12 @@ def test_bench_gpu_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "backward", full)
     code, out, err = exit_of(bench.main, monkeypatch, capsys, *run)
     report = json.loads((tmp_path / "gpu.json").read_text())
-    first, second = report["rows"]
-    assert code == 0 and first["samples_per_s"] > 0 and second == {"what": "train", "batch": 2}
+    (first,) = report["rows"]
+    assert code == 0 and first["samples_per_s"] > 0 and first["batch"] == first["x one"] == 1
     assert report["ended"].startswith("train: CUDA out of memory") and "Traceback" not in err
 
 def row(reference, hypothesis, task="asr", **more):
-    r = dict(reference=reference, hypothesis=hypothesis, cut=False, id="u") | more
+    r = dict(reference=reference, hypothesis=hypothesis, cut=False, id="u", seconds=2) | more
     return evaluation.grade(r, task, "default")
 
 @pytest.mark.parametrize("text, n", [
@@ -787,9 +787,7 @@ def test_diagnosis_by_hand():
         row("", "спасибо за просмотр"), row("…", "")]          # nobody spoke
     assert report.diagnose(rows) == dict(
         stopped_early=1, cut=1, silence=2, text_on_silence=1)
-    loops = [report.has_loop(r["reference_normalised"].split(), r["hypothesis_normalised"].split())
-             for r in rows]
-    assert loops == [False, False, True, False, True, False, False, False]
+    assert [r["loops"] for r in rows] == [[float(i in (2, 4)), 1] for i in range(8)]
     text = report.worst(rows, "asr")
     assert text.split("\n", 4)[1:4] == ["REF: раз два *** *** *** ***",
                                         "HYP: раз два два два два два",
@@ -840,7 +838,7 @@ def evaluated(folder, rng, rate, ids=40):
         words = spoken.vocabulary("ru")[i:i + 8]
         hypothesis = " ".join(w if rng.random() > rate else "ой" for w in words)
         rows.append(dict(run="x", split=split, id=f"{split}/{i}", reference=" ".join(words),
-                         hypothesis=hypothesis))
+                         hypothesis=hypothesis, seconds=3))
     write_manifest(folder / "hypotheses.jsonl", rows)
     (folder / "results.json").write_text(json.dumps(dict(run="x", step=1, task="asr")))
     return folder
@@ -861,9 +859,7 @@ def test_compare_tells_what_is_real(tmp_path, monkeypatch, capsys):
     assert len(p) == 3 and all((v < 0.05) == ("bad" in name) for name, v in p.items())
     wers = [float(x) for x in lines["bad"][2:]]
     assert wers[2] == pytest.approx((wers[0] + wers[1]) / 2, abs=0.02)
-    assert lines["Whisper-v3 (published)"][1:] == [
-        "-", "11.68", "12.23", "7.77", "11.95", "2.68", "19.87", "11.03"] and "other speech" in out
-    assert (tmp_path / "all" / "heatmap.png").read_bytes()[:4] == b"\x89PNG"
+    assert "WER %; normaliser: default." in out and "published" not in out  # that is other speech
     assert (tmp_path / "all" / "table.md").read_text() in out
     theirs = (folders["alike"] / "hypotheses.jsonl").read_text().splitlines()
     for name, source in (("x", "bad"), ("y", "good")):  # two runs of one name, one baseline
