@@ -39,6 +39,7 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
     greedy |= dict(temperature=0.0) if layout == "remote" else dict(max_new_tokens=256)
     if layout == "voxtral" and config.audio_token_id >= config.llm_config.vocab_size:
         greedy["suppress_tokens"] = [config.audio_token_id]  # its row is empty: nobody shall say it
+    Path(to).absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=Path(to).absolute().parent) as place:
         fresh = Path(place, "fresh")
         if unmerged:

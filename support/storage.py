@@ -130,5 +130,5 @@ def check_state_dict(where: str | Path, **kinds) -> None:
     """ValueError if there are any. kinds: missing_keys, ..., as in transformers' loading info."""
     for kind, keys in kinds.items():
         if keys:
-            some = ", ".join(map(str, sorted(keys)[:3]))
-            raise ValueError(f"the weights in {where} do not fit: {len(keys)} {kind}, as {some}")
+            some = f"{len(keys)} {kind.replace('_', ' ')} {', '.join(map(str, sorted(keys)[:3]))}"
+            raise ValueError(f"the weights in {where} do not fit: {some}")
