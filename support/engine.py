@@ -12,9 +12,6 @@ from support.recipes import TABLES
 
 INSTALLED = util.find_spec("vllm") is not None
 os.environ.update(TABLES["vllm"] | os.environ)
-if hasattr(os, "sched_getaffinity"):  # by default it leaves a core idle
-    cores = sorted(os.sched_getaffinity(0))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
 
 def check_installed() -> None:
     if not INSTALLED:
@@ -29,15 +26,11 @@ def servable(ckpt: str | Path, encoder=model.ENCODER, llm=model.LLM) -> Path:
     config = checkpoint.read_config(folder)
     if hasattr(config, "auto_map") and (folder / "generation_config.json").is_file():
         return folder  # exported
-    code = Path(model.__file__), Path(__file__).with_name("chat_template.jinja")
-    texts = [path.read_bytes() for path in (*code, *sorted(folder.glob("*")))
-             if path.suffix in (".py", ".txt", ".jinja")]
-    place = cache_dir() / f"served-{digest(decoding.digest_model(folder), encoder, llm, texts)}"
-    try:
+    template = Path(__file__).with_name("chat_template.jinja")
+    code = Path(model.__file__).read_bytes(), template.read_bytes()
+    place = cache_dir() / f"served-{digest(decoding.digest_model(folder), encoder, llm, code)}"
+    if not place.exists():
         export.export(folder, place, encoder, llm)
-    except (ValueError, OSError):
-        if not place.exists():  # else it was there, or another process was first
-            raise
     return place
 
 def careful_settings() -> dict:  # of vLLM, on a CPU
@@ -54,8 +47,7 @@ def guarded(params, limit: int | None = None):
     """vllm.SamplingParams -> the same with model.guard()'s rules. limit: tokens, see there."""
     from vllm.sampling_params import RepetitionDetectionParams
     params = params.clone()
-    if params.repetition_detection is None:
-        params.repetition_detection = RepetitionDetectionParams(model.NGRAM, 1, model.REPEATS + 1)
+    params.repetition_detection = RepetitionDetectionParams(model.NGRAM, 1, model.REPEATS + 1)
     params.max_tokens = min(x for x in (params.max_tokens, limit and limit + 1, 1 << 30) if x)
     return params
 

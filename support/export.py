@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 import huggingface_hub
 import torch
 import torch.nn.functional as F
@@ -38,14 +39,14 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
     greedy |= dict(temperature=0.0) if layout == "remote" else dict(max_new_tokens=256)
     if layout == "voxtral" and config.audio_token_id >= config.llm_config.vocab_size:
         greedy["suppress_tokens"] = [config.audio_token_id]  # its row is empty: nobody shall say it
-    fresh = Path(f"{Path(to)}.{os.getpid()}.tmp")
-    try:
+    Path(to).absolute().parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=Path(to).absolute().parent) as place:
+        fresh = Path(place, "fresh")
         if unmerged:
             take_out_lora(model, source, fresh / "lora")
         written = model if layout == "remote" else to_voxtral(model)
         written.save_pretrained(fresh, max_shard_size="5GB")
         processor.save_pretrained(fresh)
-        extractor.save_pretrained(fresh)
         (fresh / "generation_config.json").write_text(json.dumps(greedy, indent=2))
         for file in (code.__file__, *source.glob("train_config.json")):  # eval.py reads the latter
             shutil.copy(file, fresh)
@@ -55,22 +56,19 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
         (fresh / "README.md").write_text(
             model_card(model, source, title or Path(to).name, layout), "utf-8")
         os.replace(fresh, to)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return model
 
 def to_voxtral(model) -> transformers.VoxtralForConditionalGeneration:
     """The same weights in transformers' own class, for a simple adapter. Raises ValueError."""
     config, listens, table = model.config, model.config.encoder_config, TABLES["voxtral"]
     k = listens.encoder_ffn_dim / listens.d_model  # of a Whisper 4; it has no setting for it
-    if config.adapter != "simple":
-        raise ValueError("--layout voxtral has no deep adapter: use --layout remote")
-    if config.downsample_factor != k or listens.max_source_positions % k:
-        raise ValueError(f"--layout voxtral takes whole {k:g} frames a token: use --layout remote")
+    odd = config.downsample_factor != k or listens.max_source_positions % k
+    if odd or config.adapter != "simple":
+        raise ValueError(f"--layout voxtral takes a simple adapter and whole {k:g} frames a token: "
+                         "use --layout remote")
     state = {}
-    for key, weight in model.state_dict().items():
-        part = next(part for part in table["parts"] if key.startswith(part))
-        state[key.replace(part, table["parts"][part], 1)] = weight
+    for part, prefix in table["parts"].items():
+        state |= model.get_submodule(part).state_dict(prefix=prefix)
     rows = max(config.llm_config.vocab_size, config.audio_token_id + 1)
     for key in ("model.language_model.embed_tokens.weight", "lm_head.weight"):  # here, never tied
         state[key] = F.pad(state[key], (0, 0, 0, rows - len(state[key])))
@@ -83,32 +81,22 @@ def to_voxtral(model) -> transformers.VoxtralForConditionalGeneration:
     return twin
 
 def model_card(model, source: Path, title: str, layout: str) -> str:  # model_card.md, filled in
-    settings = read_json(source / "train_config.json")
-    for key, value in settings.items():
-        if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
-            settings[key] = Path(value).name  # the rest of a path is nobody's business
-    settings = [(key, value) for key, value in settings.items()
-                if key not in TABLES["export"]["private"] and value not in (None, "", False)]
-    training = tabulate(settings, ["setting", "value"], "pipe", disable_numparse=True)
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.replace("{usage}", TABLES["export"]["usage"][layout]).format(
         title=title, model=model, seconds=model.config.window_samples / SAMPLE_RATE,
-        parameters=model.num_parameters(), transformers=transformers.__version__,
-        scores=scores(source),
-        training=training if settings else "Not recorded.")
+        parameters=model.num_parameters(), scores=scores(source))
 
 def scores(source: Path) -> str:  # what eval.py found: results.json beside the checkpoint, or above
     results = read_json(source / "results.json") or read_json(source.parent / "results.json")
     if results.get("weights") != fingerprint(source) or results["task"] != "asr":
         return "Not evaluated yet."  # but maybe another step was
-    runs = {results["run"]: results} | results.get("others", {})
-    rows = [[k, *(s["wer"] for s in r["splits"].values()), r["avg_wer"]] for k, r in runs.items()]
-    table = tabulate(rows, ["WER %", *results["splits"], "average"], "pipe", disable_numparse=True)
-    return f"{table}\n\nNormaliser: {results['normalizer']}; 95 % intervals are in results.json."
+    rows = [[name, split["wer"]] for name, split in results["splits"].items()]
+    rows.append(["average", results["avg_wer"]])
+    return tabulate(rows, ["split", "WER %"], "pipe", disable_numparse=True)
 
 def take_out_lora(model, source: Path, to: Path) -> None:
-    """A merged LoRA run's LLM gets the linears of its base back, and `to` the matrices, as peft has
-    them; adapter and embeddings stay those of the run. Raises ValueError or OSError."""
+    """The LLM of a merged run gets its base's linears back, `to` the matrices, as peft has them."""
+    import peft
     config = read_config(source)
     if not config or config.trained != "lora":
         raise ValueError(f"{source} holds no LoRA: leave out --unmerged")
@@ -116,12 +104,10 @@ def take_out_lora(model, source: Path, to: Path) -> None:
     base = load_base(source, config)
     for name in {k.split(".lora_")[0] for k in matrices}:
         model.get_submodule(name).weight.data = base.get_submodule(name).weight.data
-    to.mkdir(parents=True)
+    peft.LoraConfig(r=config.lora["rank"], lora_alpha=config.lora["alpha"],
+                    target_modules=r"llm\..*_proj").save_pretrained(to)  # not the encoder's
     tensors = {f"base_model.model.{k.replace('.default', '')}": v for k, v in matrices.items()}
     save_file(tensors, to / "adapter_model.safetensors")
-    settings = dict(peft_type="LORA", r=config.lora["rank"], lora_alpha=config.lora["alpha"],
-                    target_modules=r"llm\..*_proj")  # not the encoder's
-    (to / "adapter_config.json").write_text(json.dumps(settings, indent=2))
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m support.export", description="Write a model folder.")
@@ -129,8 +115,7 @@ def main() -> None:
     with as_user_error("", ValueError, OSError):
         model = export(args.ckpt, args.to, args.encoder, args.llm, args.push, args.layout,
                        args.unmerged)
-    matrices = f"LoRA in {args.to}/lora" if args.unmerged else "LoRA merged"
-    print(f"{args.to} holds {model.num_parameters():,} parameters in {model.dtype}, {matrices}")
+    print(f"{args.to} holds {model.num_parameters():,} parameters in {model.dtype}")
     if args.push:
         hint = f"; go online, set HF_TOKEN, and run hf upload {args.push} {args.to}"
         with as_user_error(f"{args.to} is written, but not pushed: ", Exception, suffix=hint):

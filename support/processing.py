@@ -9,19 +9,17 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 from transformers.pipelines.base import ChunkPipeline
 import model
 from model import AUDIO, HOP, SAMPLE_RATE, as_list
 
-soundfile = None
 try:  # or transformers would demand them of whoever loads the folder
     import soundfile
     from torchaudio.transforms import Resample
-    resampler = lru_cache(maxsize=16)(Resample)  # its kernel takes long to make
 except (ImportError, OSError):
-    resampler = None
+    soundfile = Resample = None
+resampler = Resample and lru_cache(maxsize=16)(Resample)  # its kernel takes long to make
 
 KEYS = "audio", "array", "raw", "bytes", "path", "url", "base64", "data", "input_audio", "audio_url"
 LANGUAGES, ASKED = ("ru", "en", "russian", "english"), ("language", "prompt", "hotwords")
@@ -42,10 +40,8 @@ def load_audio(source, rate: int = SAMPLE_RATE) -> torch.Tensor:
         wave = model.check_wave(wave.mean(0) if wave.dim() == 2 and len(wave) <= 2 else wave)
         return wave if rate == SAMPLE_RATE else model.check_wave(resample(wave, rate))
     except Exception as e:  # it fails in many ways, as files and networks do
-        name = f"{str(source)[:80]}: " if isinstance(source, (str, Path)) else ""
-        hint = "" if soundfile else "; for more than 16-bit WAV, pip install soundfile"
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"unusable recording: {name}{why}{hint}") from None
+        hint = "" if soundfile else "; beyond 16-bit WAV, pip install soundfile torchaudio"
+        raise ValueError(f"unusable recording {str(source)[:80]!r}: {e!r}{hint}") from None
 
 def decode(source: str | Path | bytes) -> tuple[np.ndarray, int]:
     """-> (n,) float32, its sample rate; raises whatever goes wrong."""
@@ -56,8 +52,7 @@ def decode(source: str | Path | bytes) -> tuple[np.ndarray, int]:
         samples, rate = soundfile.read(io.BytesIO(source), dtype="float32", always_2d=True)
         return samples.mean(axis=1), rate
     with riff.open(io.BytesIO(source)) as file:
-        if file.getsampwidth() != 2:
-            raise ValueError(f"{8 * file.getsampwidth()}-bit WAV")
+        assert file.getsampwidth() == 2, f"{8 * file.getsampwidth()}-bit WAV"
         samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32)
         return samples.reshape(-1, file.getnchannels()).mean(axis=1) / 32768, file.getframerate()
 
@@ -120,13 +115,12 @@ class BorealisProcessor(ProcessorMixin):
             raise ValueError(f"{n} {AUDIO} placeholders for {len(sounds)} recordings")
         waves = [load_audio(sound, sampling_rate) for sound in sounds]
         cut = [model.cut_windows(wave, self.config) for wave in waves]
-        counts, pad = map(len, cut), self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-        rows = [torch.tensor(sum(model.fill_slots(ids, self.config, counts), []))
+        counts = map(len, cut)
+        rows = [sum(model.fill_slots(ids, self.config, counts), [])
                 for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
-        ids = pad_sequence(rows, True, -1, "left")
+        ids = self.tokenizer.pad(dict(input_ids=rows), padding_side="left", return_tensors="pt")
         mels = dict(input_features=model.log_mel(sum(cut, []), self.config)) if cut else {}
-        return BatchFeature(dict(input_ids=ids.masked_fill(ids < 0, pad),
-                                 attention_mask=(ids >= 0).long(), **mels))
+        return BatchFeature({**ids, **mels})
     def apply_chat_template(self, conversation, tokenize=False, return_dict=False, **settings):
         """A conversation or a list of them; {"type": "audio"} parts are load_audio()'s. -> text, or
         ids, or all of __call__. It ends where the answer starts, unless the assistant was last."""
@@ -157,8 +151,7 @@ class BorealisProcessor(ProcessorMixin):
 class BorealisPipeline(ChunkPipeline):
     """pipeline("automatic-speech-recognition"): recordings of any length, see load_audio() -> text,
     and, with return_timestamps, chunks, one for each piece between two pauses."""
-    _load_processor, _load_tokenizer, _load_feature_extractor = True, False, False
-    _load_image_processor = _load_video_processor = False
+    _load_processor = True
     def _sanitize_parameters(self, return_timestamps=None, generate_kwargs=None, **settings):
         if return_timestamps not in (None, False, True, "segment"):
             raise ValueError(f"return_timestamps={return_timestamps!r}: only segments have times")

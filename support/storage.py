@@ -3,7 +3,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +17,9 @@ from support.cli import as_user_error
 from support.recipes import TABLES
 
 def steps_in(out: str | Path) -> list[Path]:
-    """A run's, oldest first: real folders, named step- and digits; all else is the user's."""
-    steps = [p for p in Path(out).glob("step-*") if re.fullmatch("step-[0-9]+", p.name)
-             and p.is_dir() and not p.is_symlink()]
-    return sorted(steps, key=lambda p: int(p.name[5:]))
+    """A run's, oldest first: real folders, named step- and 7 digits; all else is the user's."""
+    steps = sorted(Path(out).glob("step-" + 7 * "[0-9]"))
+    return [path for path in steps if path.is_dir() and not path.is_symlink()]
 
 def newest_step(folder: str | Path) -> Path:  # of a run; any other folder: itself
     steps = [] if (Path(folder) / "config.json").exists() else steps_in(folder)
@@ -73,31 +71,23 @@ class Saver:
         text = json.dumps(config | {"step": state["step"]}, indent=1, ensure_ascii=False)
         (fresh / "train_config.json").write_text(text)
         torch.save(state, fresh / "state.pt")
-        for path in fresh.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())  # else a power cut may leave empty files behind
+        os.sync()  # else a power cut may leave empty files behind
         os.replace(fresh, self.out / f"step-{state['step']:07d}")
         if self.keep:
             prune(steps_in(self.out)[:-self.keep])
         also()
 
-def prune(folders: list[Path]) -> None:  # half deleted, none looks like a checkpoint
+def prune(folders: list[Path]) -> None:
     for old in folders:
-        doomed = old.with_name(".old-step")
-        shutil.rmtree(doomed, ignore_errors=True)
-        shutil.rmtree(old.replace(doomed))
+        shutil.rmtree(old)
 
 # ---- Reading
-@torch.no_grad()
 def restore_weights(folder: str | Path, model: torch.nn.Module) -> None:
     """A checkpoint's tensors (a run's: the newest), into a model prepared as it was. ValueError."""
-    tensors, mine = read_weights(newest_step(folder)), lora.stored(model)
-    both = mine.keys() & tensors.keys()
-    resized = [name for name in both if mine[name].shape != tensors[name].shape]
-    check_state_dict(folder, missing_keys=mine.keys() - both, mismatched_keys=resized,
-                     unexpected_keys=tensors.keys() - both)
-    for name, p in mine.items():
-        p.copy_(tensors[name])
+    tensors = read_weights(newest_step(folder))
+    extra = model.load_state_dict(tensors, strict=False).unexpected_keys
+    missing = lora.stored(model).keys() - tensors.keys()
+    check_state_dict(folder, missing_keys=missing, unexpected_keys=extra)
 
 def restore(out: str | Path, optimizers: list) -> int:
     """The newest checkpoint's state, mapped, into optimizers that may be sharded -> its step."""
@@ -139,6 +129,6 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def check_state_dict(where: str | Path, **kinds) -> None:
     """ValueError if there are any. kinds: missing_keys, ..., as in transformers' loading info."""
     for kind, keys in kinds.items():
-        if names := sorted(key[0] if isinstance(key, tuple) else key for key in keys):
-            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            raise ValueError(f"the weights in {where} do not fit: {kind.replace('_', ' ')} {some}")
+        if keys:
+            some = f"{len(keys)} {kind.replace('_', ' ')} {', '.join(map(str, sorted(keys)[:3]))}"
+            raise ValueError(f"the weights in {where} do not fit: {some}")

@@ -345,7 +345,7 @@ def test_an_audio_token_without_a_row_is_never_said(place, original, parts, shor
     assert audio not in new
 
 def test_what_has_no_place_in_voxtral(tokenizer, place, tmp_path, monkeypatch, capsys):
-    for key, value, says in (("adapter", "deep", "deep adapter"),
+    for key, value, says in (("adapter", "deep", "a simple adapter"),
                              ("downsample_factor", 5, "4 frames")):
         config = tiny.tiny_config(tokenizer)
         setattr(config, key, value)
@@ -355,5 +355,5 @@ def test_what_has_no_place_in_voxtral(tokenizer, place, tmp_path, monkeypatch, c
         code, _, err = exit_of(export.main, monkeypatch, capsys, "--ckpt", folder, "--to",
                                tmp_path / "to", "--layout", "voxtral")
         assert is_one_line(code, err, says) and not (tmp_path / "to").exists()
-    with pytest.raises(ValueError, match="holds a voxtral model, not a Borealis"):
+    with pytest.raises(ValueError, match="is no checkpoint, ours or the original's"):
         ckpt.load_checkpoint(place / "tiny-voxtral")
