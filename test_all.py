@@ -1208,7 +1208,7 @@ def test_too_many_rows_left_out_stop_the_run():
     ranks.add_left_out(*counts, [bad] * 50 + [long] * 900, some, 1000)
     with pytest.raises(UserError, match="51 of 1000 rows are unusable"):
         ranks.add_left_out(*counts, [bad], some, 1000)
-    with pytest.raises(UserError, match="50 rows in a row"):
+    with pytest.raises(UserError, match="1000 rows in a row"):
         ranks.add_left_out(*counts, [bad], dict(left_out=1, hopeless=1), 9)
     with pytest.raises(UserError, match="--strict"):
         ranks.add_left_out(data.BadRows(True), data.BadRows(), [long, bad], some, 9)
