@@ -157,9 +157,8 @@ class Dataset(torch.utils.data.Dataset):
         sample = self.context(plain, epoch, i) if self.context else plain
         if self.augment and self.augment.touches(epoch, i):
             change = partial(self.augment.wave, epoch, i)
-        if change or sample is not plain:
-            with contextlib.suppress(TooLong):  # slowed down too far: then it stays as it was
-                return *self.encode(sample, change=change), (i, epoch)
+        with contextlib.suppress(TooLong):  # slowed down too far? Then it stays as it was
+            return *self.encode(sample, change=change), (i, epoch)
         return *self.encode(plain), (i, epoch)
     def __getitem__(self, key: tuple[int, float]):
         """Key -> (item, or None after RETRIES bad rows; [(reason, row, too long?) left out])."""

@@ -5,7 +5,6 @@ A run writes metrics.jsonl, loss.png and checkpoints (step-0000500, ...) into --
     python train.py --preset tiny                            # from nothing; minutes on a CPU
     python train.py --preset tiny --train_manifest my.jsonl  # on your own recordings
     python train.py --resume --out out                       # go on where a run stopped"""
-import json
 import math
 import signal
 import sys
@@ -50,7 +49,7 @@ class TrainConfig:
     llm: str = flag(LLM, "any Qwen3, hub name or path")
     init_from: str | None = flag("AlexWortega/Borealis5b_90k", "checkpoint to start from, or none")
     adapter: str = flag("simple", "a new one's: 19.7 M, or 78.6 M", choices=["simple", "deep"])
-    train: str = flag("lora", "the adapter and LoRA", choices=["adapter", "lora", "full", "scratch"])
+    train: str = flag("lora", "which parts learn", choices=["adapter", "lora", "full", "scratch"])
     lora_rank: int = flag(256, "of matrices beside all linears of the LLM", low=1)  # post: ~500M
     lora_alpha: float = flag(512, "they are scaled by alpha / rank")
     lora_dropout: float = flag(0.0, "the data is seen about once", low=0, high=0.999)
@@ -87,7 +86,7 @@ class TrainConfig:
 # ---- Data and model
 def load_pools(cfg, bad):  # -> (banks, {name: pool of samples}, their shares). Raises UserError
     wanted = cfg.silence or cfg.curriculum != "none"
-    banks = open_banks(cfg.noise, cfg.rooms) if wanted else None
+    banks = open_banks(cfg.noise, cfg.rooms, data_dir=cfg.data_dir) if wanted else None
     mix = {"manifest": 1} if cfg.train_manifest else MIXES[cfg.mix or "pretrain"]
     pools, shares = {}, [*mix.values()]
     for name in mix:
@@ -148,7 +147,6 @@ def load_data_and_model(cfg, rank, world, device):
                       **settings)
     if rank == 0:
         launch.check_data(cfg, data)
-        print(json.dumps(asdict(cfg), ensure_ascii=False))
         print(f"{len(samples)} samples; {count(model):,} parameters, {count(model, True):,} trained"
               f"; {world} process(es) on {device.type}, batch {batch_size} x accumulation "
               f"{math.ceil(cfg.effective_batch / world / batch_size)}", flush=True)
@@ -201,7 +199,6 @@ def train(cfg: TrainConfig) -> int:
     out = Path(cfg.out)
     model, dataset, data, shares = load_data_and_model(cfg, rank, world, device)
     net = wrap(cfg, model, world)
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = optim.make(cfg, model)
     # Data order, augmentation, dropout (of each rank) follow from seed and step: no RNG to restore.
     start = storage.restore(out, optimizers) if cfg.resume else 0
@@ -226,7 +223,7 @@ def train(cfg: TrainConfig) -> int:
         total = ranks.all_sum(batch | dict(left_out=len(rows), stop=len(signals)), device)
         ranks.add_left_out(bad, too_long, rows, total, (step + 1 - start) * cfg.effective_batch)
         loss = backward(net, micro_batches, total["labels"], world, device, cfg.bf16)
-        norm = ranks.clip_gradients(trained, cfg.grad_clip or math.inf)
+        norm = ranks.clip_gradients(model.parameters(), cfg.grad_clip or math.inf)
         diverged = not math.isfinite(loss + norm)
         if diverged:
             break

@@ -15,11 +15,11 @@ def task(lang: str, text: str, rng: random.Random) -> dict:  # question, answer
     return {"question": QUESTIONS[lang][k], "answer": (words[0], words[-1], str(len(words)))[k]}
 
 def read_row(pool: str, lang: str, rng: random.Random) -> dict:  # of text that is not heard
-    text = ""
-    if pool == "repeat":  # names, to copy them
+    if pool == "repeat":  # names, to copy
         text = " ".join(named(lang, "named", rng).split()[-1] for _ in range(rng.randint(1, 6)))
-    while not text or pool == "text" and held_out(text):
-        text = sentence("ru", rng)
+    else:
+        while held_out(text := sentence("ru", rng)):
+            pass
     asked = {"question": "Повтори.", "answer": text}
     if pool == "text" and rng.random() < 0.7:
         asked = task("ru", text, rng)
@@ -59,8 +59,8 @@ def train_tokenizer(texts, vocab_size: int = 1024):
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     bpe.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>")])
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, **TABLES["tiny_tokenizer"])
-    return add_audio_tokens(fast)
+    settings = TABLES["tiny_tokenizer"]
+    return add_audio_tokens(PreTrainedTokenizerFast(tokenizer_object=bpe, **settings))
 
 def tiny_config(tokenizer, **changes) -> BorealisConfig:
     """About 1 M parameters, none frozen: windows of 2 s (T=100, N=25), width 128, 1 + 2 layers."""
