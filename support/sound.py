@@ -114,9 +114,10 @@ def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> 
 
 def plot_mels(mels: dict, path: str) -> None:  # {name: log-mel (M, F)} -> a small picture
     rows = math.ceil(len(mels) / 3)
-    with picture(path, rows, 3, dpi=100, figsize=(9, 0.9 * rows)) as (_, axes):
+    with picture(path, rows, 3, dpi=80, figsize=(9, 0.9 * rows)) as (_, axes):
         for axis in axes.flat:
             axis.axis("off")
         for axis, (name, mel) in zip(axes.flat, mels.items(), strict=False):
-            axis.imshow(mel.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-1, vmax=1.5)
+            axis.imshow(mel.numpy().round(1), "magma", aspect="auto", interpolation="nearest",
+                        origin="lower", vmin=-1, vmax=1.5)  # rounded, the file is small
             axis.set_title(name, loc="left", fontsize=9, pad=2)
