@@ -1,8 +1,7 @@
 """augment.py -- the post's effects make clean speech sound like the world, harder by the epoch.
 
     python augment.py in.wav out/                     # hear and see every effect and every stage
-    python augment.py in.wav out/ --noise my_noises/  # with your own; --noise hub takes the post's
-"""
+    python augment.py in.wav out/ --noise my_noises/  # with your own; hub: the post's"""
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,7 @@ class AugmentConfig(SimpleNamespace):
     """Of each effect (p, from, to, from, to, ...), by default [effects] of recipes.toml: off."""
     def __init__(self, **given):
         assert given.keys() <= TABLES["effects"].keys(), f"no such effects in {[*given]}"
-        effects = TABLES["effects"] | given
-        super().__init__(**{k: tuple(v) if isinstance(v, list) else v for k, v in effects.items()})
+        super().__init__(**TABLES["effects"] | given)
 
 @dataclass(frozen=True)
 class AugmentationStage:
@@ -38,7 +36,7 @@ for column, (name, epoch) in enumerate([("light", 1), ("intense", 3), ("heavy", 
 # What makes two of the six evaluation splits out of clean speech, with noises of their own.
 HARD = {name: AugmentConfig(**effects) for name, effects in TABLES["hard"].items()}
 
-def draw(effect: tuple, rng: Generator) -> list[float] | None:  # parameters, or not this time
+def draw(effect: list, rng: Generator) -> list[float] | None:  # parameters, or not this time
     p, *ends = effect
     return rng.uniform(ends[::2], ends[1::2]).tolist() if rng.random() < p else None
 
@@ -143,8 +141,8 @@ class Augmenter:
 def examples() -> dict[str, AugmentConfig]:  # each effect alone, each stage, each hard split
     shown = {"before": AugmentConfig()}
     for name, effect in vars(AugmentConfig()).items():
-        if isinstance(effect, tuple) and name not in ("more_noise", "more_room", "mask_width"):
-            shown[name] = AugmentConfig(**{name: (1, *effect[1:])})
+        if isinstance(effect, list) and name not in ("more_noise", "more_room", "mask_width"):
+            shown[name] = AugmentConfig(**{name: [1, *effect[1:]]})
     codec = vars(shown.pop("codec"))
     for name, opus, phone in (("mp3", 0, 0), ("opus", 1, 0), ("phone", 0, 1)):
         shown[name] = AugmentConfig(**codec | dict(opus=opus, phone=phone))
@@ -161,8 +159,7 @@ def main() -> None:
         wave = rows.load_audio(args.wav)
     if Path(args.wav).resolve() in [Path(args.out, f"{name}.wav").resolve() for name in examples()]:
         raise UserError(f"{args.wav} would be overwritten by a result: give another folder")
-    noises, rooms = banks.open_banks(args.noise, args.rooms)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    noises, rooms = banks.open_banks(args.noise, args.rooms, data_dir=args.data_dir)
     shown, whisper = {}, BorealisConfig()
     for i, (name, config) in enumerate(examples().items()):
         rng = np.random.default_rng([0, i])

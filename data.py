@@ -4,7 +4,6 @@
 
     python data.py                      # one sample as the model sees it; writes sample.wav
     python data.py --manifest my.jsonl  # the same for a row of your own data
-    python data.py --mixes              # which datasets the presets of train.py draw from
 
 A manifest has one JSON object a line; paths in it are relative to its folder.
     {"audio": "a.wav", "text": "..."}                              transcription
@@ -28,7 +27,7 @@ from support.rows import BadRow, BadRows, TooLong, load_audio
 
 TASK_SYSTEM = "You are a helpful voice assistant. Listen to the audio and respond appropriately."
 TEXT_SYSTEM = "You are a helpful assistant."
-RETRIES = 50  # unusable rows in a row before training gives up
+RETRIES = 1000  # unusable rows in a row before training gives up
 BLOCK = 1000  # places in the order of training in which each pool has exactly its share
 
 @dataclass
@@ -67,8 +66,8 @@ def parse_row(row: dict, folder: str = "", evaluation: bool = False) -> Sample:
         raise BadRow("not a JSON object")
     name = row.get("name", "")
     if "conversation" in row:
-        turns = row["conversation"] if isinstance(row["conversation"], list) else []
-        turns = [{"role": t["role"], "content": rows.check_text(t.get("content"))} for t in turns
+        turns = [{"role": t["role"], "content": rows.check_text(t.get("content"))}
+                 for t in model.as_list(row["conversation"])
                  if isinstance(t, dict) and t.get("role") in ("system", "user", "assistant")]
         if [t["role"] for t in turns[-2:]] != ["user", "assistant"]:
             raise BadRow("conversation does not end with a question and its answer")
@@ -158,21 +157,18 @@ class Dataset(torch.utils.data.Dataset):
         sample = self.context(plain, epoch, i) if self.context else plain
         if self.augment and self.augment.touches(epoch, i):
             change = partial(self.augment.wave, epoch, i)
-        if change or sample is not plain:
-            with contextlib.suppress(TooLong):  # slowed down too far: then it stays as it was
-                return *self.encode(sample, change=change), (i, epoch)
+        with contextlib.suppress(TooLong):  # slowed down too far? Then it stays as it was
+            return *self.encode(sample, change=change), (i, epoch)
         return *self.encode(plain), (i, epoch)
     def __getitem__(self, key: tuple[int, float]):
         """Key -> (item, or None after RETRIES bad rows; [(reason, row, too long?) left out])."""
-        i, epoch = key
-        left_out, patience = [], 20 * RETRIES  # or so many rows too long, a common case
-        while patience > 0:
+        (i, epoch), left_out = key, []
+        while len(left_out) < RETRIES:
             try:
                 return self.item(i, epoch), left_out
             except BadRow as e:
-                too_long = isinstance(e, TooLong)
-                left_out.append((str(e), e.where or self.samples[i].name, too_long))
-                patience -= 1 if too_long else 20
+                name = e.where or self.samples[i].name
+                left_out.append((str(e), name, isinstance(e, TooLong)))
             i = (i + 1) % len(self.samples)
         return None, left_out
     def collate(self, dealt: list) -> dict:
@@ -244,27 +240,21 @@ def print_tokens(tokenizer, ids: list[int], labels: list[int]) -> None:  # as th
 
 def main():
     parser = cli.ArgumentParser(description="Show a sample as the model sees it.")
-    parser.add_argument("--manifest", help="a JSONL file; default: the embedded corpus")
-    parser.add_argument("--index", type=int, default=0)
-    parser.add_argument("--wav", default="sample.wav", help="where to write the recording")
-    parser.add_argument("--mixes", action="store_true", help="show the mixes and their datasets")
-    args = parser.parse_args()
-    if args.mixes:
-        return print(recipes.TEXT.split("[presets]")[0])
+    args = parser.add_tables("data").parse_args()
     if args.manifest:
         bad = BadRows()
         samples, total = read_manifest(args.manifest, bad)
         bad.report(total, args.manifest)
     else:
         samples = embedded("ru", "train", corpus.CHUNK)
-    if not 0 <= args.index < len(samples):
+    if args.index >= len(samples):
         raise cli.UserError(f"--index {args.index}: there are {len(samples)} samples, from 0 on")
     sample, tokenizer = samples[args.index], tiny.train_tokenizer(tiny.texts_of(samples))
     dataset = Dataset([sample], tokenizer, tiny.tiny_config(tokenizer))
     with cli.as_user_error(f"{sample.name}: ", BadRow):
-        ids, labels, windows = dataset.encode(sample)
+        ids, labels, windows, _ = item = dataset.item(0)
     print(f"{sample.name}: {sum(map(len, windows)) / SAMPLE_RATE:.2f} s, {len(windows)} window(s)")
-    for key, value in dataset.pad([dataset.item(0)]).items():
+    for key, value in dataset.pad([item]).items():
         print(f"{key:14s} {tuple(value.shape)}")
     print_tokens(tokenizer, ids, labels)
     if windows:

@@ -273,7 +273,8 @@ def test_a_second_start_decodes_only_what_has_changed(tmp_path, monkeypatch, cap
     monkeypatch.setattr(soundfile.SoundFile, "__init__", counted)
     def start(*flags, cache="cache"):
         monkeypatch.setenv("NANOBOREALIS_CACHE", str(tmp_path / cache))
-        flags = [*FAST, "--train_manifest", path, "--out", str(tmp_path / "out"), *flags]
+        flags = [*FAST, "--train_manifest", path, "--out", str(tmp_path / "out"), "--silence", "0",
+                 *flags]
         opened.clear()
         capsys.readouterr()
         cfg = launch.parse_config(Config, flags)
@@ -338,9 +339,6 @@ def test_script_shows_a_sample(tmp_path, bad_files, monkeypatch, capsys):
                               ("many", 0, "6 of 100 rows are unusable")]:
         code, _, err = run("--manifest", bad_files / f"{name}.jsonl", "--index", index)
         assert code == 2 and says in err
-    code, out, _ = run("--mixes")
-    assert code == 0 and "ru_text_10pct = { ru_audio = 0.9, text = 0.1 }" in out
-    assert 'hub = "Vikhrmodels/ToneSlavic", answer = "sentence", only = [["locale"], "ru"]' in out
 
 def test_long_recordings_are_left_out_whole(tokenizer, net):
     pool, short = data.tiny_pool("long_audio", 60, 0), data.embedded("ru", "train", 60)
@@ -424,11 +422,12 @@ def test_published_ranges_and_stages():
                 band_pass=(0, 150, 350, 3200, 5200), resample=(0, 14000, 16000),
                 telephony=(0, 8000, 12000, 180, 180, 4200, 4200), clipping=(0, 0.82, 0.95),
                 pitch=(0, -4, 4), speed=(0, 0.8, 1.2), mask=(0, 0, 2, 0, 2), mask_width=(27, 100))
-    assert augment.AugmentConfig() == augment.AugmentConfig(**post)
+    lists = {effect: list(values) for effect, values in post.items()}
+    assert augment.AugmentConfig() == augment.AugmentConfig(**lists)
     assert [(s.start_epoch, s.name, s.config.touched) for s in augment.CURRICULUM] == [
         (0, "clean", 0), (1, "light", 0.40), (3, "intense", 0.65), (4, "heavy", 0.72)]
     heavy = augment.CURRICULUM[-1].config
-    assert (heavy.telephony[1:3], heavy.codec[1:]) == ((6000, 9600), (56, 128))
+    assert (heavy.telephony[1:3], heavy.codec[1:]) == ([6000, 9600], [56, 128])
     stages = [augment.AugmentationStage(epoch, heavy) for epoch in (2.5, 0, 1)]
     three, epochs = augment.Augmenter(stages, None, None), (0, 0.99, 1, 2, 2.49, 2.5, 100)
     assert [three.stage(e).start_epoch for e in epochs] == [0, 0, 1, 1, 1, 2.5, 2.5]
@@ -669,7 +668,7 @@ def test_banks_from_folders_and_the_hub(tmp_path, monkeypatch, capsys):
     assert all(ir.dtype == np.float32 for ir in banks.open_bank(str(tmp_path), "Echo"))
     monkeypatch.setattr(banks, "NOISE_DATASET", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
-    for source, says in (("no", "no folder"), ("empty", "no audio in"), ("hub", "give a folder")):
+    for source, says in (("no", "no folder"), ("empty", "no audio in"), ("hub", "cannot reach")):
         with pytest.raises(UserError, match=says):
             banks.open_bank(source, "Musan")
     clips = [{"bytes": wav_bytes(sine(300 + i, 1)), "path": f"{i}.wav"} for i in range(3)]
@@ -1200,7 +1199,7 @@ def test_too_many_rows_left_out_stop_the_run():
     ranks.add_left_out(*counts, [bad] * 50 + [long] * 900, some, 1000)
     with pytest.raises(UserError, match="51 of 1000 rows are unusable"):
         ranks.add_left_out(*counts, [bad], some, 1000)
-    with pytest.raises(UserError, match="50 rows in a row"):
+    with pytest.raises(UserError, match="1000 rows in a row"):
         ranks.add_left_out(*counts, [bad], dict(left_out=1, hopeless=1), 9)
     with pytest.raises(UserError, match="--strict"):
         ranks.add_left_out(data.BadRows(True), data.BadRows(), [long, bad], some, 9)

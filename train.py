@@ -5,7 +5,6 @@ A run writes metrics.jsonl, loss.png and checkpoints (step-0000500, ...) into --
     python train.py --preset tiny                            # from nothing; minutes on a CPU
     python train.py --preset tiny --train_manifest my.jsonl  # on your own recordings
     python train.py --resume --out out                       # go on where a run stopped"""
-import json
 import math
 import signal
 import sys
@@ -14,7 +13,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 import torch
-import torch.distributed as dist
 from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
 from model import ENCODER, LLM
 from support import decoding, launch, lora, optim, ranks, storage
@@ -32,7 +30,7 @@ from support.tiny import scratch_model
 class TrainConfig:
     preset: str = flag("ru_text_10pct", "one of the post's runs, or its tiny twin", choices=PRESETS)
     # data. Each field is a command-line flag: flag(default, help, bounds or choices).
-    mix: str | None = flag("ru_text_10pct", "listed by: data.py --mixes", choices=[*MIXES, "none"])
+    mix: str | None = flag("ru_text_10pct", "see support/recipes.toml", choices=[*MIXES, "none"])
     max_rows: int | None = flag(None, "of each dataset, streamed: for a first trial", low=1)
     train_manifest: str | None = flag(None, "JSONL instead of a mix, see data.py")
     embedded: bool = flag(False, "speak the mix's pools (espeak-ng) instead of using the hub")
@@ -51,8 +49,7 @@ class TrainConfig:
     llm: str = flag(LLM, "any Qwen3, hub name or path")
     init_from: str | None = flag("AlexWortega/Borealis5b_90k", "checkpoint to start from, or none")
     adapter: str = flag("simple", "a new one's: 19.7 M, or 78.6 M", choices=["simple", "deep"])
-    train: str = flag("lora", "adapter: only that; lora: and LoRA; full: and the LLM; scratch: "
-                      "all of a tiny model", choices=["adapter", "lora", "full", "scratch"])
+    train: str = flag("lora", "which parts learn", choices=["adapter", "lora", "full", "scratch"])
     lora_rank: int = flag(256, "of matrices beside all linears of the LLM", low=1)  # post: ~500M
     lora_alpha: float = flag(512, "they are scaled by alpha / rank")
     lora_dropout: float = flag(0.0, "the data is seen about once", low=0, high=0.999)
@@ -89,22 +86,18 @@ class TrainConfig:
 # ---- Data and model
 def load_pools(cfg, bad):  # -> (banks, {name: pool of samples}, their shares). Raises UserError
     wanted = cfg.silence or cfg.curriculum != "none"
-    banks = open_banks(cfg.noise, cfg.rooms) if wanted else None
-    shares, pools = MIXES[cfg.mix] if cfg.mix else {"pretrain": 1}, {}  # plain transcription
-    if cfg.train_manifest:
-        samples, total = read_manifest(cfg.train_manifest, bad)
-        bad.check(total, cfg.train_manifest)
-        shares, pools = {}, {"manifest": samples}
-    for name in shares:
-        if cfg.embedded:
+    banks = open_banks(cfg.noise, cfg.rooms, data_dir=cfg.data_dir) if wanted else None
+    mix = {"manifest": 1} if cfg.train_manifest else MIXES[cfg.mix or "pretrain"]
+    pools, shares = {}, [*mix.values()]
+    for name in mix:
+        if cfg.train_manifest:
+            pools[name], _ = read_manifest(cfg.train_manifest, bad)
+        elif cfg.embedded:
             pools[name] = tiny_pool(name, cfg.utterances, cfg.seed, cfg.lang.split(","))
         elif name not in POOLS:
             raise UserError(f"--mix {cfg.mix} has no datasets, it is spoken: add --embedded")
         else:
             pools[name] = Chain([HubSamples(s, cfg.data_dir, cfg.max_rows) for s in POOLS[name]])
-        if not len(pools[name]):
-            raise UserError(f"the pool {name} is empty: its datasets have no fitting rows")
-    shares = list(shares.values()) or [1]
     if cfg.silence:
         n = math.ceil(cfg.silence * sum(map(len, pools.values())))
         noises = without_babble(banks[0]) if cfg.noise == "made" else banks[0]
@@ -141,13 +134,10 @@ def load_data_and_model(cfg, rank, world, device):
     settings = dict(tokenizer=model.tokenizer, config=model.config, max_tokens=cfg.max_tokens,
                     max_windows=cfg.max_windows, max_seconds=cfg.max_seconds)
     if cfg.train_manifest:  # small enough to look at every recording beforehand
-        found, path = [pools["manifest"]], cfg.train_manifest
+        all_rows, path = Dataset(pools["manifest"], **settings), cfg.train_manifest
+        pools["manifest"] = decoding.first_rank_first(usable, all_rows.samples, all_rows, bad, path)
         if rank == 0:
-            found = [usable(found[0], Dataset(found[0], **settings), bad, path)]
-            bad.report(len(found[0]) + bad.reasons.total(), path)
-        if world > 1:
-            dist.broadcast_object_list(found)
-        pools["manifest"], = found
+            bad.report(len(pools["manifest"]) + bad.reasons.total(), path)
     # On resume the data must be what it was: rank 0 looks.
     data = {name: (len(pool), digest(pool) if rank == 0 else "") for name, pool in pools.items()}
     batch_size, samples = ranks.pick_batch(cfg, model, device, world), Chain(pools.values())
@@ -157,7 +147,6 @@ def load_data_and_model(cfg, rank, world, device):
                       **settings)
     if rank == 0:
         launch.check_data(cfg, data)
-        print(json.dumps(asdict(cfg), ensure_ascii=False))
         print(f"{len(samples)} samples; {count(model):,} parameters, {count(model, True):,} trained"
               f"; {world} process(es) on {device.type}, batch {batch_size} x accumulation "
               f"{math.ceil(cfg.effective_batch / world / batch_size)}", flush=True)
@@ -210,7 +199,6 @@ def train(cfg: TrainConfig) -> int:
     out = Path(cfg.out)
     model, dataset, data, shares = load_data_and_model(cfg, rank, world, device)
     net = wrap(cfg, model, world)
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = optim.make(cfg, model)
     # Data order, augmentation, dropout (of each rank) follow from seed and step: no RNG to restore.
     start = storage.restore(out, optimizers) if cfg.resume else 0
@@ -235,7 +223,7 @@ def train(cfg: TrainConfig) -> int:
         total = ranks.all_sum(batch | dict(left_out=len(rows), stop=len(signals)), device)
         ranks.add_left_out(bad, too_long, rows, total, (step + 1 - start) * cfg.effective_batch)
         loss = backward(net, micro_batches, total["labels"], world, device, cfg.bf16)
-        norm = ranks.clip_gradients(trained, cfg.grad_clip or math.inf)
+        norm = ranks.clip_gradients(model.parameters(), cfg.grad_clip or math.inf)
         diverged = not math.isfinite(loss + norm)
         if diverged:
             break

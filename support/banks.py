@@ -1,24 +1,24 @@
 """support/banks.py -- noises (int16) and rooms (impulse responses, float32) for augment.py."""
 import os
-from itertools import islice
 from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from model import SAMPLE_RATE
 from support import corpus, rows
-from support.cli import UserError, as_user_error, cached, replace_file
+from support.cli import UserError, cached, replace_file
+from support.recipes import Source, open_source
 
 NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (rooms)
 CLIP = 10 * SAMPLE_RATE  # so much of each recording
 MOST = 2880              # of them in a bank, the first ones: it is in memory: int16, 920 MB
 MADE = 48                # noises, or rooms, in a bank made here
 
-def open_banks(noise: str = "made", rooms: str = "made", voices: str = "train") -> tuple:
+def open_banks(noise="made", rooms="made", voices="train", data_dir=None) -> tuple:
     """(noises, rooms), each "made", "hub", or a folder. voices: the corpus split that babbles."""
-    return open_bank(noise, "Musan", voices), open_bank(rooms, "Echo", voices)
+    return open_bank(noise, "Musan", voices, data_dir), open_bank(rooms, "Echo", voices, data_dir)
 
-def open_bank(source: str, split: str, voices: str = "train") -> list[np.ndarray]:
+def open_bank(source: str, split: str, voices="train", data_dir=None) -> list[np.ndarray]:
     """One bank; split: "Musan" for noises, "Echo" for rooms. Raises UserError."""
     check_source(source)
     rooms, clips, bad = split == "Echo", [], rows.BadRows()
@@ -28,7 +28,13 @@ def open_bank(source: str, split: str, voices: str = "train") -> list[np.ndarray
     bank = cached(f"{split}.safetensors", NOISE_DATASET, CLIP, MOST)
     if source == "hub" and bank.exists():  # all processes map one file
         return [clip.numpy() for _, clip in sorted(load_file(bank).items())]
-    for name, audio in islice(recordings(source, split), MOST):
+    if source == "hub":
+        column = dict(conversation="audio")  # all that is read
+        table = open_source(Source(hub=NOISE_DATASET, split=split, **column), data_dir, MOST)
+        found = ((f"{split}/{i}", row["audio"]["bytes"]) for i, row in enumerate(table))
+    else:
+        found = ((path.name, str(path)) for path in rows.find_audio(Path(source))[:MOST])
+    for name, audio in found:
         try:
             wave = rows.load_audio(audio, min_seconds=0, max_seconds=np.inf).numpy()[:CLIP]
             clips.append(as_room(wave) if rooms else (wave * 32767).astype(np.int16))
@@ -44,17 +50,6 @@ def open_bank(source: str, split: str, voices: str = "train") -> list[np.ndarray
 def check_source(source: str) -> None:
     if source not in ("made", "hub") and not os.path.isdir(source):
         raise UserError(f"no folder {source}: give a folder of audio, hub, or made")
-
-def recordings(source: str, split: str):
-    """Yields (name, what load_audio takes) of each file in a folder, or row of the hub's split."""
-    if source != "hub":
-        yield from ((path.name, str(path)) for path in rows.find_audio(Path(source)))
-        return
-    import datasets  # see support/recipes.py
-    with as_user_error(f"{NOISE_DATASET}: ", Exception, suffix="; give a folder of audio"):
-        table = datasets.load_dataset(NOISE_DATASET, split=split, streaming=True)
-        for i, row in enumerate(table.cast_column("audio", datasets.Audio(decode=False))):
-            yield f"{split}/{i}", row["audio"]["bytes"]  # it fails in many ways, at any row
 
 def crop(tape: np.ndarray, rng, n: int) -> np.ndarray:  # (n,); a shorter tape starts again
     start = rng.integers(max(1, len(tape) - n + 1))

@@ -44,20 +44,17 @@ TRAINED = nothing, room_tone, noise, cough
 SPLITS = dict(silence=(nothing, room_tone, noise, cough), sounds=(noise, music, hum))
 
 class Silence:
-    """A pool of n samples of 0.3 to `longest` seconds, made when asked for; transcripts are empty.
-    makers: of each kind in turn."""
+    """A pool of n samples of 0.3 to `longest` seconds, made when asked for, of each kind in turn"""
     def __init__(self, makers: tuple, noises: list, n: int, longest: float, seed: int):
         self.makers, self.noises, self.n, self.longest, self.seed = makers, noises, n, longest, seed
     def __len__(self):
         return self.n
     def __getitem__(self, i: int) -> Sample:
-        if i >= self.n:
-            raise IndexError(i)
+        i = range(self.n)[i]  # its IndexError ends a loop over the pool
         kind = self.makers[i % len(self.makers)]
         rng = np.random.default_rng([self.seed % 2 ** 32, i])
         t = np.arange(int(rng.uniform(0.3, self.longest) * SAMPLE_RATE)) / SAMPLE_RATE
-        x = kind(rng, t, self.noises)
-        pcm = (np.clip(x, -1, 1) * 32767).round().astype(np.int16)
+        pcm = (np.clip(kind(rng, t, self.noises), -1, 1) * 32767).round().astype(np.int16)
         return Sample("", [pcm], name=f"{kind.__name__}/{i}")
 
 def without_babble(noises: list) -> list:  # of a bank made here, where every third is of voices

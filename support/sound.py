@@ -5,7 +5,7 @@ import numpy as np
 import soundfile
 import torch
 from model import SAMPLE_RATE
-from support.cli import picture, replace_file
+from support.cli import picture
 from support.processing import resampler
 from support.recipes import TABLES
 
@@ -113,13 +113,11 @@ def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> 
     return fit(resampler(rate, SAMPLE_RATE)(torch.from_numpy(x)).numpy(), len(wave))
 
 def plot_mels(mels: dict, path: str) -> None:  # {name: log-mel (M, F)} -> a small picture
-    from PIL import Image
     rows = math.ceil(len(mels) / 3)
-    with picture(path, rows, 3, dpi=100, figsize=(9, 0.9 * rows)) as (_, axes):
+    with picture(path, rows, 3, dpi=80, figsize=(9, 0.9 * rows)) as (_, axes):
         for axis in axes.flat:
             axis.axis("off")
         for axis, (name, mel) in zip(axes.flat, mels.items(), strict=False):
-            axis.imshow(mel.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-1, vmax=1.5)
+            axis.imshow(mel.numpy().round(1), "magma", aspect="auto", interpolation="nearest",
+                        origin="lower", vmin=-1, vmax=1.5)  # rounded, the file is small
             axis.set_title(name, loc="left", fontsize=9, pad=2)
-    few = Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE)  # a third as large
-    replace_file(path, lambda tmp: few.save(tmp, format="png", optimize=True))

@@ -14,26 +14,23 @@ def task(lang: str, text: str, rng: random.Random) -> dict:  # question, answer
     k, words = rng.randrange(3), text.split()
     return {"question": QUESTIONS[lang][k], "answer": (words[0], words[-1], str(len(words)))[k]}
 
-def text_row(rng: random.Random, name: str) -> dict:  # about a sentence that is read, not heard
-    while held_out(text := sentence("ru", rng)):
-        pass
-    repeat = {"question": "Повтори.", "answer": text}
-    asked = task("ru", text, rng) if rng.random() < 0.7 else repeat
+def read_row(pool: str, lang: str, rng: random.Random) -> dict:  # of text that is not heard
+    if pool == "repeat":  # names, to copy
+        text = " ".join(named(lang, "named", rng).split()[-1] for _ in range(rng.randint(1, 6)))
+    else:
+        while held_out(text := sentence("ru", rng)):
+            pass
+    asked = {"question": "Повтори.", "answer": text}
+    if pool == "text" and rng.random() < 0.7:
+        asked = task("ru", text, rng)
     return {"conversation": [{"role": "user", "content": f"{asked['question']}\n{text}"},
-                             {"role": "assistant", "content": asked["answer"]}], "name": name}
-
-def repeat_row(lang: str, rng: random.Random, name: str) -> dict:  # copy names that are read
-    names = [named(lang, "named", rng).split()[-1] for _ in range(rng.randint(1, 6))]
-    return {"conversation": [{"role": "user", "content": "Повтори.\n" + " ".join(names)},
-                             {"role": "assistant", "content": " ".join(names)}], "name": name}
+                             {"role": "assistant", "content": asked["answer"]}]}
 
 def tiny_pool_rows(name: str, n: int, seed: int, languages=("ru",)) -> list[dict]:
     """The tiny counterpart of a pool, from n utterances or texts. languages: of "pretrain"."""
     rng = random.Random(f"{seed} {name}")
-    if name == "text":
-        return [text_row(rng, f"text/{i}") for i in range(n)]
-    if name == "repeat":
-        return [repeat_row(languages[0], rng, f"repeat/{i}") for i in range(n)]
+    if name in ("text", "repeat"):
+        return [read_row(name, languages[0], rng) | {"name": f"{name}/{i}"} for i in range(n)]
     if name != "pretrain":
         languages = ["en" if name == "en_audio" else "ru"]
     each = -(-n // len(languages))
@@ -62,17 +59,17 @@ def train_tokenizer(texts, vocab_size: int = 1024):
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     bpe.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>")])
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, **TABLES["tiny_tokenizer"])
-    return add_audio_tokens(fast)
+    settings = TABLES["tiny_tokenizer"]
+    return add_audio_tokens(PreTrainedTokenizerFast(tokenizer_object=bpe, **settings))
 
 def tiny_config(tokenizer, **changes) -> BorealisConfig:
     """About 1 M parameters, none frozen: windows of 2 s (T=100, N=25), width 128, 1 + 2 layers."""
     audio, marker = tokenizer.convert_tokens_to_ids([AUDIO, MARKER])
-    ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    parts = dict(encoder_config=dict(TABLES["tiny_encoder"]),
-                 llm_config=TABLES["tiny_llm"] | ends | dict(vocab_size=len(tokenizer)))
-    ids = dict(audio_token_id=audio, audio_start_id=marker, audio_end_id=marker)
-    return BorealisConfig(**dict(frozen=(), **parts, **ids) | changes)
+    llm = TABLES["tiny_llm"] | dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+                                    pad_token_id=tokenizer.pad_token_id)
+    own = dict(encoder_config=dict(TABLES["tiny_encoder"]), llm_config=llm, frozen=(),
+               audio_token_id=audio, audio_start_id=marker, audio_end_id=marker)
+    return BorealisConfig(**own | changes)
 
 @torch.no_grad()
 def scratch_model(samples, vocab_size: int, **changes) -> BorealisForConditionalGeneration:
