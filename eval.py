@@ -131,7 +131,7 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
     else:
         available, languages = {}, (cfg.lang or trained_on["lang"]).split(",")
         n = min(cfg.limit or corpus.EVAL_UTTERANCES, corpus.EVAL_UTTERANCES)
-        if len(languages) > 1 and (cfg.baseline or cfg.fallback):
+        if len(languages) > 1 and cfg.baseline:
             raise UserError("--baseline listens in one language: give --lang ru or --lang en")
         for lang, name in product(languages, (*corpus.EVAL_SPLITS, *HARD, *corpus.MORE_SPLITS)):
             title = name if lang == languages[0] else f"{name}_{lang}"
@@ -152,7 +152,7 @@ def parse_config():  # -> the flags, see [eval] in support/flags.toml
     cfg.out = cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_dir() else Path(cfg.ckpt).name)
     with as_user_error("--context: ", ValueError):
         cfg.context = context.parse(cfg.context)
-    for_asr = cfg.baseline or cfg.fallback or cfg.context or cfg.chunk == "vad"
+    for_asr = cfg.baseline or cfg.context or cfg.chunk == "vad"
     fixed = cfg.audio or cfg.split or cfg.task == "bigbench"
     for wrong, message in (
             (cfg.prompt is not None and not cfg.audio, "--prompt asks about one file: add --audio"),
@@ -160,7 +160,7 @@ def parse_config():  # -> the flags, see [eval] in support/flags.toml
             (cfg.audio and not Path(cfg.audio).is_file(), f"no file at {cfg.audio}"),
             (cfg.data_dir and not Path(cfg.data_dir).is_dir(), f"no folder at {cfg.data_dir}"),
             (cfg.task == "qa" and not cfg.manifest, "--task qa: name a --manifest with questions"),
-            (cfg.task != "asr" and for_asr, "--baseline, --fallback, --context, --chunk: for asr"),
+            (cfg.task != "asr" and for_asr, "--baseline, --context, --chunk: for asr"),
             (decoding.WORLD > 1 and cfg.engine == "vllm", "--engine vllm: leave out torchrun")):
         if wrong:
             raise UserError(message)
@@ -186,7 +186,8 @@ def main():
     weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
     splits = early or load()
     splits = {name: [context.tell(s, cfg.context) for s in own] for name, own in splits.items()}
-    asked += tasks.open_baseline(cfg, name, trained_on.get("lang"), device)
+    if cfg.baseline:
+        asked.append(tasks.open_baseline(cfg, name, trained_on.get("lang"), device))
     answers = tasks.answer_all(cfg, asked, splits, out)  # {system: rows}
     if decoding.RANK > 0:
         return 0

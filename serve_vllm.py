@@ -33,9 +33,8 @@ from vllm import ModelRegistry
 from vllm.config.speech_to_text import SpeechToTextConfig
 from vllm.model_executor.models import interfaces, module_mapping, utils
 from vllm.multimodal import MULTIMODAL_REGISTRY, inputs, parse, processing
-from vllm.tokenizers import cached_tokenizer_from_config
 from support import realtime
-from support.uploads import GUARD, LIMIT, asked
+from support.uploads import GUARD, LIMIT
 
 # ---- The four classes. How many tokens a recording takes is said twice: the most, for which memory
 # is set aside, in get_mm_max_tokens_per_item(); what each one takes, in _get_prompt_updates().
@@ -130,24 +129,16 @@ class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMulti
         return utils.AutoWeightsLoader(self).load_weights(weights)
     def get_mm_mapping(self):  # LoRA is for the LLM
         return module_mapping.MultiModelKeys.from_string_field("llm", "adapter", "encoder")
-    # ---- for /v1/audio/transcriptions, where vLLM cuts what is longer than a window
+    # ---- for /v1/audio/transcriptions, which is in support/uploads.py
     @classmethod
     def get_speech_to_text_config(cls, model_config, task_type):
-        seconds = model_config.hf_config.window_samples // SAMPLE_RATE
-        return SpeechToTextConfig(sample_rate=SAMPLE_RATE, max_audio_clip_s=seconds)
+        return SpeechToTextConfig()
     @classmethod
     def get_other_languages(cls):
         return {}  # those of Whisper, about which vLLM would only warn
     @classmethod
-    def get_generation_prompt(cls, stt_params):  # that of training, whatever the language
-        if stt_params.task_type != "transcribe":
-            raise ValueError("this model does not translate: ask /v1/audio/transcriptions")
-        tokenizer = cached_tokenizer_from_config(stt_params.model_config)
-        sample = asked(stt_params.request_prompt, stt_params.hotwords)
-        return engine.prompt(tokenizer, [stt_params.audio], sample)
-    @classmethod
-    def post_process_output(cls, text):
-        return text.strip()
+    def get_generation_prompt(cls, stt_params):
+        raise ValueError("this model does not translate: ask /v1/audio/transcriptions")
 
 def register() -> None:  # also the entry point of pyproject.toml
     ModelRegistry.register_model("BorealisForConditionalGeneration",

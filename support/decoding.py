@@ -21,7 +21,7 @@ from support.rows import BadRow, load_audio
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 ROW = dict(settings="", split="", row=0, id="", reference="", hypothesis="", failed=None,
-           seconds=0.0, took=0.0, tokens=0, cut=False, snr=None)  # a line of hypotheses.jsonl
+           seconds=0.0, took=0.0, tokens=0, cut=False)  # a line of hypotheses.jsonl
 
 def join_ranks(device: str) -> torch.device:  # this rank's; the ranks are connected, for texts only
     device = torch.device(pick_device(device))
@@ -52,14 +52,6 @@ def digest_model(where: str) -> str:  # a local one by its files, one on the hub
     folder = checkpoint.find_checkpoint(where)
     files = [p for p in sorted(folder.glob("*.json")) if p.name != "results.json"]
     return digest(storage.fingerprint(folder), [(p.name, p.read_bytes()) for p in files])
-
-def estimate_snr(wave: torch.Tensor) -> float:  # (samples,) -> speech / noise, -10 to 60 dB
-    frame = SAMPLE_RATE // 50  # 20 ms
-    power = wave.unfold(0, min(frame, len(wave)), frame).square().mean(1)
-    power = power.where(power > 1e-10, torch.nan)  # digital silence aside
-    noise = power.nanquantile(0.05)  # without a pause, speech passes for it
-    ratio = (power.nanmean() - noise).clamp(1e-12) / noise
-    return (10 * ratio.log10()).nan_to_num(-10).clamp(-10, 60).item()
 
 @dataclass
 class System:
@@ -105,7 +97,6 @@ class System:
                 yield row | dict(failed=str(e))
                 continue
             row["seconds"] = round(sum(map(len, waves)) / SAMPLE_RATE, 3)
-            row["snr"] = round(min(map(estimate_snr, waves)), 1) if waves else None
             queue.append((row, sample, waves))
         queue.sort(key=lambda item: -item[0]["seconds"])
         for i in range(0, len(queue), batch_size):

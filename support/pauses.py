@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 import torch
 from model import SAMPLE_RATE
-from support.processing import FRAME, cut_at_pauses, loud_frames, loudness
+from support.processing import FRAME, cut_at_pauses, loud_frames, loudness, word_times
 from support.rows import MIN_SECONDS, BadRow
 
 def without_thoughts(text: str) -> str:  # other people's checkpoints may think aloud
@@ -92,6 +92,14 @@ class Phrases:
         return new
 
 # ---- When was it said? Inside of a piece, words share the time of speech by their letters.
+def timed(pieces, texts) -> tuple[list, float]:
+    """Pieces of a recording, what is said in each -> [words of one in which something is], seconds.
+    Words are (start, end, word), see word_times()."""
+    ends = np.cumsum([0, *map(len, pieces)]) / SAMPLE_RATE
+    segments = [word_times(piece, without_thoughts(text), at)
+                for piece, text, at in zip(pieces, texts, ends[:-1], strict=True)]
+    return [words for words in segments if words], float(ends[-1])
+
 LINE, LINES, SECONDS = 42, 2, 7  # of a cue, at most: letters in a line, lines, seconds
 
 def wrap(words: list[tuple]) -> list[str]:
@@ -135,12 +143,7 @@ def to_vtt(segments, *_) -> str:
         f"{clock(start, '.')} --> {clock(end, '.')}\n{html.escape(chr(10).join(lines), False)}\n"
         for start, end, lines in cues(segments))
 
-def to_tsv(segments, *_) -> str:  # Whisper's: milliseconds
-    lines = [f"{1000 * words[0][0]:.0f}\t{1000 * words[-1][1]:.0f}\t{text}\n"
-             for words, text in zip(segments, spoken(segments), strict=True)]
-    return "".join(["start\tend\ttext\n", *lines])
-
 FORMATS = dict(
-    txt=lambda segments, *_: "".join(f"{text}\n" for text in spoken(segments)), srt=to_srt,
-    vtt=to_vtt, tsv=to_tsv,
+    srt=to_srt, vtt=to_vtt,
+    txt=lambda segments, *_: "".join(f"{text}\n" for text in spoken(segments)),
     json=lambda *facts: json.dumps(to_json(*facts), ensure_ascii=False, indent=2) + "\n")

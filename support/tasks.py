@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from data import HubSamples
-from model import ASR_PROMPT, ASR_SYSTEM, ENCODER, SAMPLE_RATE, with_context
+from model import ASR_PROMPT, ASR_SYSTEM, SAMPLE_RATE, with_context
 from support import pauses, rows
 from support.checkpoint import load_model, load_part
 from support.cli import UserError, as_user_error, digest
-from support.decoding import RANK, System, digest_model, stamp
+from support.decoding import System, digest_model, stamp
 from support.recipes import BIG_BENCH_AUDIO, TABLES, Source
 
 TASKS = TABLES["tasks"]  # {task: its metrics, the main one first}
@@ -78,7 +78,7 @@ def answer_one(model, cfg) -> None:
                              loop_guard=cfg.loop_guard)
     print(pauses.without_thoughts(model.decode(ids[0])))
 
-# ---- Who answers: our checkpoint, a Whisper, or both
+# ---- Who answers: our checkpoint, or a Whisper
 def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int], pad=None) -> list[tuple]:
     """Answers, their ids (B, L) -> [(text, tokens up to its end token; cut, as none came?)]"""
     rows = [[x for x in row if x != pad] for row in ids.tolist()]
@@ -86,11 +86,9 @@ def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int], pad=None)
     return [(text.strip(), n or len(row), n is None)
             for text, row, n in zip(texts, rows, lengths, strict=True)]
 
-def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> list[System]:
+def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> System:
     """A Whisper, greedy, in --lang or that of training, by another name than `ours`. UserError."""
-    if not (cfg.baseline or cfg.fallback):
-        return []
-    where, language = cfg.baseline or ENCODER, (cfg.lang or lang or "ru").split(",")[0]
+    where, language = cfg.baseline, (cfg.lang or lang or "ru").split(",")[0]
     with as_user_error(f"cannot load --baseline {where}: ", Exception):  # it fails in many ways
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_part(WhisperForConditionalGeneration, where, dtype=dtype).to(device).eval()
@@ -112,7 +110,7 @@ def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> lis
         return [(t, n, endless and n >= most) for t, n, endless in answers]  # the last end is gone
     answer = pauses.in_pieces(answer, processor.feature_extractor.n_samples, cfg.batch_size)
     name = Path(where).name + (" (baseline)" if Path(where).name == ours else "")
-    return [System(name, answer, (digest_model(where), language, cfg.max_new_tokens, device.type))]
+    return System(name, answer, (digest_model(where), language, cfg.max_new_tokens, device.type))
 
 def open_ours(cfg, name: str, device: torch.device) -> System:  # the checkpoint, or UserError
     if cfg.engine == "vllm":
@@ -128,20 +126,13 @@ def open_ours(cfg, name: str, device: torch.device) -> System:  # the checkpoint
                                  cfg.loop_guard))
 
 def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str, list]:
-    """{split: samples} -> {system: rows}; with --fallback also of the two together."""
+    """{split: samples} -> {system: rows}"""
     data = digest([(split, s.name, s.messages(), [stamp(a) for a in s.audio])
                    for split, own in splits.items() for s in own])  # all, so that --reuse may limit
+    jobs = [((split, i), s) for split, own in splits.items() for i, s in enumerate(own[:cfg.limit])]
+    answers = {}
     for system in systems:
         system.settings = digest(system.facts, data)
-    jobs = [((split, i), s) for split, own in splits.items() for i, s in enumerate(own[:cfg.limit])]
-    name, how = systems[0].name, (out, cfg.batch_size, cfg.reuse)
-    answers = {name: (ours := systems[0].decode(jobs, *how))}
-    for other in systems[1:]:
-        noisy = {k for k, _ in jobs if (x := ours[k]["snr"]) is not None and x < cfg.fallback_snr}
-        theirs = other.decode([j for j in jobs if cfg.baseline or j[0] in noisy], *how)
-        answers |= {other.name: theirs} if cfg.baseline else {}
-        if cfg.fallback:
-            answers[f"{name}, noisy ones by {other.name}"] = ours | {k: theirs[k] for k in noisy}
-            if RANK == 0:
-                print(f"{other.name} answers for {len(noisy)} of {len(jobs)}", file=sys.stderr)
-    return {name: [own[key] for key, _ in jobs] for name, own in answers.items()}
+        rows_of = system.decode(jobs, out, cfg.batch_size, cfg.reuse)
+        answers[system.name] = [rows_of[key] for key, _ in jobs]
+    return answers
