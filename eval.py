@@ -139,10 +139,7 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
     if unknown := [name for name in wanted if name not in available]:
         raise UserError(f"--split {unknown[0]}: choose from {', '.join(available)}")
     wanted = wanted or [name for name in available if not name.startswith(corpus.MORE_SPLITS)]
-    splits = {name: load() for name, load in available.items() if name in wanted}
-    if empty := [name for name, samples in splits.items() if not samples]:
-        raise UserError(f"the split {empty[0]} has no utterances: nothing to measure")
-    return splits
+    return {name: load() for name, load in available.items() if name in wanted}
 
 def parse_config():  # -> the flags, see [eval] in support/flags.toml
     parser = ArgumentParser(prog="eval.py", description="Measure a checkpoint or ask it.")
@@ -158,7 +155,6 @@ def parse_config():  # -> the flags, see [eval] in support/flags.toml
             (cfg.prompt is not None and not cfg.audio, "--prompt asks about one file: add --audio"),
             (cfg.manifest and fixed, "with --audio, --split, bigbench: leave out --manifest"),
             (cfg.audio and not Path(cfg.audio).is_file(), f"no file at {cfg.audio}"),
-            (cfg.data_dir and not Path(cfg.data_dir).is_dir(), f"no folder at {cfg.data_dir}"),
             (cfg.task == "qa" and not cfg.manifest, "--task qa: name a --manifest with questions"),
             (cfg.task != "asr" and for_asr, "--baseline, --context, --chunk: for asr"),
             (decoding.WORLD > 1 and cfg.engine == "vllm", "--engine vllm: leave out torchrun")):
@@ -180,12 +176,10 @@ def main():
         return tasks.answer_one(model, cfg)
     trained_on = checkpoint.training_config(cfg.ckpt)
     name = trained_on.get("preset", Path(cfg.ckpt).resolve().name)
-    load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)
-    early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
+    splits = decoding.first_rank_first(load_splits, cfg, trained_on)
+    splits = {name: [context.tell(s, cfg.context) for s in own] for name, own in splits.items()}
     asked = [tasks.open_ours(cfg, name, device)]
     weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
-    splits = early or load()
-    splits = {name: [context.tell(s, cfg.context) for s in own] for name, own in splits.items()}
     if cfg.baseline:
         asked.append(tasks.open_baseline(cfg, name, trained_on.get("lang"), device))
     answers = tasks.answer_all(cfg, asked, splits, out)  # {system: rows}

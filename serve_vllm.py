@@ -94,8 +94,7 @@ class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(BorealisMultiModalProcessor, info=BorealisProcessingInfo,
                                         dummy_inputs=BorealisDummyInputsBuilder)
 class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMultiModal,
-                                       interfaces.SupportsPP, interfaces.SupportsLoRA,
-                                       interfaces.SupportsTranscription):
+                                       interfaces.SupportsLoRA, interfaces.SupportsTranscription):
     """encoder.*, adapter.*, llm.* as in our checkpoints; llm is vLLM's Qwen3."""
     supported_languages = {"ru": "Russian", "en": "English"}
     @classmethod
@@ -114,7 +113,6 @@ class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMulti
                 prefix=utils.maybe_prefix(prefix, "llm"), architectures=["Qwen3ForCausalLM"])
         # In the original's layout <|AUDIO|> has no row in the table.
         self.configure_mm_token_handling(config.llm_config.vocab_size, [config.audio_token_id])
-        self.make_empty_intermediate_tensors = self.llm.make_empty_intermediate_tensors
     def embed_multimodal(self, input_features, num_windows, **_):
         """(W, M, F) -> for each recording (its windows x N, D), which vLLM puts into its slots."""
         mels = input_features.to(self.adapter.w_in.weight)                      # its dtype, device
@@ -147,8 +145,6 @@ def register() -> None:  # also the entry point of pyproject.toml
 register()  # here, not in main(): the processes that vLLM starts run this file under another name
 
 # ---- Commands
-BATCH = 64  # recordings, and pieces of them
-
 def serve(args, vllm_flags: list[str]) -> None:
     """vLLM's own server; of a flag given twice the last counts: our defaults, then the user's."""
     from vllm.entrypoints.launchers.api_server import entry
@@ -183,7 +179,7 @@ def main() -> int | None:
         planned = transcripts.plan(args)  # wrong ones show before vLLM has loaded the model
         vllm = engine.Offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm,
                               args.loop_guard)
-        return transcripts.transcribe(vllm, vllm.config.window_samples, BATCH, args, planned)
+        return transcripts.transcribe(vllm, vllm.config.window_samples, 64, args, planned)
     sound = realtime.open_sound(args.live, args.max_audio_seconds or rows.MAX_SECONDS)
     if args.server:
         return realtime.follow(sound, args.server)

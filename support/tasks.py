@@ -62,7 +62,9 @@ def native(model, max_new_tokens: int, loop_guard=True):  # ours, as decoding.Sy
     def answer(samples, waves):
         chats = [s.messages(False) for s in samples]
         ids = model.chat(chats, waves, max_new_tokens=max_new_tokens, loop_guard=loop_guard)
-        return with_lengths(model.decode(ids), ids, model.ends, model.config.audio_start_id)
+        rows = [[x for x in row if x != model.config.audio_start_id] for row in ids.tolist()]
+        return [(text, len(row), set(row).isdisjoint(model.ends))  # cut, as no end token came?
+                for text, row in zip(model.decode(ids), rows, strict=True)]
     return answer
 
 def answer_one(model, cfg) -> None:
@@ -72,20 +74,12 @@ def answer_one(model, cfg) -> None:
         asked = ASR_PROMPT if prompt is None else rows.check_text(prompt, placeholders=True)
         wave = rows.load_audio(path)
         windows = -(-len(wave) // model.config.window_samples)
-        print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s), "
-              f"{windows * model.config.tokens_per_window} audio tokens", file=sys.stderr)
+        print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s)", file=sys.stderr)
         ids = model.generate(wave, asked, system, max_new_tokens=cfg.max_new_tokens,
                              loop_guard=cfg.loop_guard)
     print(pauses.without_thoughts(model.decode(ids[0])))
 
 # ---- Who answers: our checkpoint, or a Whisper
-def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int], pad=None) -> list[tuple]:
-    """Answers, their ids (B, L) -> [(text, tokens up to its end token; cut, as none came?)]"""
-    rows = [[x for x in row if x != pad] for row in ids.tolist()]
-    lengths = [next((i for i, x in enumerate(row, 1) if x in ends), None) for row in rows]
-    return [(text.strip(), n or len(row), n is None)
-            for text, row, n in zip(texts, rows, lengths, strict=True)]
-
 def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> System:
     """A Whisper, greedy, in --lang or that of training, by another name than `ours`. UserError."""
     where, language = cfg.baseline, (cfg.lang or lang or "ru").split(",")[0]
@@ -93,21 +87,17 @@ def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> Sys
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_part(WhisperForConditionalGeneration, where, dtype=dtype).to(device).eval()
         processor = WhisperProcessor.from_pretrained(where)
-    settings, forced = model.generation_config, f"<|{language}|>"
-    lacks = forced not in processor.tokenizer.get_vocab()
-    if lacks or getattr(settings, "is_multilingual", None) is False:
-        raise UserError(f"--baseline {where} lacks {forced}: name a multilingual Whisper")
-    prompt = processor.get_decoder_prompt_ids(language=language, task="transcribe")
-    vars(settings).update(forced_decoder_ids=prompt, language=None, task=None)  # old ones lack maps
-    ends = [model.config.eos_token_id, settings.eos_token_id, settings.pad_token_id]
+    if f"<|{language}|>" not in getattr(model.generation_config, "lang_to_id", {}):
+        raise UserError(f"--baseline {where} knows no {language}: name a multilingual Whisper")
     most = min(cfg.max_new_tokens, model.config.max_target_positions - 4)  # 4: of its prompt
     def answer(samples, waves):
         sounds = [wave.numpy() for wave, in waves]
         mel = processor(sounds, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
         ids = model.generate(mel.to(device, model.dtype), max_new_tokens=most, do_sample=False,
-                             num_beams=1).cpu()
-        answers = with_lengths(processor.batch_decode(ids, skip_special_tokens=True), ids, ends)
-        return [(t, n, endless and n >= most) for t, n, endless in answers]  # the last end is gone
+                             num_beams=1, language=language, task="transcribe").cpu()
+        texts = processor.batch_decode(ids, skip_special_tokens=True)
+        lengths = ids.ne(model.config.eos_token_id).sum(1).tolist()  # which is its padding, too
+        return [(text, n, n >= most) for text, n in zip(texts, lengths, strict=True)]
     answer = pauses.in_pieces(answer, processor.feature_extractor.n_samples, cfg.batch_size)
     name = Path(where).name + (" (baseline)" if Path(where).name == ours else "")
     return System(name, answer, (digest_model(where), language, cfg.max_new_tokens, device.type))

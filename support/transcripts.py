@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from tqdm import tqdm
 from data import TRANSCRIBE
@@ -52,11 +53,11 @@ def deliver(row: dict, paths: dict, segments=(), seconds: float = 0.0) -> None:
 def transcribe(answer, window: int, batch_size: int, cfg, planned: list) -> None:
     """The texts of what plan() found, in pieces of <= `window` samples, so many at once, by a
     system as eval.py's. Raises UserError if none is usable."""
-    todo, errors, heard = [job for job in planned if not is_done(*job)], [], []
-    if len(todo) < len(planned):
-        print(f"{len(planned) - len(todo)} of {len(planned)} are done already", file=sys.stderr)
+    todo, errors = [job for job in planned if not is_done(*job)], []
     asked, most = context.tell(TRANSCRIBE, cfg.context), cfg.max_audio_seconds or rows.MAX_SECONDS
-    def pieces():  # of one recording after the other: with its length, and, the last, its files
+    bar = tqdm(total=len(planned), initial=len(planned) - len(todo), unit=" recordings",
+               unit_scale=True)  # of parts of one, too
+    def pieces():  # of one recording after the other
         for file, paths in todo:
             try:
                 wave = rows.load_audio(str(file), silence=True, max_seconds=most)
@@ -65,19 +66,18 @@ def transcribe(answer, window: int, batch_size: int, cfg, planned: list) -> None
                 deliver(dict(audio=str(file), error=cli.first_line(e)), paths)
                 bar.update()
                 continue
-            *cut, last = pauses.cut_at_pauses(wave, window)
-            yield from ((asked, [piece], len(wave), None) for piece in cut)
-            yield asked, [last], len(wave), (str(file), paths)
-    with tqdm(total=len(todo), unit=" recordings", unit_scale=True) as bar:  # of parts of one, too
-        for (_, [piece], n, end), (text, _, cut) in pauses.in_batches(answer, pieces(), batch_size):
-            heard.append((piece, text, cut))
-            bar.update(len(piece) / n)
-            if end:
-                waves, texts, cuts = zip(*heard, strict=True)
-                segments, seconds = pauses.timed(waves, texts)
-                text = " ".join(pauses.spoken(segments))
-                deliver(dict(audio=end[0], text=text, cut=any(cuts)), end[1], segments, seconds)
-                heard = []
+            cut = pauses.cut_at_pauses(wave, window)
+            for piece in cut:
+                yield asked, [piece], (str(file), paths)
+                bar.update(1 / len(cut))
+    with bar:
+        answers = pauses.in_batches(answer, pieces(), batch_size)
+        for (name, paths), heard in groupby(answers, key=lambda pair: pair[0][2]):
+            jobs, said = zip(*heard, strict=True)
+            texts, _, cuts = zip(*said, strict=True)
+            segments, seconds = pauses.timed([piece for _, (piece,), _ in jobs], texts)
+            text = " ".join(pauses.spoken(segments))
+            deliver(dict(audio=name, text=text, cut=any(cuts)), paths, segments, seconds)
     if len(errors) == len(planned):
         raise cli.UserError(f"no recording is usable: {errors[0]}")
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import time
-import zlib
 from itertools import starmap
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +20,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.engine.async_llm import AsyncLLM
 import model
-from data import TRANSCRIBE, Sample
+from data import TRANSCRIBE
 from model import SAMPLE_RATE
 from support import cli, context, engine, pauses, rows
 from support.recipes import TABLES
@@ -50,49 +49,43 @@ class Recordings(MediaConnector):
 # ---- The loop guard of model.py, over all routes; repeats that were streamed cannot be taken back
 GUARD = "BOREALIS_LOOP_GUARD"  # in the environment, 0: off
 
-def cut_back(said, limit: int | None, tokenizer) -> None:  # said: vLLM's CompletionOutput
-    kept = model.guard([*said.token_ids], limit)
-    if len(kept) < len(said.token_ids):
-        said.token_ids, said.text = kept, tokenizer.decode(kept, skip_special_tokens=True)
-        said.logprobs = said.logprobs and said.logprobs[:len(kept)]
-
-async def generate(self, prompt, sampling_params, *args, **kwargs):
+async def generate(self, prompt, sampling_params, *args, limit: int | None = None, **kwargs):
+    """AsyncLLM's. limit: of the tokens in an answer, see model.guard()."""
     on = os.environ[GUARD] != "0" and isinstance(sampling_params, SamplingParams)
-    params = engine.guarded(sampling_params) if on else sampling_params
+    params = engine.guarded(sampling_params, limit) if on else sampling_params
+    whole = on and params.output_kind != RequestOutputKind.DELTA
+    ends = ("repetition", "length") if limit else ("repetition",)
     async for output in plain_generate(self, prompt, params, *args, **kwargs):
         for said in output.outputs:
-            if said.finish_reason == "repetition" and params.output_kind != RequestOutputKind.DELTA:
-                cut_back(said, None, cached_tokenizer_from_config(self.model_config))
+            if whole and said.finish_reason in ends:
+                said.token_ids = model.guard([*said.token_ids], limit)
+                said.text = tokenizer_of(self).decode(said.token_ids, skip_special_tokens=True)
+                said.logprobs = said.logprobs and said.logprobs[:len(said.token_ids)]
         yield output
+
+def tokenizer_of(server):
+    return cached_tokenizer_from_config(server.model_config)
 
 plain_generate, AsyncLLM.generate = AsyncLLM.generate, generate
 
 # ---- Transcripts
-def asked(*lists: str | None) -> Sample:  # the transcription prompt; prompt and hotwords of a form
-    return context.tell(TRANSCRIBE, context.parse(", ".join(filter(None, lists))))
-
-async def outputs(server, wave: torch.Tensor, params, name: str, lora=None, sample=TRANSCRIBE):
+async def ask(server, wave: torch.Tensor, params, name: str, lora=None, sample=TRANSCRIBE):
     """One fresh request: the transcription prompt with this wave -> vLLM's RequestOutputs."""
-    config, limit = server.model_config, model.speech_limit(len(wave))
-    tokenizer, on = cached_tokenizer_from_config(config), os.environ[GUARD] != "0"
-    prompt = parse_model_prompt(config, engine.prompt(tokenizer, [wave], sample))
-    inputs = await server.renderer.render_cmpl_async([prompt])
-    params = engine.guarded(params, limit) if on else params
-    async for output in server.engine_client.generate(inputs[0], params, name, lora_request=lora):
-        said, whole = output.outputs[0], params.output_kind != RequestOutputKind.DELTA
-        if on and whole and said.finish_reason == "length":
-            cut_back(said, limit, tokenizer)
-        yield output
+    prompt = engine.prompt(tokenizer_of(server), [wave], sample)
+    prompts = [parse_model_prompt(server.model_config, prompt)]
+    inputs = await server.renderer.render_cmpl_async(prompts)
+    return server.engine_client.generate(inputs[0], params, name, lora_request=lora,
+                                         limit=model.speech_limit(len(wave)))
 
-async def answer(*request):  # of outputs() -> the last of them
-    return [output async for output in outputs(*request)][-1]
+async def answer(*request):  # the last of them
+    return [output async for output in await ask(*request)][-1]
 
 async def events(server, form, name: str, requests: list):
     """Texts as they are decoded, one piece after the other, in vLLM's server-sent events."""
     about = dict(id=name, object="transcription.chunk", created=int(time.time()), model=form.model)
     try:
         for request in requests:
-            async for output in outputs(*request):
+            async for output in await ask(*request):
                 said = output.outputs[0]
                 text = said.text + " " * bool(said.finish_reason)  # the next piece follows
                 choice = dict(delta=dict(content=text), finish_reason=said.finish_reason)
@@ -101,12 +94,6 @@ async def events(server, form, name: str, requests: list):
         yield f"data: {server.create_streaming_error_response(e)}\n\n"
     yield "data: [DONE]\n\n"
 
-def facts(said, temperature: float) -> dict:  # what else OpenAI's clients expect of a segment
-    data = said.text.encode()
-    return dict(seek=0, tokens=[*said.token_ids], temperature=temperature,
-                avg_logprob=said.cumulative_logprob / len(said.token_ids),
-                compression_ratio=len(data) / len(zlib.compress(data)), no_speech_prob=None)
-
 api_router.router.routes.clear()  # vLLM's knows no times
 @api_router.router.post("/v1/audio/transcriptions")
 @with_cancellation
@@ -114,32 +101,35 @@ async def transcribe(raw_request: Request,
                      request: Annotated[api_router.TranscriptionRequest, Form()]) -> Response:
     """Each piece between two pauses is a request, and in verbose_json, srt and vtt a segment."""
     server, form = raw_request.app.state.openai_serving_transcription, request
-    if form.use_beam_search or "word" in form.timestamp_granularities:
-        raise ValueError("no beam search, and times of segments only: no word granularity")
-    if form.stream and form.response_format not in ("json", "text"):
-        raise ValueError("times are not streamed: ask without stream")
+    timed = form.response_format not in ("json", "text")
+    if form.use_beam_search or "word" in form.timestamp_granularities or timed and form.stream:
+        raise ValueError("no beam search; times of segments only, and none of what is streamed")
     if error := await server._check_model(form):
         return JSONResponse(error.model_dump(), error.error.code)
     server.model_cls.validate_language(form.language)
-    lora, sample = server._maybe_get_adapters(form), asked(form.prompt, form.hotwords)
+    words = ", ".join(filter(None, (form.prompt, form.hotwords)))
+    sample, lora = context.tell(TRANSCRIBE, context.parse(words)), server._maybe_get_adapters(form)
     wave = await asyncio.to_thread(decode, await read_upload_with_limit(form.file))
-    pieces = pauses.cut_at_pauses(wave, server.model_config.hf_config.window_samples)
-    params = form.to_sampling_params(form.max_completion_tokens or server.model_config.max_model_len)
-    params.logprobs, name = 1, f"transcribe-{server._base_request_id(raw_request)}"
+    config, name = server.model_config, f"transcribe-{server._base_request_id(raw_request)}"
+    pieces = pauses.cut_at_pauses(wave, config.hf_config.window_samples)
+    params = form.to_sampling_params(form.max_completion_tokens or config.max_model_len)
+    params.logprobs = 1
     requests = [(server, piece, params, f"{name}-{i}", lora, sample)
                 for i, piece in enumerate(pieces)]
     if form.stream:
-        return StreamingResponse(events(server, form, name, requests), 200,
+        return StreamingResponse(events(server, form, name, requests),
                                  media_type="text/event-stream")
     answers = [output.outputs[0] for output in await asyncio.gather(*starmap(answer, requests))]
     segments, seconds = pauses.timed(pieces, [said.text for said in answers])
     body = pauses.to_json(segments, seconds)
-    if form.response_format in ("srt", "vtt"):
-        return PlainTextResponse(pauses.FORMATS[form.response_format](segments))
-    if form.response_format == "text":
-        return PlainTextResponse(body["text"] + "\n")
-    heard = [said for said in answers if pauses.without_thoughts(said.text)]
-    for segment, said in zip(body["segments"], heard, strict=True):
-        segment |= facts(said, form.temperature)
-    body = body if form.response_format == "verbose_json" else dict(text=body["text"])
+    if form.response_format in ("text", "srt", "vtt"):
+        write = pauses.FORMATS[form.response_format.replace("text", "txt")]
+        return PlainTextResponse(write(segments, seconds))
+    if form.response_format == "json":
+        body = dict(text=body["text"])
+    else:
+        heard = [said for said in answers if pauses.without_thoughts(said.text)]
+        for segment, said in zip(body["segments"], heard, strict=True):
+            ids = [*said.token_ids]
+            segment |= dict(tokens=ids, avg_logprob=said.cumulative_logprob / len(ids))
     return JSONResponse(body | dict(usage=dict(type="duration", seconds=math.ceil(seconds))))
