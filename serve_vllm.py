@@ -2,7 +2,6 @@
 encoder and adapter in front. The last chapter; what it serves, train.py wrote.
 
     python serve_vllm.py --ckpt out/           # an OpenAI server on 127.0.0.1:8000
-    python serve_vllm.py --ckpt out/ --max_audio_seconds 60 --limit-mm-per-prompt '{"audio": 4}'
     python serve_vllm.py --ckpt out/ --transcribe a.wav folder/ --format srt --out_dir texts/
     arecord -t raw -f S16_LE -r 16000 | python serve_vllm.py --ckpt out/ --live -      # as spoken
 
@@ -131,9 +130,6 @@ class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMulti
     @classmethod
     def get_speech_to_text_config(cls, model_config, task_type):
         return SpeechToTextConfig()
-    @classmethod
-    def get_other_languages(cls):
-        return {}  # those of Whisper, about which vLLM would only warn
     @classmethod
     def get_generation_prompt(cls, stt_params):
         raise ValueError("this model does not translate: ask /v1/audio/transcriptions")

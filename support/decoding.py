@@ -108,8 +108,7 @@ class System:
         jobs = sorted(jobs, key=lambda job: -len(job[1].answer))  # alike, so as not to wait
         batches = [jobs[i:i + batch_size] for i in range(0, len(jobs), batch_size)][RANK::WORLD]
         batches = [batch for batch in batches if any(key not in done for key, _ in batch)]
-        bar = tqdm(total=sum(map(len, batches)), desc=self.name, unit=" utterances",
-                   disable=RANK > 0)
+        bar = tqdm(total=sum(map(len, batches)), desc=self.name, unit=" rows", disable=RANK > 0)
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"hypotheses.{self.settings}.{RANK}.part.jsonl"
         with bar, open(part, "a", buffering=1, encoding="utf-8") as file:  # 1: line by line

@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 import numpy as np
 import torch
@@ -93,8 +94,7 @@ class Phrases:
 
 # ---- When was it said? Inside of a piece, words share the time of speech by their letters.
 def timed(pieces, texts) -> tuple[list, float]:
-    """Pieces of a recording, what is said in each -> [words of one in which something is], seconds.
-    Words are (start, end, word), see word_times()."""
+    """Pieces of a recording, their texts -> [words of one that has some], see word_times(); s."""
     ends = np.cumsum([0, *map(len, pieces)]) / SAMPLE_RATE
     segments = [word_times(piece, without_thoughts(text), at)
                 for piece, text, at in zip(pieces, texts, ends[:-1], strict=True)]
@@ -134,16 +134,14 @@ def to_json(segments, duration: float) -> dict:
                     dict(id=i, start=words[0][0], end=words[-1][1], text=text)
                     for i, (words, text) in enumerate(zip(segments, texts, strict=True))])
 
-def to_srt(segments, *_) -> str:
-    return "\n".join(f"{i}\n{clock(start, ',')} --> {clock(end, ',')}\n" + "\n".join(lines) + "\n"
-                     for i, (start, end, lines) in enumerate(cues(segments), 1))
+def captions(segments, mark: str, change=str) -> str:
+    return "\n".join(
+        f"{i}\n{clock(start, mark)} --> {clock(end, mark)}\n{change(chr(10).join(lines))}\n"
+        for i, (start, end, lines) in enumerate(cues(segments), 1))
 
-def to_vtt(segments, *_) -> str:
-    return "WEBVTT\n\n" + "\n".join(
-        f"{clock(start, '.')} --> {clock(end, '.')}\n{html.escape(chr(10).join(lines), False)}\n"
-        for start, end, lines in cues(segments))
-
+escape = partial(html.escape, quote=False)
 FORMATS = dict(
-    srt=to_srt, vtt=to_vtt,
+    srt=lambda segments, *_: captions(segments, ","),
+    vtt=lambda segments, *_: "WEBVTT\n\n" + captions(segments, ".", escape),
     txt=lambda segments, *_: "".join(f"{text}\n" for text in spoken(segments)),
     json=lambda *facts: json.dumps(to_json(*facts), ensure_ascii=False, indent=2) + "\n")

@@ -82,13 +82,13 @@ def answer_one(model, cfg) -> None:
 # ---- Who answers: our checkpoint, or a Whisper
 def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> System:
     """A Whisper, greedy, in --lang or that of training, by another name than `ours`. UserError."""
-    where, language = cfg.baseline, (cfg.lang or lang or "ru").split(",")[0]
+    where, language = cfg.baseline, cfg.lang or lang or "ru"
     with as_user_error(f"cannot load --baseline {where}: ", Exception):  # it fails in many ways
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_part(WhisperForConditionalGeneration, where, dtype=dtype).to(device).eval()
         processor = WhisperProcessor.from_pretrained(where)
     if f"<|{language}|>" not in getattr(model.generation_config, "lang_to_id", {}):
-        raise UserError(f"--baseline {where} knows no {language}: name a multilingual Whisper")
+        raise UserError(f"--baseline {where} knows no {language}: multilingual? or see --lang")
     most = min(cfg.max_new_tokens, model.config.max_target_positions - 4)  # 4: of its prompt
     def answer(samples, waves):
         sounds = [wave.numpy() for wave, in waves]

@@ -55,25 +55,23 @@ async def generate(self, prompt, sampling_params, *args, limit: int | None = Non
     params = engine.guarded(sampling_params, limit) if on else sampling_params
     whole = on and params.output_kind != RequestOutputKind.DELTA
     ends = ("repetition", "length") if limit else ("repetition",)
+    tokenizer = cached_tokenizer_from_config(self.model_config)
     async for output in plain_generate(self, prompt, params, *args, **kwargs):
         for said in output.outputs:
             if whole and said.finish_reason in ends:
                 said.token_ids = model.guard([*said.token_ids], limit)
-                said.text = tokenizer_of(self).decode(said.token_ids, skip_special_tokens=True)
+                said.text = tokenizer.decode(said.token_ids, skip_special_tokens=True)
                 said.logprobs = said.logprobs and said.logprobs[:len(said.token_ids)]
         yield output
-
-def tokenizer_of(server):
-    return cached_tokenizer_from_config(server.model_config)
 
 plain_generate, AsyncLLM.generate = AsyncLLM.generate, generate
 
 # ---- Transcripts
 async def ask(server, wave: torch.Tensor, params, name: str, lora=None, sample=TRANSCRIBE):
     """One fresh request: the transcription prompt with this wave -> vLLM's RequestOutputs."""
-    prompt = engine.prompt(tokenizer_of(server), [wave], sample)
-    prompts = [parse_model_prompt(server.model_config, prompt)]
-    inputs = await server.renderer.render_cmpl_async(prompts)
+    tokenizer = cached_tokenizer_from_config(server.model_config)
+    prompt = parse_model_prompt(server.model_config, engine.prompt(tokenizer, [wave], sample))
+    inputs = await server.renderer.render_cmpl_async([prompt])
     return server.engine_client.generate(inputs[0], params, name, lora_request=lora,
                                          limit=model.speech_limit(len(wave)))
 
@@ -104,16 +102,14 @@ async def transcribe(raw_request: Request,
     timed = form.response_format not in ("json", "text")
     if form.use_beam_search or "word" in form.timestamp_granularities or timed and form.stream:
         raise ValueError("no beam search; times of segments only, and none of what is streamed")
-    if error := await server._check_model(form):
-        return JSONResponse(error.model_dump(), error.error.code)
-    server.model_cls.validate_language(form.language)
+    if form.language not in (None, *server.model_cls.supported_languages):
+        raise ValueError(f"language {form.language!r}: choose from ru, en")
     words = ", ".join(filter(None, (form.prompt, form.hotwords)))
     sample, lora = context.tell(TRANSCRIBE, context.parse(words)), server._maybe_get_adapters(form)
     wave = await asyncio.to_thread(decode, await read_upload_with_limit(form.file))
     config, name = server.model_config, f"transcribe-{server._base_request_id(raw_request)}"
     pieces = pauses.cut_at_pauses(wave, config.hf_config.window_samples)
     params = form.to_sampling_params(form.max_completion_tokens or config.max_model_len)
-    params.logprobs = 1
     requests = [(server, piece, params, f"{name}-{i}", lora, sample)
                 for i, piece in enumerate(pieces)]
     if form.stream:
@@ -121,15 +117,9 @@ async def transcribe(raw_request: Request,
                                  media_type="text/event-stream")
     answers = [output.outputs[0] for output in await asyncio.gather(*starmap(answer, requests))]
     segments, seconds = pauses.timed(pieces, [said.text for said in answers])
-    body = pauses.to_json(segments, seconds)
     if form.response_format in ("text", "srt", "vtt"):
         write = pauses.FORMATS[form.response_format.replace("text", "txt")]
         return PlainTextResponse(write(segments, seconds))
-    if form.response_format == "json":
-        body = dict(text=body["text"])
-    else:
-        heard = [said for said in answers if pauses.without_thoughts(said.text)]
-        for segment, said in zip(body["segments"], heard, strict=True):
-            ids = [*said.token_ids]
-            segment |= dict(tokens=ids, avg_logprob=said.cumulative_logprob / len(ids))
+    body = pauses.to_json(segments, seconds)
+    body = body if form.response_format == "verbose_json" else dict(text=body["text"])
     return JSONResponse(body | dict(usage=dict(type="duration", seconds=math.ceil(seconds))))
