@@ -9,7 +9,6 @@
     python eval.py --compare out_a/ out_b/ --out out                  # several runs in one table
 
 Writes results.json, report.md, hypotheses.jsonl and wer.png into the checkpoint's folder or --out.
-A failed utterance scores as an empty answer; interrupted, the same command goes on where it was.
 Shapes: n utterances of a split, S splits, R draws of the bootstrap."""
 import string
 import unicodedata

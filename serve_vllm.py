@@ -1,5 +1,4 @@
-"""serve_vllm.py -- our model in vLLM: its paged attention and continuous batching for Qwen3, our
-encoder and adapter in front. The last chapter; what it serves, train.py wrote.
+"""serve_vllm.py -- the last chapter: our model in vLLM, with its paged attention and batching.
 
     python serve_vllm.py --ckpt out/           # an OpenAI server on 127.0.0.1:8000
     python serve_vllm.py --ckpt out/ --transcribe a.wav folder/ --format srt --out_dir texts/

@@ -18,8 +18,7 @@ def without_thoughts(text: str) -> str:  # other people's checkpoints may think 
     return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL).strip()
 
 def in_batches(answer: Callable, jobs: Iterable, batch_size: int) -> Iterator[tuple]:
-    """Each (sample, waves, ...) of jobs, which may be read as they are needed, with the answer of a
-    system as eval.py's."""
+    """Each (sample, waves, ...) of jobs, read as needed, with a system's answer."""
     jobs = iter(jobs)
     while batch := list(islice(jobs, batch_size)):
         samples, waves, *_ = zip(*batch, strict=True)
@@ -48,9 +47,8 @@ UNSURE = 40                # frames kept while nobody speaks
 MEMORY = 800               # frames that loud and quiet are told from
 
 class Phrases:
-    """Sound as it comes in -> what to decode when, and which words of that are new and certain.
-    longest: samples of a phrase."""
-    def __init__(self, longest: int):
+    """Sound as it comes in -> what to decode when, and which words of that are new and certain."""
+    def __init__(self, longest: int):  # samples of a phrase
         self.longest, self.levels = longest, deque(maxlen=MEMORY)  # dB
         self.start(np.zeros(0, np.float32))
     def start(self, phrase: np.ndarray) -> None:
@@ -141,7 +139,7 @@ def captions(segments, mark: str, change=str) -> str:
 
 escape = partial(html.escape, quote=False)
 FORMATS = dict(
+    txt=lambda segments, *_: "".join(f"{text}\n" for text in spoken(segments)),
     srt=lambda segments, *_: captions(segments, ","),
     vtt=lambda segments, *_: "WEBVTT\n\n" + captions(segments, ".", escape),
-    txt=lambda segments, *_: "".join(f"{text}\n" for text in spoken(segments)),
     json=lambda *facts: json.dumps(to_json(*facts), ensure_ascii=False, indent=2) + "\n")

@@ -73,8 +73,7 @@ def answer_one(model, cfg) -> None:
     with as_user_error(f"{path}: ", ValueError):
         asked = ASR_PROMPT if prompt is None else rows.check_text(prompt, placeholders=True)
         wave = rows.load_audio(path)
-        windows = -(-len(wave) // model.config.window_samples)
-        print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s)", file=sys.stderr)
+        print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s", file=sys.stderr)
         ids = model.generate(wave, asked, system, max_new_tokens=cfg.max_new_tokens,
                              loop_guard=cfg.loop_guard)
     print(pauses.without_thoughts(model.decode(ids[0])))
@@ -111,9 +110,8 @@ def open_ours(cfg, name: str, device: torch.device) -> System:  # the checkpoint
         answer = native(model, cfg.max_new_tokens, cfg.loop_guard)
     if cfg.chunk == "vad":
         answer = pauses.in_pieces(answer, model.config.window_samples, cfg.batch_size)
-    return System(name, answer, (digest_model(cfg.ckpt), cfg.encoder, cfg.llm, cfg.task,
-                                 cfg.max_new_tokens, cfg.chunk, cfg.engine, device.type,
-                                 cfg.loop_guard))
+    facts = digest_model(cfg.ckpt), cfg.encoder, cfg.llm, cfg.task, cfg.max_new_tokens, cfg.chunk
+    return System(name, answer, (*facts, cfg.engine, device.type, cfg.loop_guard))
 
 def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str, list]:
     """{split: samples} -> {system: rows}"""

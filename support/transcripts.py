@@ -51,12 +51,9 @@ def deliver(row: dict, paths: dict, segments=(), seconds: float = 0.0) -> None:
         cli.write_text(path, pauses.FORMATS[kind](segments, seconds))
 
 def transcribe(answer, window: int, batch_size: int, cfg, planned: list) -> None:
-    """The texts of what plan() found, in pieces of <= `window` samples, so many at once, by a
-    system as eval.py's. Raises UserError if none is usable."""
+    """What plan() found, in pieces of <= `window` samples, by a system as eval.py's. UserError."""
     todo, errors = [job for job in planned if not is_done(*job)], []
     asked, most = context.tell(TRANSCRIBE, cfg.context), cfg.max_audio_seconds or rows.MAX_SECONDS
-    bar = tqdm(total=len(planned), initial=len(planned) - len(todo), unit=" recordings",
-               unit_scale=True)  # of parts of one, too
     def pieces():  # of one recording after the other
         for file, paths in todo:
             try:
@@ -67,10 +64,11 @@ def transcribe(answer, window: int, batch_size: int, cfg, planned: list) -> None
                 bar.update()
                 continue
             cut = pauses.cut_at_pauses(wave, window)
+            bar.total += len(cut) - 1  # a recording counted as one so far
             for piece in cut:
                 yield asked, [piece], (str(file), paths)
-                bar.update(1 / len(cut))
-    with bar:
+                bar.update()
+    with tqdm(total=len(planned), initial=len(planned) - len(todo), unit=" windows") as bar:
         answers = pauses.in_batches(answer, pieces(), batch_size)
         for (name, paths), heard in groupby(answers, key=lambda pair: pair[0][2]):
             jobs, said = zip(*heard, strict=True)

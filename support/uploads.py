@@ -25,7 +25,8 @@ from model import SAMPLE_RATE
 from support import cli, context, engine, pauses, rows
 from support.recipes import TABLES
 
-LIMIT = "BOREALIS_MAX_AUDIO_SECONDS"  # in the environment, which reaches all of vLLM's processes
+# In the environment, which reaches all of vLLM's processes. GUARD "0": off
+LIMIT, GUARD = "BOREALIS_MAX_AUDIO_SECONDS", "BOREALIS_LOOP_GUARD"
 os.environ.update(TABLES["vllm_uploads"] | os.environ)
 
 def decode(data: bytes) -> torch.Tensor:  # (samples,) float32 at 16 kHz, or ValueError
@@ -47,8 +48,6 @@ class Recordings(MediaConnector):
             raise ValueError(f"unusable recording: {cli.first_line(e)}") from None
 
 # ---- The loop guard of model.py, over all routes; repeats that were streamed cannot be taken back
-GUARD = "BOREALIS_LOOP_GUARD"  # in the environment, 0: off
-
 async def generate(self, prompt, sampling_params, *args, limit: int | None = None, **kwargs):
     """AsyncLLM's. limit: of the tokens in an answer, see model.guard()."""
     on = os.environ[GUARD] != "0" and isinstance(sampling_params, SamplingParams)
@@ -78,11 +77,11 @@ async def ask(server, wave: torch.Tensor, params, name: str, lora=None, sample=T
 async def answer(*request):  # the last of them
     return [output async for output in await ask(*request)][-1]
 
-async def events(server, form, name: str, requests: list):
+async def events(server, form, name: str, asked: list):
     """Texts as they are decoded, one piece after the other, in vLLM's server-sent events."""
     about = dict(id=name, object="transcription.chunk", created=int(time.time()), model=form.model)
     try:
-        for request in requests:
+        for request in asked:
             async for output in await ask(*request):
                 said = output.outputs[0]
                 text = said.text + " " * bool(said.finish_reason)  # the next piece follows
@@ -110,13 +109,11 @@ async def transcribe(raw_request: Request,
     config, name = server.model_config, f"transcribe-{server._base_request_id(raw_request)}"
     pieces = pauses.cut_at_pauses(wave, config.hf_config.window_samples)
     params = form.to_sampling_params(form.max_completion_tokens or config.max_model_len)
-    requests = [(server, piece, params, f"{name}-{i}", lora, sample)
-                for i, piece in enumerate(pieces)]
+    asked = [(server, piece, params, f"{name}-{i}", lora, sample) for i, piece in enumerate(pieces)]
     if form.stream:
-        return StreamingResponse(events(server, form, name, requests),
-                                 media_type="text/event-stream")
-    answers = [output.outputs[0] for output in await asyncio.gather(*starmap(answer, requests))]
-    segments, seconds = pauses.timed(pieces, [said.text for said in answers])
+        return StreamingResponse(events(server, form, name, asked), media_type="text/event-stream")
+    answers = await asyncio.gather(*starmap(answer, asked))
+    segments, seconds = pauses.timed(pieces, [output.outputs[0].text for output in answers])
     if form.response_format in ("text", "srt", "vtt"):
         write = pauses.FORMATS[form.response_format.replace("text", "txt")]
         return PlainTextResponse(write(segments, seconds))
