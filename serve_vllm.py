@@ -1,8 +1,6 @@
-"""serve_vllm.py -- our model in vLLM: its paged attention and continuous batching for Qwen3, our
-encoder and adapter in front. The last chapter; what it serves, train.py wrote.
+"""serve_vllm.py -- the last chapter: our model in vLLM, with its paged attention and batching.
 
     python serve_vllm.py --ckpt out/           # an OpenAI server on 127.0.0.1:8000
-    python serve_vllm.py --ckpt out/ --max_audio_seconds 60 --limit-mm-per-prompt '{"audio": 4}'
     python serve_vllm.py --ckpt out/ --transcribe a.wav folder/ --format srt --out_dir texts/
     arecord -t raw -f S16_LE -r 16000 | python serve_vllm.py --live    # asks a running server
 
@@ -33,9 +31,8 @@ from vllm import ModelRegistry
 from vllm.config.speech_to_text import SpeechToTextConfig
 from vllm.model_executor.models import interfaces, module_mapping, utils
 from vllm.multimodal import MULTIMODAL_REGISTRY, inputs, parse, processing
-from vllm.tokenizers import cached_tokenizer_from_config
 from support import realtime
-from support.uploads import GUARD, LIMIT, asked
+from support.uploads import GUARD, LIMIT
 
 # ---- The four classes. How many tokens a recording takes is said twice: the most, for which memory
 # is set aside, in get_mm_max_tokens_per_item(); what each one takes, in _get_prompt_updates().
@@ -95,8 +92,7 @@ class BorealisMultiModalProcessor(processing.BaseMultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(BorealisMultiModalProcessor, info=BorealisProcessingInfo,
                                         dummy_inputs=BorealisDummyInputsBuilder)
 class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMultiModal,
-                                       interfaces.SupportsPP, interfaces.SupportsLoRA,
-                                       interfaces.SupportsTranscription):
+                                       interfaces.SupportsLoRA, interfaces.SupportsTranscription):
     """encoder.*, adapter.*, llm.* as in our checkpoints; llm is vLLM's Qwen3."""
     supported_languages = {"ru": "Russian", "en": "English"}
     @classmethod
@@ -115,7 +111,6 @@ class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMulti
                 prefix=utils.maybe_prefix(prefix, "llm"), architectures=["Qwen3ForCausalLM"])
         # In the original's layout <|AUDIO|> has no row in the table.
         self.configure_mm_token_handling(config.llm_config.vocab_size, [config.audio_token_id])
-        self.make_empty_intermediate_tensors = self.llm.make_empty_intermediate_tensors
     def embed_multimodal(self, input_features, num_windows, **_):
         """(W, M, F) -> for each recording (its windows x N, D), which vLLM puts into its slots."""
         mels = input_features.to(self.adapter.w_in.weight)                      # its dtype, device
@@ -130,24 +125,13 @@ class BorealisForConditionalGeneration(torch.nn.Module, interfaces.SupportsMulti
         return utils.AutoWeightsLoader(self).load_weights(weights)
     def get_mm_mapping(self):  # LoRA is for the LLM
         return module_mapping.MultiModelKeys.from_string_field("llm", "adapter", "encoder")
-    # ---- for /v1/audio/transcriptions, where vLLM cuts what is longer than a window
+    # ---- for /v1/audio/transcriptions, which is in support/uploads.py
     @classmethod
     def get_speech_to_text_config(cls, model_config, task_type):
-        seconds = model_config.hf_config.window_samples // SAMPLE_RATE
-        return SpeechToTextConfig(sample_rate=SAMPLE_RATE, max_audio_clip_s=seconds)
+        return SpeechToTextConfig()
     @classmethod
-    def get_other_languages(cls):
-        return {}  # those of Whisper, about which vLLM would only warn
-    @classmethod
-    def get_generation_prompt(cls, stt_params):  # that of training, whatever the language
-        if stt_params.task_type != "transcribe":
-            raise ValueError("this model does not translate: ask /v1/audio/transcriptions")
-        tokenizer = cached_tokenizer_from_config(stt_params.model_config)
-        sample = asked(stt_params.request_prompt, stt_params.hotwords)
-        return engine.prompt(tokenizer, [stt_params.audio], sample)
-    @classmethod
-    def post_process_output(cls, text):
-        return text.strip()
+    def get_generation_prompt(cls, stt_params):
+        raise ValueError("this model does not translate: ask /v1/audio/transcriptions")
 
 def register() -> None:  # also the entry point of pyproject.toml
     ModelRegistry.register_model("BorealisForConditionalGeneration",
@@ -156,8 +140,6 @@ def register() -> None:  # also the entry point of pyproject.toml
 register()  # here, not in main(): the processes that vLLM starts run this file under another name
 
 # ---- Commands
-BATCH = 64  # recordings, and pieces of them
-
 def serve(args, vllm_flags: list[str]) -> None:
     """vLLM's own server; of a flag given twice the last counts: our defaults, then the user's."""
     from vllm.entrypoints.launchers.api_server import entry
@@ -192,6 +174,6 @@ def main() -> int | None:
         return realtime.follow(args.server)
     planned = transcripts.plan(args)  # wrong ones show before vLLM has loaded the model
     vllm = engine.Offline(args.ckpt, args.max_new_tokens, args.encoder, args.llm, args.loop_guard)
-    return transcripts.transcribe(vllm, vllm.config.window_samples, BATCH, args, planned)
+    return transcripts.transcribe(vllm, vllm.config.window_samples, 64, args, planned)
 
 run(main, __name__)

@@ -1468,7 +1468,7 @@ def test_questions(ev, four, corpus, tmp_path, monkeypatch):
     e = ev("--manifest", path, "--task", "qa")
     assert e.code == 0 and e.results["splits"]["qa"]["em"] == e.results["avg_em"] == 50
     assert "exact match % [95 %]" in e.out and e.texts[1] == "ПАРИЖ."
-    assert e.rows[1]["seconds"] == 0 and e.rows[1]["snr"] is None
+    assert e.rows[1]["seconds"] == 0
     c = ev("--compare", tmp_path / "e", out=tmp_path / "c")
     assert c.code == 0 and "| e | - | 50.00 | 50.00 |" in c.out and "published" not in c.out
 
@@ -1495,8 +1495,8 @@ def test_big_bench_audio(ev, corpus, tmp_path, monkeypatch):
     assert e.results["avg_accuracy"] == 37.5
 
 def test_the_baseline_is_whisper_in_russian(ev, baseline, four, tmp_path):
-    """Its language is forced, its long recordings are cut at pauses, its generation_config may be
-    old. --reuse adds it to a finished evaluation; changed recordings are decoded again."""
+    """Its language is forced, its long recordings are cut at pauses. --reuse adds it
+    to a finished evaluation; changed recordings are decoded again."""
     def beside(whisper, *flags):
         return ev("--manifest", four, "--baseline", whisper, *flags, tokens=30)
     ev("--manifest", four, tokens=30)
@@ -1512,29 +1512,12 @@ def test_the_baseline_is_whisper_in_russian(ev, baseline, four, tmp_path):
     assert "answered before" not in english.err and set(english.texts[5:8]) == {"no"}
     path = shutil.copytree(baseline, tmp_path / "old") / "generation_config.json"
     settings = json.loads(path.read_text())
-    for name in ("is_multilingual", "lang_to_id", "task_to_id", "no_timestamps_token_id"):
-        del settings[name]
+    del settings["lang_to_id"]  # as in whisper-tiny.en
     path.write_text(json.dumps(settings))
-    assert beside(path.parent).texts[5:8] == e.texts[5:8]
-    settings["is_multilingual"] = False  # as in whisper-tiny.en
-    path.write_text(json.dumps(settings))
+    e = beside(baseline, "--lang", "ru,en")
+    assert e.code == 2 and "knows no ru,en" in e.err
     e = beside(path.parent)
-    assert e.code == 2 and "name a multilingual Whisper" in e.err
-
-def test_noisy_ones_fall_back(ev, baseline, four, tmp_path, monkeypatch):
-    wave, rate = soundfile.read(tmp_path / "2.wav", dtype="float32")
-    noise = np.random.default_rng(0).normal(size=len(wave)) * wave.std() * 0.5  # 6 dB
-    soundfile.write(tmp_path / "2.wav", wave + noise, rate)
-    flags = ["--manifest", four, "--fallback", "whisper", "--fallback_snr", 9]
-    e = ev(*flags, "--baseline", baseline, tokens=30)
-    both = "tiny, noisy ones by whisper-tiny"
-    assert e.code == 0 and "whisper-tiny answers for 1 of 5" in e.err
-    assert list(e.results["others"]) == ["whisper-tiny", both] and 4 < e.rows[2]["snr"] < 8
-    ours, theirs, mixed = e.texts[:5], e.texts[5:10], e.texts[10:]
-    assert mixed == [*ours[:2], theirs[2], *ours[3:]] and mixed != ours
-    monkeypatch.setattr("support.tasks.ENCODER", str(baseline))  # a default has no row
-    e = ev(*flags, tokens=30)
-    assert list(e.results["others"]) == [both] and e.texts == ours + mixed
+    assert e.code == 2 and "multilingual?" in e.err
 
 def test_long_recordings_by_pieces(ev, net, four, tmp_path):
     whole = ev("--manifest", four)
@@ -1548,22 +1531,21 @@ def test_long_recordings_by_pieces(ev, net, four, tmp_path):
 @needs_shared
 def test_a_real_recording_takes_several_windows(ev):
     e = ev("--audio", SHARED / "audio" / "jfk.flac")
-    assert e.code == 0 and "11.00 s, 6 window(s), 150 audio tokens" in e.err
+    assert e.code == 0 and "11.00 s" in e.err
 
 @pytest.mark.parametrize("argv, says", [
     ("--ckpt nowhere", "no checkpoint in"), ("--audio nowhere.wav", "no file at"),
     ("--ckpt nowhere --manifest no.jsonl", "no manifest at"), ("--audio noise.wav", "not audio"),
     ("--audio silent.wav", "silent"), ("--audio short.wav", "shorter"), ("--audio nan.wav", "NaN"),
-    ("--prompt ?", "--audio"), ("--nonsense", "--nonsense"), ("--data_dir nowhere", "no folder"),
+    ("--prompt ?", "--audio"), ("--nonsense", "--nonsense"), ("--data_dir nowhere", "has no Vikhr"),
     (f"--audio good.wav --prompt {A}{A}", "placeholders"), ("--manifest empty.jsonl", "is empty"),
     ("--batch_size 0", "at least 1"), ("--device tpu", "choose from"),
-    ("--audio good.wav --prompt=", "empty text"), ("--fallback piano", "whisper"),
-    ("--out good.wav", "is a file"), ("--task qa", "--manifest"),
-    ("--task bigbench --manifest m", "leave out"), ("--split clean,x", "choose from clean, voices"),
+    ("--audio good.wav --prompt=", "empty text"), ("--out good.wav", "is a file"),
+    ("--task qa", "--manifest"), ("--task bigbench --manifest m", "leave out"),
+    ("--split clean,x", "choose from clean, voices"),
     ("--split clean --baseline nowhere/w", "cannot load --baseline nowhere/w"),
     ("--split clean --limit 1 --baseline CKPT", "is a borealis model, not whisper"),
     ("--data_dir .", "has no Vikhr"), ("--task qa --manifest m --baseline w", "for --task asr"),
-    ("--lang ru,en --split clean --limit 1 --fallback whisper", "one language"),
     ("--compare nowhere", "no results"), ("--task bigbench --split clean", "formal_fallacies"),
     ("--ckpt nowhere/x --engine vllm", "cannot fetch the checkpoint")])
 def test_wrong_evaluation_flags(ev, checkpoint, bad_files, monkeypatch, argv, says):
@@ -1646,7 +1628,7 @@ NAN, INF, LOUD = (wav_bytes(np.full(16000, x, np.float32), subtype="FLOAT")
 SHORT, LONG, CLIP = wav_bytes(tone(0.01)), wav_bytes(tone(21)), wav_bytes(tone(1.0, 4))
 REFUSED = [
     ([("http://example.com/a.wav",)], "allowed domains"), ([f"что {A}?"], "part of its own"),
-    ([f"что {A}?", CLIP], "part of its own"), ([("file:///etc/passwd",)], "cannot fetch"),
+    ([f"что {A}?", CLIP], "part of its own"), ([("file:///etc/passwd",)], "unusable"),
     ([b"OggS" + b"\0\xff" * 500], "not audio"), ([wav_bytes(np.zeros(0))], "0.1 s"), ([NAN], "NaN"),
     ([b"hello" * 99], "not audio"), ([CLIP[:30]], "not audio"), ([CLIP] * 3, "At most 2"),
     ([b""], "is empty"), ([SHORT], "0.1 s"), ([LOUD], "1e+30"), ([LONG], "20 s"), ([INF], "Inf")]

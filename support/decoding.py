@@ -21,7 +21,7 @@ from support.rows import BadRow, load_audio
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 ROW = dict(settings="", split="", row=0, id="", reference="", hypothesis="", failed=None,
-           seconds=0.0, took=0.0, tokens=0, cut=False, snr=None)  # a line of hypotheses.jsonl
+           seconds=0.0, took=0.0, tokens=0, cut=False)  # a line of hypotheses.jsonl
 
 def join_ranks(device: str) -> torch.device:  # this rank's; the ranks are connected, for texts only
     device = torch.device(pick_device(device))
@@ -52,14 +52,6 @@ def digest_model(where: str) -> str:  # a local one by its files, one on the hub
     folder = checkpoint.find_checkpoint(where)
     files = [p for p in sorted(folder.glob("*.json")) if p.name != "results.json"]
     return digest(storage.fingerprint(folder), [(p.name, p.read_bytes()) for p in files])
-
-def estimate_snr(wave: torch.Tensor) -> float:  # (samples,) -> speech / noise, -10 to 60 dB
-    frame = SAMPLE_RATE // 50  # 20 ms
-    power = wave.unfold(0, min(frame, len(wave)), frame).square().mean(1)
-    power = power.where(power > 1e-10, torch.nan)  # digital silence aside
-    noise = power.nanquantile(0.05)  # without a pause, speech passes for it
-    ratio = (power.nanmean() - noise).clamp(1e-12) / noise
-    return (10 * ratio.log10()).nan_to_num(-10).clamp(-10, 60).item()
 
 @dataclass
 class System:
@@ -92,45 +84,39 @@ class System:
         took = round((time.perf_counter() - began) / len(rows), 5)
         return [row | dict(hypothesis=pauses.without_thoughts(text), tokens=n, cut=cut, took=took)
                 for row, (text, n, cut) in zip(rows, answers, strict=True)]
-    def ask_block(self, block: list[tuple], done: dict, batch_size: int) -> Iterator[dict]:
-        """A block's rows, batch by batch, longest first; batches that are done are left out."""
-        queue = []
-        for (split, i), sample in block:
+    def ask_all(self, jobs: list[tuple]) -> Iterator[dict]:  # a batch -> its rows
+        batch = []
+        for (split, i), sample in jobs:
             row = ROW | dict(settings=self.settings, split=split, row=i, id=sample.name,
                              reference=sample.answer)
             silence = not any(c.isalnum() for c in sample.answer)  # no error where nobody speaks
             try:
                 waves = [load_audio(a, silence=silence) for a in sample.audio]
+                row["seconds"] = round(sum(map(len, waves)) / SAMPLE_RATE, 3)
+                batch.append((row, sample, waves))
             except BadRow as e:
                 yield row | dict(failed=str(e))
-                continue
-            row["seconds"] = round(sum(map(len, waves)) / SAMPLE_RATE, 3)
-            row["snr"] = round(min(map(estimate_snr, waves)), 1) if waves else None
-            queue.append((row, sample, waves))
-        queue.sort(key=lambda item: -item[0]["seconds"])
-        for i in range(0, len(queue), batch_size):
-            batch = queue[i:i + batch_size]
-            if any((row["split"], row["row"]) not in done for row, *_ in batch):
-                yield from self.ask(batch)
+        if batch:
+            yield from self.ask(batch)
     def decode(self, jobs: list[tuple], folder: Path, batch_size: int, reuse: bool) -> dict:
         """[((split, number), sample)] -> {(split, number): row}, the same on all ranks."""
-        # They share out blocks: what is in a batch depends neither on their number nor on a stop.
-        done, size = self.read(folder, reuse), 4 * batch_size
+        # They share out batches: what is in one depends neither on their number nor on a stop.
+        done = self.read(folder, reuse)
         if RANK == 0 and (again := sum(key in done for key, _ in jobs)):
             print(f"{self.name}: {again} of {len(jobs)} utterances were answered before",
                   file=sys.stderr)
-        blocks = [jobs[i:i + size] for i in range(RANK * size, len(jobs), WORLD * size)]
-        blocks = [block for block in blocks if any(key not in done for key, _ in block)]
-        bar = tqdm(total=sum(map(len, blocks)), desc=self.name, unit=" utterances",
-                   mininterval=0.1 if sys.stderr.isatty() else 10, disable=RANK > 0)
+        jobs = sorted(jobs, key=lambda job: -len(job[1].answer))  # alike, so as not to wait
+        batches = [jobs[i:i + batch_size] for i in range(0, len(jobs), batch_size)][RANK::WORLD]
+        batches = [batch for batch in batches if any(key not in done for key, _ in batch)]
+        bar = tqdm(total=sum(map(len, batches)), desc=self.name, unit=" rows", disable=RANK > 0)
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"hypotheses.{self.settings}.{RANK}.part.jsonl"
         with bar, open(part, "a", buffering=1, encoding="utf-8") as file:  # 1: line by line
-            for block in blocks:
-                for row in self.ask_block(block, done, batch_size):
+            for batch in batches:
+                for row in self.ask_all(batch):
                     done[row["split"], row["row"]] = row
                     file.write(f"\n{json.dumps(row, ensure_ascii=False)}\n")
-                bar.update(len(block))
+                bar.update(len(batch))
         everyone = [done] * WORLD
         if WORLD > 1:
             dist.all_gather_object(everyone, done)

@@ -6,19 +6,19 @@ import re
 import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 import numpy as np
 import torch
 from model import SAMPLE_RATE
-from support.processing import FRAME, cut_at_pauses, loud_frames, loudness
+from support.processing import FRAME, cut_at_pauses, loud_frames, loudness, word_times
 from support.rows import MIN_SECONDS, BadRow
 
 def without_thoughts(text: str) -> str:  # other people's checkpoints may think aloud
     return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL).strip()
 
 def in_batches(answer: Callable, jobs: Iterable, batch_size: int) -> Iterator[tuple]:
-    """Each (sample, waves, ...) of jobs, which may be read as they are needed, with the answer of a
-    system as eval.py's."""
+    """Each (sample, waves, ...) of jobs, read as needed, with a system's answer."""
     jobs = iter(jobs)
     while batch := list(islice(jobs, batch_size)):
         samples, waves, *_ = zip(*batch, strict=True)
@@ -47,9 +47,8 @@ UNSURE = 40                # frames kept while nobody speaks
 MEMORY = 800               # frames that loud and quiet are told from
 
 class Phrases:
-    """Sound as it comes in -> what to decode when, and which words of that are new and certain.
-    longest: samples of a phrase."""
-    def __init__(self, longest: int):
+    """Sound as it comes in -> what to decode when, and which words of that are new and certain."""
+    def __init__(self, longest: int):  # samples of a phrase
         self.longest, self.levels = longest, deque(maxlen=MEMORY)  # dB
         self.start(np.zeros(0, np.float32))
     def start(self, phrase: np.ndarray) -> None:
@@ -92,6 +91,13 @@ class Phrases:
         return new
 
 # ---- When was it said? Inside of a piece, words share the time of speech by their letters.
+def timed(pieces, texts) -> tuple[list, float]:
+    """Pieces of a recording, their texts -> [words of one that has some], see word_times(); s."""
+    ends = np.cumsum([0, *map(len, pieces)]) / SAMPLE_RATE
+    segments = [word_times(piece, without_thoughts(text), at)
+                for piece, text, at in zip(pieces, texts, ends[:-1], strict=True)]
+    return [words for words in segments if words], float(ends[-1])
+
 LINE, LINES, SECONDS = 42, 2, 7  # of a cue, at most: letters in a line, lines, seconds
 
 def wrap(words: list[tuple]) -> list[str]:
@@ -126,21 +132,14 @@ def to_json(segments, duration: float) -> dict:
                     dict(id=i, start=words[0][0], end=words[-1][1], text=text)
                     for i, (words, text) in enumerate(zip(segments, texts, strict=True))])
 
-def to_srt(segments, *_) -> str:
-    return "\n".join(f"{i}\n{clock(start, ',')} --> {clock(end, ',')}\n" + "\n".join(lines) + "\n"
-                     for i, (start, end, lines) in enumerate(cues(segments), 1))
+def captions(segments, mark: str, change=str) -> str:
+    return "\n".join(
+        f"{i}\n{clock(start, mark)} --> {clock(end, mark)}\n{change(chr(10).join(lines))}\n"
+        for i, (start, end, lines) in enumerate(cues(segments), 1))
 
-def to_vtt(segments, *_) -> str:
-    return "WEBVTT\n\n" + "\n".join(
-        f"{clock(start, '.')} --> {clock(end, '.')}\n{html.escape(chr(10).join(lines), False)}\n"
-        for start, end, lines in cues(segments))
-
-def to_tsv(segments, *_) -> str:  # Whisper's: milliseconds
-    lines = [f"{1000 * words[0][0]:.0f}\t{1000 * words[-1][1]:.0f}\t{text}\n"
-             for words, text in zip(segments, spoken(segments), strict=True)]
-    return "".join(["start\tend\ttext\n", *lines])
-
+escape = partial(html.escape, quote=False)
 FORMATS = dict(
-    txt=lambda segments, *_: "".join(f"{text}\n" for text in spoken(segments)), srt=to_srt,
-    vtt=to_vtt, tsv=to_tsv,
+    txt=lambda segments, *_: "".join(f"{text}\n" for text in spoken(segments)),
+    srt=lambda segments, *_: captions(segments, ","),
+    vtt=lambda segments, *_: "WEBVTT\n\n" + captions(segments, ".", escape),
     json=lambda *facts: json.dumps(to_json(*facts), ensure_ascii=False, indent=2) + "\n")

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from data import HubSamples
-from model import ASR_PROMPT, ASR_SYSTEM, ENCODER, SAMPLE_RATE, with_context
+from model import ASR_PROMPT, ASR_SYSTEM, SAMPLE_RATE, with_context
 from support import pauses, rows
 from support.checkpoint import load_model, load_part
 from support.cli import UserError, as_user_error, digest
-from support.decoding import RANK, System, digest_model, stamp
+from support.decoding import System, digest_model, stamp
 from support.recipes import BIG_BENCH_AUDIO, TABLES, Source
 
 TASKS = TABLES["tasks"]  # {task: its metrics, the main one first}
@@ -62,7 +62,9 @@ def native(model, max_new_tokens: int, loop_guard=True):  # ours, as decoding.Sy
     def answer(samples, waves):
         chats = [s.messages(False) for s in samples]
         ids = model.chat(chats, waves, max_new_tokens=max_new_tokens, loop_guard=loop_guard)
-        return with_lengths(model.decode(ids), ids, model.ends, model.config.audio_start_id)
+        rows = [[x for x in row if x != model.config.audio_start_id] for row in ids.tolist()]
+        return [(text, len(row), set(row).isdisjoint(model.ends))  # cut, as no end token came?
+                for text, row in zip(model.decode(ids), rows, strict=True)]
     return answer
 
 def answer_one(model, cfg) -> None:
@@ -71,48 +73,33 @@ def answer_one(model, cfg) -> None:
     with as_user_error(f"{path}: ", ValueError):
         asked = ASR_PROMPT if prompt is None else rows.check_text(prompt, placeholders=True)
         wave = rows.load_audio(path)
-        windows = -(-len(wave) // model.config.window_samples)
-        print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s, {windows} window(s), "
-              f"{windows * model.config.tokens_per_window} audio tokens", file=sys.stderr)
+        print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s", file=sys.stderr)
         ids = model.generate(wave, asked, system, max_new_tokens=cfg.max_new_tokens,
                              loop_guard=cfg.loop_guard)
     print(pauses.without_thoughts(model.decode(ids[0])))
 
-# ---- Who answers: our checkpoint, a Whisper, or both
-def with_lengths(texts: list[str], ids: torch.Tensor, ends: list[int], pad=None) -> list[tuple]:
-    """Answers, their ids (B, L) -> [(text, tokens up to its end token; cut, as none came?)]"""
-    rows = [[x for x in row if x != pad] for row in ids.tolist()]
-    lengths = [next((i for i, x in enumerate(row, 1) if x in ends), None) for row in rows]
-    return [(text.strip(), n or len(row), n is None)
-            for text, row, n in zip(texts, rows, lengths, strict=True)]
-
-def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> list[System]:
+# ---- Who answers: our checkpoint, or a Whisper
+def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> System:
     """A Whisper, greedy, in --lang or that of training, by another name than `ours`. UserError."""
-    if not (cfg.baseline or cfg.fallback):
-        return []
-    where, language = cfg.baseline or ENCODER, (cfg.lang or lang or "ru").split(",")[0]
+    where, language = cfg.baseline, cfg.lang or lang or "ru"
     with as_user_error(f"cannot load --baseline {where}: ", Exception):  # it fails in many ways
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_part(WhisperForConditionalGeneration, where, dtype=dtype).to(device).eval()
         processor = WhisperProcessor.from_pretrained(where)
-    settings, forced = model.generation_config, f"<|{language}|>"
-    lacks = forced not in processor.tokenizer.get_vocab()
-    if lacks or getattr(settings, "is_multilingual", None) is False:
-        raise UserError(f"--baseline {where} lacks {forced}: name a multilingual Whisper")
-    prompt = processor.get_decoder_prompt_ids(language=language, task="transcribe")
-    vars(settings).update(forced_decoder_ids=prompt, language=None, task=None)  # old ones lack maps
-    ends = [model.config.eos_token_id, settings.eos_token_id, settings.pad_token_id]
+    if f"<|{language}|>" not in getattr(model.generation_config, "lang_to_id", {}):
+        raise UserError(f"--baseline {where} knows no {language}: multilingual? or see --lang")
     most = min(cfg.max_new_tokens, model.config.max_target_positions - 4)  # 4: of its prompt
     def answer(samples, waves):
         sounds = [wave.numpy() for wave, in waves]
         mel = processor(sounds, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
         ids = model.generate(mel.to(device, model.dtype), max_new_tokens=most, do_sample=False,
-                             num_beams=1).cpu()
-        answers = with_lengths(processor.batch_decode(ids, skip_special_tokens=True), ids, ends)
-        return [(t, n, endless and n >= most) for t, n, endless in answers]  # the last end is gone
+                             num_beams=1, language=language, task="transcribe").cpu()
+        texts = processor.batch_decode(ids, skip_special_tokens=True)
+        lengths = ids.ne(model.config.eos_token_id).sum(1).tolist()  # which is its padding, too
+        return [(text, n, n >= most) for text, n in zip(texts, lengths, strict=True)]
     answer = pauses.in_pieces(answer, processor.feature_extractor.n_samples, cfg.batch_size)
     name = Path(where).name + (" (baseline)" if Path(where).name == ours else "")
-    return [System(name, answer, (digest_model(where), language, cfg.max_new_tokens, device.type))]
+    return System(name, answer, (digest_model(where), language, cfg.max_new_tokens, device.type))
 
 def open_ours(cfg, name: str, device: torch.device) -> System:  # the checkpoint, or UserError
     if cfg.engine == "vllm":
@@ -123,25 +110,17 @@ def open_ours(cfg, name: str, device: torch.device) -> System:  # the checkpoint
         answer = native(model, cfg.max_new_tokens, cfg.loop_guard)
     if cfg.chunk == "vad":
         answer = pauses.in_pieces(answer, model.config.window_samples, cfg.batch_size)
-    return System(name, answer, (digest_model(cfg.ckpt), cfg.encoder, cfg.llm, cfg.task,
-                                 cfg.max_new_tokens, cfg.chunk, cfg.engine, device.type,
-                                 cfg.loop_guard))
+    facts = digest_model(cfg.ckpt), cfg.encoder, cfg.llm, cfg.task, cfg.max_new_tokens, cfg.chunk
+    return System(name, answer, (*facts, cfg.engine, device.type, cfg.loop_guard))
 
 def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str, list]:
-    """{split: samples} -> {system: rows}; with --fallback also of the two together."""
+    """{split: samples} -> {system: rows}"""
     data = digest([(split, s.name, s.messages(), [stamp(a) for a in s.audio])
                    for split, own in splits.items() for s in own])  # all, so that --reuse may limit
+    jobs = [((split, i), s) for split, own in splits.items() for i, s in enumerate(own[:cfg.limit])]
+    answers = {}
     for system in systems:
         system.settings = digest(system.facts, data)
-    jobs = [((split, i), s) for split, own in splits.items() for i, s in enumerate(own[:cfg.limit])]
-    name, how = systems[0].name, (out, cfg.batch_size, cfg.reuse)
-    answers = {name: (ours := systems[0].decode(jobs, *how))}
-    for other in systems[1:]:
-        noisy = {k for k, _ in jobs if (x := ours[k]["snr"]) is not None and x < cfg.fallback_snr}
-        theirs = other.decode([j for j in jobs if cfg.baseline or j[0] in noisy], *how)
-        answers |= {other.name: theirs} if cfg.baseline else {}
-        if cfg.fallback:
-            answers[f"{name}, noisy ones by {other.name}"] = ours | {k: theirs[k] for k in noisy}
-            if RANK == 0:
-                print(f"{other.name} answers for {len(noisy)} of {len(jobs)}", file=sys.stderr)
-    return {name: [own[key] for key, _ in jobs] for name, own in answers.items()}
+        rows_of = system.decode(jobs, out, cfg.batch_size, cfg.reuse)
+        answers[system.name] = [rows_of[key] for key, _ in jobs]
+    return answers

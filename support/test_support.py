@@ -29,12 +29,11 @@ import data
 import eval as evaluation
 import model as nb
 import train
-from augment import noise_at
 from conftest import HERE, PUBLISHED, A, M, exit_of, is_one_line, losses, newest, pcm, tone
 
 # isort: split
 from conftest import clip, flac, train_now, wav_bytes, write_manifest
-from support import banks, bench, compare, decoding, export, lora, meter, pauses, ranks, recipes
+from support import banks, bench, compare, export, lora, meter, pauses, ranks, recipes
 
 from support import report, tasks, tiny  # isort: skip
 from support import checkpoint as ckpt
@@ -819,19 +818,6 @@ def test_answers_by_hand(reference, hypothesis, em, f1):
     ("object_counting", "3.", "3"), ("object_counting", "many", "")])
 def test_what_an_answer_comes_down_to(category, text, answer):
     assert tasks.extract_answer(text, category) == answer
-
-@pytest.mark.parametrize("snr", [0, 5, 10, 15, 20])
-def test_snr_is_estimated(corpus, snr):
-    rng, estimates, padded = np.random.default_rng(snr), [], []
-    for s in corpus[:20]:
-        x = data.load_audio(s.audio[0]).numpy()
-        x = torch.as_tensor(x + noise_at(rng.normal(size=len(x)), np.mean(x ** 2), snr))
-        estimates.append(decoding.estimate_snr(x))
-        padded.append(decoding.estimate_snr(torch.cat([torch.zeros(4800), x])))
-    assert np.mean(estimates) == pytest.approx(snr, abs=1.5)
-    assert np.allclose(estimates, snr, atol=5) and np.allclose(padded, estimates, atol=0.5)
-    assert decoding.estimate_snr(torch.zeros(16000)) <= 0
-    assert -10 <= decoding.estimate_snr(torch.ones(100)) <= 60
 
 def evaluated(folder, rng, rate, ids=40):
     folder.mkdir()

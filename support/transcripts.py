@@ -3,11 +3,11 @@
 import json
 import sys
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from tqdm import tqdm
 from data import TRANSCRIBE
-from model import SAMPLE_RATE
-from support import checkpoint, cli, context, pauses, processing, rows, tasks
+from support import checkpoint, cli, context, pauses, rows, tasks
 
 def find_recordings(places: list[str]) -> list[tuple[Path, Path]]:
     """Files, in folders too, and what each is called in --out_dir, without an ending. UserError."""
@@ -41,47 +41,41 @@ def is_done(file: Path, paths: dict) -> bool:  # are all there, and newer than t
     since = file.stat().st_mtime
     return bool(paths) and all(p.exists() and p.stat().st_mtime >= since for p in paths.values())
 
-def deliver(row: dict, paths: dict, segments=(), duration: float = 0.0) -> None:
+def deliver(row: dict, paths: dict, segments=(), seconds: float = 0.0) -> None:
     """Print the row as JSON, or write the files."""
     if not paths:
         return print(json.dumps(row, ensure_ascii=False), flush=True)
     if problem := row.get("error") or row["cut"] and "cut off: see --max_new_tokens, --loop_guard":
         tqdm.write(f"{row['audio']}: {problem}", sys.stderr)
     for kind, path in paths.items() if "text" in row else ():
-        cli.write_text(path, pauses.FORMATS[kind](segments, duration))
+        cli.write_text(path, pauses.FORMATS[kind](segments, seconds))
 
 def transcribe(answer, window: int, batch_size: int, cfg, planned: list) -> None:
-    """The texts of what plan() found, in pieces of <= `window` samples, so many at once, by a
-    system as eval.py's. Raises UserError if none is usable."""
+    """What plan() found, in pieces of <= `window` samples, by a system as eval.py's. UserError."""
     todo, errors = [job for job in planned if not is_done(*job)], []
-    if len(todo) < len(planned):
-        print(f"{len(planned) - len(todo)} of {len(planned)} are done already", file=sys.stderr)
-    asked = context.tell(TRANSCRIBE, cfg.context)
-    bar = tqdm(total=len(todo), unit=" recordings", unit_scale=True)  # of parts of one, too
-    def pieces():  # of one recording after the other: with its length, and, the last, its files
+    asked, most = context.tell(TRANSCRIBE, cfg.context), cfg.max_audio_seconds or rows.MAX_SECONDS
+    def pieces():  # of one recording after the other
         for file, paths in todo:
             try:
-                most = cfg.max_audio_seconds or rows.MAX_SECONDS
                 wave = rows.load_audio(str(file), silence=True, max_seconds=most)
             except (ValueError, OSError) as e:
                 errors.append(f"{cli.first_line(e)}: {file}")
                 deliver(dict(audio=str(file), error=cli.first_line(e)), paths)
                 bar.update()
                 continue
-            *cut, last = pauses.cut_at_pauses(wave, window)
-            yield from ((asked, [piece], len(wave), None) for piece in cut)
-            yield asked, [last], len(wave), (str(file), paths)
-    segments, at, any_cut = [], 0.0, False
-    with bar:
-        for (_, [piece], n, end), (text, _, cut) in pauses.in_batches(answer, pieces(), batch_size):
-            segments.append(processing.word_times(piece, pauses.without_thoughts(text), at))
-            at, any_cut = at + len(piece) / SAMPLE_RATE, any_cut or cut
-            bar.update(len(piece) / n)
-            if end:
-                segments = [words for words in segments if words]
-                text = " ".join(pauses.spoken(segments))
-                deliver(dict(audio=end[0], text=text, cut=any_cut), end[1], segments, at)
-                segments, at, any_cut = [], 0.0, False
+            cut = pauses.cut_at_pauses(wave, window)
+            bar.total += len(cut) - 1  # a recording counted as one so far
+            for piece in cut:
+                yield asked, [piece], (str(file), paths)
+                bar.update()
+    with tqdm(total=len(planned), initial=len(planned) - len(todo), unit=" windows") as bar:
+        answers = pauses.in_batches(answer, pieces(), batch_size)
+        for (name, paths), heard in groupby(answers, key=lambda pair: pair[0][2]):
+            jobs, said = zip(*heard, strict=True)
+            texts, _, cuts = zip(*said, strict=True)
+            segments, seconds = pauses.timed([piece for _, (piece,), _ in jobs], texts)
+            text = " ".join(pauses.spoken(segments))
+            deliver(dict(audio=name, text=text, cut=any(cuts)), paths, segments, seconds)
     if len(errors) == len(planned):
         raise cli.UserError(f"no recording is usable: {errors[0]}")
 
