@@ -48,6 +48,7 @@ class TrainConfig:
     encoder: str = flag(ENCODER, "any Whisper, hub name or path")
     llm: str = flag(LLM, "any Qwen3, hub name or path")
     init_from: str | None = flag("AlexWortega/Borealis5b_90k", "checkpoint to start from, or none")
+    layers: int = flag(2, "of a tiny model's LLM", low=1)
     adapter: str = flag("simple", "a new one's: 19.7 M, or 78.6 M", choices=["simple", "deep"])
     train: str = flag("lora", "which parts learn", choices=["adapter", "lora", "full", "scratch"])
     lora_rank: int = flag(256, "of matrices beside all linears of the LLM", low=1)  # post: ~500M
@@ -81,7 +82,7 @@ class TrainConfig:
     compile: bool = flag(False, "torch.compile each layer")
     save_every: int = flag(500, "steps between checkpoints", low=1)
     keep: int = flag(3, "checkpoints to keep, the newest; 0: all", low=0)
-    log: str = flag("none", "a tracker, too", choices=["none", "wandb", "tensorboard", "trackio"])
+    log: str = flag("none", "a tracker, too", choices=["none", "wandb", "trackio"])
 
 # ---- Data and model
 def load_pools(cfg, bad):  # -> (banks, {name: pool of samples}, their shares). Raises UserError
@@ -123,7 +124,7 @@ def build_tiny(cfg, samples):  # -> a random model; its tokenizer knows the word
     more = ["ru_audio", "en_audio", "text"] if cfg.mix else []
     texts = Chain([samples, *(tiny_pool(pool, 1000, cfg.seed) for pool in more)])
     torch.manual_seed(cfg.seed)
-    return scratch_model(texts, 2048 if more else 1024, adapter=cfg.adapter)
+    return scratch_model(texts, 2048 if more else 1024, layers=cfg.layers, adapter=cfg.adapter)
 
 def load_data_and_model(cfg, rank, world, device):
     """-> (model, dataset, {pool: (samples, digest)}, [their shares]). Raises UserError."""
@@ -209,7 +210,6 @@ def train(cfg: TrainConfig) -> int:
     if rank == 0 and cfg.overwrite and not cfg.resume:
         saver.clear()
     log = Log(cfg, start) if rank == 0 else Silent()
-    log.note(optim.describe(optimizers))
     bad, too_long = BadRows(cfg.strict), BadRows()  # left out; too many bad ones end the run
     signals, stopped, diverged = ranks.catch_signals(), False, False
 

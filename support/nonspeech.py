@@ -40,7 +40,7 @@ def hum(rng, t, noises):  # a long vowel: harmonics of a voice, strong near two 
         x = x + sum(np.sin(k * phase) / (1 + ((k * pitch - f) / 100) ** 2) for f in formants)
     return at_level(x, rng, -35, -12)
 
-TRAINED = nothing, room_tone, noise, cough
+TRAINED = nothing, room_tone, cough, noise, noise, noise
 SPLITS = dict(silence=(nothing, room_tone, noise, cough), sounds=(noise, music, hum))
 
 class Silence:

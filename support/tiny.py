@@ -62,10 +62,11 @@ def train_tokenizer(texts, vocab_size: int = 1024):
     settings = TABLES["tiny_tokenizer"]
     return add_audio_tokens(PreTrainedTokenizerFast(tokenizer_object=bpe, **settings))
 
-def tiny_config(tokenizer, **changes) -> BorealisConfig:
+def tiny_config(tokenizer, layers: int = 2, **changes) -> BorealisConfig:
     """About 1 M parameters, none frozen: windows of 2 s (T=100, N=25), width 128, 1 + 2 layers."""
     audio, marker = tokenizer.convert_tokens_to_ids([AUDIO, MARKER])
-    llm = TABLES["tiny_llm"] | dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+    llm = TABLES["tiny_llm"] | dict(vocab_size=len(tokenizer), num_hidden_layers=layers,
+                                    eos_token_id=tokenizer.eos_token_id,
                                     pad_token_id=tokenizer.pad_token_id)
     own = dict(encoder_config=dict(TABLES["tiny_encoder"]), llm_config=llm, frozen=(),
                audio_token_id=audio, audio_start_id=marker, audio_end_id=marker)
