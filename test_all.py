@@ -1490,7 +1490,7 @@ def test_big_bench_audio(ev, corpus, tmp_path, monkeypatch):
         (folder / f"question_{i}.mp3").write_bytes(clip(corpus[i], "MP3")["bytes"])
         rows.append(dict(file_name=f"question_{i}.mp3", category=category, official_answer=answer))
     write_manifest(folder / "metadata.jsonl", rows)
-    def chat(self, conversations, recordings, max_new_tokens):
+    def chat(self, conversations, recordings, max_new_tokens, loop_guard):
         asked.extend((c[0]["content"], max_new_tokens) for c in conversations)
         return torch.zeros(len(conversations), 2, dtype=torch.long)
     monkeypatch.setattr(Borealis, "chat", chat)
@@ -1553,7 +1553,7 @@ def test_a_real_recording_takes_several_windows(ev):
     ("--split clean,x", "choose from clean, voices"),
     ("--split clean --baseline nowhere/w", "cannot load --baseline nowhere/w"),
     ("--split clean --limit 1 --baseline CKPT", "is a borealis model, not whisper"),
-    ("--data_dir .", "has no Vikhr"), ("--task qa --manifest m --baseline w", "for --task asr"),
+    ("--data_dir .", "has no Vikhr"), ("--task qa --manifest m --baseline w", "for asr"),
     ("--compare nowhere", "no results"), ("--task bigbench --split clean", "formal_fallacies"),
     ("--ckpt nowhere/x --engine vllm", "cannot fetch the checkpoint")])
 def test_wrong_evaluation_flags(ev, checkpoint, bad_files, monkeypatch, argv, says):
