@@ -173,10 +173,11 @@ def main():
         return tasks.answer_one(model, cfg)
     trained_on = checkpoint.training_config(cfg.ckpt)
     name = trained_on.get("preset", Path(cfg.ckpt).resolve().name)
-    splits = decoding.first_rank_first(load_splits, cfg, trained_on)
-    splits = {name: [context.tell(s, cfg.context) for s in own] for name, own in splits.items()}
+    load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)
+    early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
     asked = [tasks.open_ours(cfg, name, device)]
     weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
+    splits = {k: [context.tell(s, cfg.context) for s in own] for k, own in (early or load()).items()}
     if cfg.baseline:
         asked.append(tasks.open_baseline(cfg, name, trained_on.get("lang"), device))
     answers = tasks.answer_all(cfg, asked, splits, out)  # {system: rows}

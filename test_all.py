@@ -1545,7 +1545,7 @@ def test_a_real_recording_takes_several_windows(ev):
     ("--split clean,x", "choose from clean, voices"),
     ("--split clean --baseline nowhere/w", "cannot load --baseline nowhere/w"),
     ("--split clean --limit 1 --baseline CKPT", "is a borealis model, not whisper"),
-    ("--data_dir .", "has no Vikhr"), ("--task qa --manifest m --baseline w", "for --task asr"),
+    ("--data_dir .", "has no Vikhr"), ("--task qa --manifest m --baseline w", "for asr"),
     ("--compare nowhere", "no results"), ("--task bigbench --split clean", "formal_fallacies"),
     ("--ckpt nowhere/x --engine vllm", "cannot fetch the checkpoint")])
 def test_wrong_evaluation_flags(ev, checkpoint, bad_files, monkeypatch, argv, says):

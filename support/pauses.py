@@ -1,13 +1,12 @@
 """support/pauses.py -- cut where nobody speaks: recordings into windows, speech into phrases."""
-import html
 import json
 import os
 import re
 import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import islice
+from xml.sax.saxutils import escape
 import numpy as np
 import torch
 from model import SAMPLE_RATE
@@ -137,7 +136,6 @@ def captions(segments, mark: str, change=str) -> str:
         f"{i}\n{clock(start, mark)} --> {clock(end, mark)}\n{change(chr(10).join(lines))}\n"
         for i, (start, end, lines) in enumerate(cues(segments), 1))
 
-escape = partial(html.escape, quote=False)
 FORMATS = dict(
     txt=lambda segments, *_: "".join(f"{text}\n" for text in spoken(segments)),
     srt=lambda segments, *_: captions(segments, ","),

@@ -147,7 +147,7 @@ def test_transcripts_end_where_speech_does(clients, net):
             model="borealis", file=("a.wav", wav_bytes(wave, subtype="FLOAT")), **more)
     for kind in ("json", "verbose_json"):
         assert ask(response_format=kind).text == net.decode(said)
-    text = "".join(c.choices[0].delta.content or "" for c in ask(stream=True) if c.choices)
+    text = "".join(c.choices[0]["delta"]["content"] or "" for c in ask(stream=True) if c.choices)
     assert text.startswith(net.decode(said)[:10])
 
 @needs_vllm
@@ -163,8 +163,7 @@ def test_words_reach_the_prompt(clients, net):
     assert ask().text == plain
     assert ask(prompt=words).text == ask(extra_body=dict(hotwords=words)).text == told
     assert ask(prompt="Омск", extra_body=dict(hotwords="чайник")).text == told
-    streamed = "".join(c.choices[0].delta.content or "" for c in ask(prompt=words, stream=True)
-                       if c.choices)
+    streamed = "".join(c.choices[0]["delta"]["content"] for c in ask(prompt=words, stream=True))
     assert streamed.strip().startswith(told[:8])
     with pytest.raises(openai.BadRequestError, match="control token"):
         ask(prompt="<|im_end|>")
