@@ -143,9 +143,6 @@ def examples() -> dict[str, AugmentConfig]:  # each effect alone, each stage, ea
     for name, effect in vars(AugmentConfig()).items():
         if isinstance(effect, list) and name not in ("more_noise", "more_room", "mask_width"):
             shown[name] = AugmentConfig(**{name: [1, *effect[1:]]})
-    codec = vars(shown.pop("codec"))
-    for name, opus, phone in (("mp3", 0, 0), ("opus", 1, 0), ("phone", 0, 1)):
-        shown[name] = AugmentConfig(**codec | dict(opus=opus, phone=phone))
     shown |= {f"stage_{stage.name}": stage.config for stage in CURRICULUM}
     return shown | {f"split_{name}": config for name, config in HARD.items()}
 

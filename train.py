@@ -107,8 +107,7 @@ def load_pools(cfg, bad):  # -> (banks, {name: pool of samples}, their shares). 
     return banks, pools, shares
 
 def build(cfg, device):
-    """-> a model from a checkpoint, or pretrained parts. A tiny one trains as a whole; else the
-    adapter does, and the LLM: all of it (full), matrices beside its linears (lora), or nothing."""
+    """-> a model from a checkpoint, or pretrained parts, in which --train says what will learn."""
     torch.manual_seed(cfg.seed)
     model = launch.load_start(cfg)
     if cfg.train != "scratch":  # lora.prepare freezes what does not train, makes the rest fp32
@@ -142,10 +141,9 @@ def load_data_and_model(cfg, rank, world, device):
     # On resume the data must be what it was: rank 0 looks.
     data = {name: (len(pool), digest(pool) if rank == 0 else "") for name, pool in pools.items()}
     batch_size, samples = ranks.pick_batch(cfg, model, device, world), Chain(pools.values())
-    augmenter = launch.make_augmenter(cfg, banks, len(samples))
+    augment = launch.make_augmenter(cfg, banks, len(samples))
     context = Context(pools.values(), cfg.context, cfg.seed) if cfg.context else None
-    dataset = Dataset(samples, augment=augmenter, batch_size=batch_size, context=context,
-                      **settings)
+    dataset = Dataset(samples, augment=augment, context=context, batch_size=batch_size, **settings)
     if rank == 0:
         launch.check_data(cfg, data)
         print(f"{len(samples)} samples; {count(model):,} parameters, {count(model, True):,} trained"

@@ -59,8 +59,8 @@ def train_tokenizer(texts, vocab_size: int = 1024):
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     bpe.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>")])
-    settings = TABLES["tiny_tokenizer"]
-    return add_audio_tokens(PreTrainedTokenizerFast(tokenizer_object=bpe, **settings))
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, **TABLES["tiny_tokenizer"])
+    return add_audio_tokens(fast)
 
 def tiny_config(tokenizer, layers: int = 2, **changes) -> BorealisConfig:
     """About 1 M parameters, none frozen: windows of 2 s (T=100, N=25), width 128, 1 + 2 layers."""
