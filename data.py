@@ -4,6 +4,7 @@
 
     python data.py                      # one sample as the model sees it; writes sample.wav
     python data.py --manifest my.jsonl  # the same for a row of your own data
+    python data.py --mixes              # which datasets the presets of train.py draw from
 
 A manifest has one JSON object a line; paths in it are relative to its folder.
     {"audio": "a.wav", "text": "..."}                              transcription
@@ -157,8 +158,9 @@ class Dataset(torch.utils.data.Dataset):
         sample = self.context(plain, epoch, i) if self.context else plain
         if self.augment and self.augment.touches(epoch, i):
             change = partial(self.augment.wave, epoch, i)
-        with contextlib.suppress(TooLong):  # slowed down too far? Then it stays as it was
-            return *self.encode(sample, change=change), (i, epoch)
+        if change or sample is not plain:
+            with contextlib.suppress(TooLong):  # slowed down too far: then it stays as it was
+                return *self.encode(sample, change=change), (i, epoch)
         return *self.encode(plain), (i, epoch)
     def __getitem__(self, key: tuple[int, float]):
         """Key -> (item, or None after RETRIES bad rows; [(reason, row, too long?) left out])."""
@@ -241,6 +243,8 @@ def print_tokens(tokenizer, ids: list[int], labels: list[int]) -> None:  # as th
 def main():
     parser = cli.ArgumentParser(description="Show a sample as the model sees it.")
     args = parser.add_tables("data").parse_args()
+    if args.mixes:
+        return print(recipes.TEXT.split("[all_presets]")[0])
     if args.manifest:
         bad = BadRows()
         samples, total = read_manifest(args.manifest, bad)

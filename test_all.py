@@ -1171,7 +1171,7 @@ def test_twenty_kills(stand_ins, tmp_path, monkeypatch):
     ("--preset tiny --curriculum 0,0.5,0.2,1", "ascending fractions"),
     ("--preset tiny --curriculum 0,0.2,0.5", "fractions"), ("--resume", "nothing to resume"),
     ("--preset tiny --init_from x", "leave out --init_from"), ("--lora_dropout 1", "between 0 and"),
-    ("--preset tiny_ru_only", "--preset tiny_pretrain"), ("--preset tiny --steps 0", "at least 1"),
+    ("--preset tiny_ru_only", "(tiny_pretrain) first"), ("--preset tiny --steps 0", "at least 1"),
     ("--presett x", "unrecognized arguments: --presett"), ("--preset tiny --keep -1", "at least 0"),
     ("--preset tiny --device cuda", "no GPU"), ("--data_dir nowhere", "no folder at"),
     ("--preset tiny --lang fr", "--lang"), ("--preset tiny", "no multiple of 3"),
@@ -1395,7 +1395,7 @@ def test_silence_and_odd_texts(ev, bad_files):
     compared = "--compare", bad_files / "e"
     assert f"| e | - | {result['wer']:.2f} |" in ev(*compared, out=bad_files / "c").out
     e = ev("--manifest", write_manifest(bad_files / "m.jsonl", lines[:1]))  # nobody speaks
-    assert e.results["avg_wer"] is None and "| m | - | - | 0 | 0 |" in e.out
+    assert e.results["avg_wer"] is None and "WER % [95 %]" not in e.out
     assert "| e | - | - | - |" in ev(*compared, out=bad_files / "c").out
 
 def test_an_interrupted_evaluation_goes_on(ev, checkpoint, hub, tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def bench_augment(args):
     for name in BESIDE["compared"]:
         c = AugmentConfig(**vars(examples()[name]) | BESIDE["without"])
         ours = partial(augment, config=c, rng=rng, noises=[], rooms=[])
-        seconds = take_turns([partial(run, ours), partial(run, theirs(c))], 8)
+        seconds = take_turns([partial(run, ours), partial(run, theirs(c))], 4)
         a, b = 10 * len(clips) / seconds
         table.append({"effect": name, "x real time": a, "audiomentations": b, "x": a / b})
     print_rows(table)
