@@ -177,7 +177,8 @@ def main():
     early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
     asked = [tasks.open_ours(cfg, name, device)]
     weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
-    splits = {k: [context.tell(s, cfg.context) for s in own] for k, own in (early or load()).items()}
+    splits = early or load()
+    splits = {name: [context.tell(s, cfg.context) for s in own] for name, own in splits.items()}
     if cfg.baseline:
         asked.append(tasks.open_baseline(cfg, name, trained_on.get("lang"), device))
     answers = tasks.answer_all(cfg, asked, splits, out)  # {system: rows}
