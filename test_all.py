@@ -596,8 +596,8 @@ def test_augment_script(bad_files, monkeypatch, capsys):
     out = bad_files / "out"
     code, *_ = exit_of(augment.main, monkeypatch, capsys, bad_files / "good.wav", out)
     assert code == 0 and " ".join(augment.examples()) == (
-        "before pitch speed noise room eq band_pass gain gaussian clipping resample telephony codec "
-        "mask stage_clean stage_light stage_intense stage_heavy split_webinars "
+        "before pitch speed noise room eq band_pass gain gaussian clipping resample telephony "
+        "codec mask stage_clean stage_light stage_intense stage_heavy split_webinars "
         "split_devices")
     assert {p.stem for p in out.iterdir()} == {*augment.examples(), "spectrograms"}
     assert (out / "spectrograms.png").stat().st_size < 250_000  # it goes into the README
