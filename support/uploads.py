@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+import zlib
 from itertools import starmap
 from pathlib import Path
 from typing import Annotated
@@ -91,6 +92,9 @@ async def events(server, form, name: str, asked: list):
         yield f"data: {server.create_streaming_error_response(e)}\n\n"
     yield "data: [DONE]\n\n"
 
+def spoken(said) -> bool:  # are there words in this answer? Only then it becomes a segment
+    return bool(pauses.without_thoughts(said.text))
+
 api_router.router.routes.clear()  # vLLM's knows no times
 @api_router.router.post("/v1/audio/transcriptions")
 @with_cancellation
@@ -109,14 +113,22 @@ async def transcribe(raw_request: Request,
     config, name = server.model_config, f"transcribe-{server._base_request_id(raw_request)}"
     pieces = pauses.cut_at_pauses(wave, config.hf_config.window_samples)
     params = form.to_sampling_params(form.max_completion_tokens or config.max_model_len)
+    params.logprobs = 1
     asked = [(server, piece, params, f"{name}-{i}", lora, sample) for i, piece in enumerate(pieces)]
     if form.stream:
         return StreamingResponse(events(server, form, name, asked), media_type="text/event-stream")
     answers = await asyncio.gather(*starmap(answer, asked))
-    segments, seconds = pauses.timed(pieces, [output.outputs[0].text for output in answers])
-    if form.response_format in ("text", "srt", "vtt"):
-        write = pauses.FORMATS[form.response_format.replace("text", "txt")]
-        return PlainTextResponse(write(segments, seconds))
+    answers = [output.outputs[0] for output in answers]
+    segments, seconds = pauses.timed(pieces, [said.text for said in answers])
     body = pauses.to_json(segments, seconds)
+    if form.response_format in ("text", "srt", "vtt"):
+        write = dict(pauses.FORMATS, text=lambda *_: body["text"] + "\n")[form.response_format]
+        return PlainTextResponse(write(segments, seconds))
+    for said, segment in zip(filter(spoken, answers), body["segments"], strict=True):
+        data, n = said.text.encode(), len(said.token_ids)
+        segment |= dict(  # what else OpenAI's clients expect; the last is Whisper's alone
+            seek=int(segment["start"]), tokens=[*said.token_ids], temperature=form.temperature,
+            avg_logprob=said.cumulative_logprob / n,
+            compression_ratio=len(data) / len(zlib.compress(data)), no_speech_prob=None)
     body = body if form.response_format == "verbose_json" else dict(text=body["text"])
     return JSONResponse(body | dict(usage=dict(type="duration", seconds=math.ceil(seconds))))
