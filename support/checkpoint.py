@@ -46,6 +46,8 @@ def load_tokenizer(where: str | Path):  # with our tokens and today's template
 def read_config(folder: Path) -> BorealisConfig | None:
     """A checkpoint's config.json, None if there is none or it is not ours. Raises ValueError."""
     settings = read_json(folder / "config.json")
+    if (kind := settings.get("model_type")) != "borealis" and kind in hf.CONFIG_MAPPING:
+        raise ValueError(f"{folder} holds a {kind} model, not a Borealis")
     return BorealisConfig.from_pretrained(folder) if "encoder_config" in settings else None
 
 def load_part(cls: type, where: str, **settings):

@@ -12,6 +12,9 @@ from support.recipes import TABLES
 
 INSTALLED = util.find_spec("vllm") is not None
 os.environ.update(TABLES["vllm"] | os.environ)
+if hasattr(os, "sched_getaffinity"):  # by default it leaves a core idle
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
 
 def check_installed() -> None:
     if not INSTALLED:
@@ -47,7 +50,7 @@ def guarded(params, limit: int | None = None):
     """vllm.SamplingParams -> the same with model.guard()'s rules. limit: tokens, see there."""
     from vllm.sampling_params import RepetitionDetectionParams
     params = params.clone()
-    params.repetition_detection = RepetitionDetectionParams(model.NGRAM, 1, model.REPEATS + 1)
+    params.repetition_detection = params.repetition_detection or RepetitionDetectionParams(model.NGRAM, 1, model.REPEATS + 1)
     params.max_tokens = min(x for x in (params.max_tokens, limit and limit + 1, 1 << 30) if x)
     return params
 

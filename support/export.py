@@ -47,6 +47,7 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
         written = model if layout == "remote" else to_voxtral(model)
         written.save_pretrained(fresh, max_shard_size="5GB")
         processor.save_pretrained(fresh)
+        extractor.save_pretrained(fresh)
         (fresh / "generation_config.json").write_text(json.dumps(greedy, indent=2))
         for file in (code.__file__, *source.glob("train_config.json")):  # eval.py reads the latter
             shutil.copy(file, fresh)

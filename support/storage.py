@@ -71,23 +71,31 @@ class Saver:
         text = json.dumps(config | {"step": state["step"]}, indent=1, ensure_ascii=False)
         (fresh / "train_config.json").write_text(text)
         torch.save(state, fresh / "state.pt")
-        os.sync()  # else a power cut may leave empty files behind
+        for path in fresh.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # else a power cut may leave empty files behind
         os.replace(fresh, self.out / f"step-{state['step']:07d}")
         if self.keep:
             prune(steps_in(self.out)[:-self.keep])
         also()
 
-def prune(folders: list[Path]) -> None:
+def prune(folders: list[Path]) -> None:  # half deleted, none looks like a checkpoint
     for old in folders:
-        shutil.rmtree(old)
+        doomed = old.with_name(".old-step")
+        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(old.replace(doomed))
 
 # ---- Reading
+@torch.no_grad()
 def restore_weights(folder: str | Path, model: torch.nn.Module) -> None:
     """A checkpoint's tensors (a run's: the newest), into a model prepared as it was. ValueError."""
-    tensors = read_weights(newest_step(folder))
-    extra = model.load_state_dict(tensors, strict=False).unexpected_keys
-    missing = lora.stored(model).keys() - tensors.keys()
-    check_state_dict(folder, missing_keys=missing, unexpected_keys=extra)
+    tensors, mine = read_weights(newest_step(folder)), lora.stored(model)
+    both = mine.keys() & tensors.keys()
+    resized = [name for name in both if mine[name].shape != tensors[name].shape]
+    check_state_dict(folder, missing_keys=mine.keys() - both, mismatched_keys=resized,
+                     unexpected_keys=tensors.keys() - both)
+    for name, p in mine.items():
+        p.copy_(tensors[name])
 
 def restore(out: str | Path, optimizers: list) -> int:
     """The newest checkpoint's state, mapped, into optimizers that may be sharded -> its step."""
