@@ -50,7 +50,8 @@ def guarded(params, limit: int | None = None):
     """vllm.SamplingParams -> the same with model.guard()'s rules. limit: tokens, see there."""
     from vllm.sampling_params import RepetitionDetectionParams
     params = params.clone()
-    params.repetition_detection = params.repetition_detection or RepetitionDetectionParams(model.NGRAM, 1, model.REPEATS + 1)
+    if params.repetition_detection is None:
+        params.repetition_detection = RepetitionDetectionParams(model.NGRAM, 1, model.REPEATS + 1)
     params.max_tokens = min(x for x in (params.max_tokens, limit and limit + 1, 1 << 30) if x)
     return params
 
