@@ -668,7 +668,7 @@ def test_banks_from_folders_and_the_hub(tmp_path, monkeypatch, capsys):
     assert all(ir.dtype == np.float32 for ir in banks.open_bank(str(tmp_path), "Echo"))
     monkeypatch.setattr(banks, "NOISE_DATASET", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
-    for source, says in (("no", "no folder"), ("empty", "no audio in"), ("hub", "cannot reach")):
+    for source, says in (("no", "no folder"), ("empty", "no audio in"), ("hub", "cannot read")):
         with pytest.raises(UserError, match=says):
             banks.open_bank(source, "Musan")
     clips = [{"bytes": wav_bytes(sine(300 + i, 1)), "path": f"{i}.wav"} for i in range(3)]

@@ -19,9 +19,11 @@ def find_checkpoint(where: str | Path) -> Path:
     """A run's folder, any other folder, or owner/name on the hub -> the folder with its files."""
     if Path(where).parent.exists() or str(where).count("/") != 1:
         return storage.newest_step(where)
-    with as_user_error(f"cannot fetch the checkpoint {where}: ", ValueError, OSError,
-                       suffix=" (go online, set HF_TOKEN, or name a folder)"):
+    try:
         return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=FILES))
+    except Exception as e:  # it fails in many ways, and none of them is ours
+        raise ValueError(f"cannot fetch the checkpoint {where} ({type(e).__name__}): go online, "
+                         "set HF_TOKEN, or name a folder") from None
 
 def read_json(path: Path) -> dict:  # {} if there is no such file. Raises ValueError
     try:
