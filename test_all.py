@@ -919,7 +919,7 @@ def test_models_are_looked_for_before_data(parts, original, tmp_path, monkeypatc
     llm, whisper = ["--llm", parts["plain"]], ["--encoder", parts["encoder"]]
     fresh = ["--preset", "pretrain", *llm]
     for argv, says in (
-            (["--preset", "ru_only"], "--init_from none"), ([], "or --preset pretrain first"),
+            (["--preset", "ru_only"], "--init_from none"), ([], "or --preset pretrain"),
             ([*fresh, "--encoder", "nowhere/a"], "nowhere/a"),
             ([*fresh, "--encoder", parts["plain"]], "is a qwen3 model, not whisper"),
             (["--init_from", original, *llm, "--encoder", tmp_path / "no"], "no"),
@@ -1537,7 +1537,7 @@ def test_a_real_recording_takes_several_windows(ev):
     ("--ckpt nowhere", "no checkpoint in"), ("--audio nowhere.wav", "no file at"),
     ("--ckpt nowhere --manifest no.jsonl", "no manifest at"), ("--audio noise.wav", "not audio"),
     ("--audio silent.wav", "silent"), ("--audio short.wav", "shorter"), ("--audio nan.wav", "NaN"),
-    ("--prompt ?", "--audio"), ("--nonsense", "--nonsense"), ("--data_dir nowhere", "has no Vikhr"),
+    ("--prompt ?", "--audio"), ("--nonsense", "--nonsense"), ("--data_dir nowhere", "no folder"),
     (f"--audio good.wav --prompt {A}{A}", "placeholders"), ("--manifest empty.jsonl", "is empty"),
     ("--batch_size 0", "at least 1"), ("--device tpu", "choose from"),
     ("--audio good.wav --prompt=", "empty text"), ("--out good.wav", "is a file"),
@@ -1545,7 +1545,7 @@ def test_a_real_recording_takes_several_windows(ev):
     ("--split clean,x", "choose from clean, voices"),
     ("--split clean --baseline nowhere/w", "cannot load --baseline nowhere/w"),
     ("--split clean --limit 1 --baseline CKPT", "is a borealis model, not whisper"),
-    ("--data_dir .", "has no Vikhr"), ("--task qa --manifest m --baseline w", "for asr"),
+    ("--data_dir .", "no folder"), ("--task qa --manifest m --baseline w", "for asr"),
     ("--compare nowhere", "no results"), ("--task bigbench --split clean", "formal_fallacies"),
     ("--ckpt nowhere/x --engine vllm", "cannot fetch the checkpoint")])
 def test_wrong_evaluation_flags(ev, checkpoint, bad_files, monkeypatch, argv, says):
