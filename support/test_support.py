@@ -104,7 +104,7 @@ def test_padding_is_the_tokenizers(start, original, parts, manifest, tmp_path, m
     config, generation = (json.loads((tmp_path / f"hf/{name}.json").read_text())
                           for name in ("config", "generation_config"))
     pads = config["llm_config"]["pad_token_id"], generation["pad_token_id"]
-    assert pads == (net.tokenizer.convert_tokens_to_ids("<|endoftext|>"), net.config.audio_start_id)
+    assert pads == (net.tokenizer.convert_tokens_to_ids("<|endoftext|>"),) * 2
 
 def test_the_original_layout(original, parts, tmp_path):
     """Its own token pair, no AUDIO row; pickle or safetensors, one file or shards: one model."""

@@ -114,8 +114,8 @@ def loop_of(net):
     for seed in range(20):
         wave = tone(1, seed)
         free = net.generate(wave, QUESTION, None, max_new_tokens=150, loop_guard=False)[0].tolist()
-        kept = nb.guard(free, None)
-        if len(kept) < 40:
+        cut = (nb.guard(free[:n], None) for n in range(len(free)))
+        if kept := next((ids for n, ids in enumerate(cut) if len(ids) < n), None):
             return wave, kept, free
     raise AssertionError("it never loops")
 
