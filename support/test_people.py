@@ -142,7 +142,8 @@ def test_transcripts_of_a_folder(folder, checkpoint, net, monkeypatch, capsys):
     ("--transcribe texts", "files in texts"), ("--transcribe rec/bad.ogg", "not audio: rec/bad"),
     ("--transcribe rec --format srt", "with --out_dir"), ("--max_new_tokens 0", "at least 1"),
     ("--transcribe rec --out_dir x --format srt,doc", "--format doc: choose from txt"),
-    ("--transcribe rec --out_dir rec/x.txt", "is a file"), ("--trancribe rec", "arguments: --trancribe"),
+    ("--transcribe rec --out_dir rec/x.txt", "is a file"),
+    ("--trancribe rec", "arguments: --trancribe"),
     ("--transcribe rec --ckpt nowhere", "no checkpoint in"), ("--device tpu", "choose from")])
 def test_wrong_transcription_flags(folder, checkpoint, monkeypatch, capsys, argv, says):
     (folder / "texts").mkdir()
