@@ -4,6 +4,7 @@
 # make page       talk to the model in a browser
 # make lint       ruff alone
 # make ablations  the post's six runs, small, on two seeds: 14 trainings, two tables  (20 minutes)
+# make loops, silence, context   what the loop guard, rows of silence and words of context are worth
 # make vllm       vLLM, for serve_vllm.py; make test installs it too
 # make test-vllm VLLM=x.y.z   the tests that need vLLM, with another version of it
 # make bench      speeds, beside other libraries
@@ -21,7 +22,7 @@ READY  := $(VENV)/.ready
 SEED ?= 0
 RUNS := ru_only en_only mixed_large ru_text_10pct ru_text_25pct it_fresh
 
-.PHONY: demo test test-all test-vllm page lint vllm ablations study bench pictures clean
+.PHONY: demo test test-all test-vllm page lint vllm ablations study loops silence context bench pictures clean
 demo: $(READY)
 	$(PY) train.py --preset tiny --bf16 --out out $(if $(wildcard out/step-*),--resume)
 	$(PY) eval.py --ckpt out
@@ -142,4 +143,4 @@ $(READY): requirements.txt support/requirements-cpu.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .cache out out_tiny_* out_ablations* out_sheet
+	rm -rf $(VENV) .cache out out_tiny_* out_ablations* out_loops* out_*silence* out_names* out_sheet
