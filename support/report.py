@@ -80,7 +80,8 @@ def with_interval(result: dict, metric: str) -> str:
 def results_table(system: dict, task: str) -> str:  # by split; of transcripts also kinds of errors
     figures, kinds = [], []
     for split, r in system["splits"].items():
-        known = [m for m in TASKS[task] if any(x[m] for x in system["splits"].values())]
+        known = [m for m in TASKS[task]
+                 if any(x[m] is not None for x in system["splits"].values())]
         row = {f"{TITLES[metric]} [95 %]": with_interval(r, metric) for metric in known}
         columns = "sub", "del", "ins", "words", "samples", "failed", "rtf", "tokens_per_s"
         figures.append({"split": split, **row} | {name: r[name] for name in columns if name in r})
