@@ -30,7 +30,7 @@ from support.tiny import scratch_model
 class TrainConfig:
     preset: str = flag("ru_text_10pct", "one of the post's runs, or its tiny twin", choices=PRESETS)
     # data. Each field is a command-line flag: flag(default, help, bounds or choices).
-    mix: str | None = flag("ru_text_10pct", "see support/recipes.toml", choices=[*MIXES, "none"])
+    mix: str | None = flag("ru_text_10pct", "listed by: data.py --mixes", choices=[*MIXES, "none"])
     max_rows: int | None = flag(None, "of each dataset, streamed: for a first trial", low=1)
     train_manifest: str | None = flag(None, "JSONL instead of a mix, see data.py")
     embedded: bool = flag(False, "speak the mix's pools (espeak-ng) instead of using the hub")
@@ -100,7 +100,7 @@ def load_pools(cfg, bad):  # -> (banks, {name: pool of samples}, their shares). 
         else:
             pools[name] = Chain([HubSamples(s, cfg.data_dir, cfg.max_rows) for s in POOLS[name]])
     if cfg.silence:
-        n = math.ceil(cfg.silence * sum(map(len, pools.values())))
+        n = min(1000, math.ceil(cfg.silence * sum(map(len, pools.values()))))
         noises = without_babble(banks[0]) if cfg.noise == "made" else banks[0]
         pools["silence"] = Silence(TRAINED, noises, n, 6 if cfg.embedded else 30, cfg.seed)
         shares.append(cfg.silence / (1 - cfg.silence) * sum(shares))
@@ -198,6 +198,7 @@ def train(cfg: TrainConfig) -> int:
     out = Path(cfg.out)
     model, dataset, data, shares = load_data_and_model(cfg, rank, world, device)
     net = wrap(cfg, model, world)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = optim.make(cfg, model)
     # Data order, augmentation, dropout (of each rank) follow from seed and step: no RNG to restore.
     start = storage.restore(out, optimizers) if cfg.resume else 0
@@ -221,7 +222,7 @@ def train(cfg: TrainConfig) -> int:
         total = ranks.all_sum(batch | dict(left_out=len(rows), stop=len(signals)), device)
         ranks.add_left_out(bad, too_long, rows, total, (step + 1 - start) * cfg.effective_batch)
         loss = backward(net, micro_batches, total["labels"], world, device, cfg.bf16)
-        norm = ranks.clip_gradients(model.parameters(), cfg.grad_clip or math.inf)
+        norm = ranks.clip_gradients(trained, cfg.grad_clip or math.inf)
         diverged = not math.isfinite(loss + norm)
         if diverged:
             break

@@ -28,7 +28,8 @@ def words_of(text: str) -> list[str]:
 def texts_of(part) -> list[str]:  # of a pool's transcripts
     step = max(1, len(part) // TEXTS)
     if not isinstance(part, HubSamples):
-        return [s.answer for s in list(part)[::step] if s.question == ASR_PROMPT]
+        some = (part[i] for i in range(0, len(part), step))
+        return [s.answer for s in some if s.question == ASR_PROMPT]
     if part.source.question or part.source.conversation:
         return []
     return part.table.select_columns(part.source.answer)[::step][part.source.answer]
