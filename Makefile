@@ -7,7 +7,7 @@
 # make loops, silence, context   what the loop guard, rows of silence and words of context are worth
 # make vllm       vLLM, for serve_vllm.py; make test installs it too
 # make test-vllm VLLM=x.y.z   the tests that need vLLM, with another version of it
-# make bench      speeds, beside other libraries
+# make bench      speeds, as ratios
 # make pictures   the README's two pictures, from the demo's results
 # make clean      remove the environment, the spoken corpus and all runs
 
@@ -116,7 +116,6 @@ context: $(READY)
 	tail -n +1 out_names_[01]/report.md | grep "==>\|^|"
 
 bench: $(READY) vllm
-	$(PIP) -r support/requirements-bench.txt
 	$(PY) -m support.bench augment
 	$(PY) -m support.bench train
 	$(PY) -m support.bench generate

@@ -97,14 +97,6 @@ def torchrun(processes: int, *flags, script: str = "train.py", code: int = 0):
 def losses(rows) -> np.ndarray:
     return np.array([r["loss"] for r in rows])
 
-@pytest.fixture(scope="session", autouse=True)
-def no_verdicts_left():
-    """On manifests of tests, in a cache that outlives them."""
-    before = set(cli.cache_dir().glob("*-verdicts.json"))
-    yield
-    for path in set(cli.cache_dir().glob("*-verdicts.json")) - before:
-        path.unlink(missing_ok=True)
-
 @pytest.fixture(scope="session")
 def plain_tokenizer():
     texts = ["анна купила девять конфет", "the cat sleeps under the table",

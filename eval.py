@@ -23,11 +23,9 @@ import transformers
 from transformers.data.metrics.squad_metrics import compute_f1
 from augment import HARD, augment
 from data import embedded, read_manifest
-from support import banks, checkpoint, compare, context, corpus, decoding, recipes, report, tasks
+from support import banks, checkpoint, context, corpus, decoding, recipes, report, tasks
 from support.cli import ArgumentParser, UserError, as_user_error, check_out, run
-from support.nonspeech import SPLITS, split
 from support.rows import BadRows, load_audio
-from support.storage import fingerprint
 
 # ---- Text, normalised: what is compared
 def normalise(text: str) -> str:
@@ -97,8 +95,8 @@ def assess(rows: list[dict], task: str) -> dict:  # graded rows of a system -> i
 # ---- Which utterances: {split: samples}
 def embedded_split(lang: str, name: str, n: int, seed: int) -> list:
     """n held-out sentences by held-out voices; webinars, devices: clean in new noises and rooms."""
-    if name in SPLITS:
-        return split(name, n, seed)
+    if name in banks.SPLITS:
+        return banks.split(name, n, seed)
     if name.startswith("names_"):
         return context.told(lang, name, embedded(lang, "names", n, seed), seed)
     if name not in HARD:
@@ -165,7 +163,7 @@ def main():
     if not cfg.audio:
         check_out(out)
     if cfg.compare:
-        return compare.compare(cfg.compare, grade, score, cfg.normalizer, out)
+        return report.compare(cfg.compare, grade, score, cfg.normalizer, out)
     device = decoding.join_ranks(cfg.device)
     transformers.utils.logging.set_verbosity_error()  # remarks about flags, once a batch
     if cfg.audio:
@@ -176,7 +174,6 @@ def main():
     load = partial(decoding.first_rank_first, load_splits, cfg, trained_on)
     early = load() if cfg.manifest or cfg.engine == "vllm" else None  # wrong rows show at once
     asked = [tasks.open_ours(cfg, name, device)]
-    weights = fingerprint(checkpoint.find_checkpoint(cfg.ckpt))  # for its model card
     splits = early or load()
     splits = {name: [context.tell(s, cfg.context) for s in own] for name, own in splits.items()}
     if cfg.baseline:
@@ -191,8 +188,7 @@ def main():
         if cfg.normalizer != "default" and cfg.task == "asr":
             again = [grade(r, "asr", "default") for r in own]
             more[f"{name}, default normaliser"] = assess(again, "asr")
-    facts = dict(step=trained_on.get("step"), weights=weights)
-    code = report.write_results(out, rows, results, more, cfg, facts)
+    code = report.write_results(out, rows, results, more, cfg, trained_on.get("step"))
     for part in chain.from_iterable(out.glob(f"hypotheses.{s.settings}.*") for s in asked):
         part.unlink()  # hypotheses.jsonl has it all
     return code

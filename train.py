@@ -1,5 +1,5 @@
 """train.py -- fit a Borealis model: one flat loop for a laptop, one GPU, or eight under torchrun.
-A run writes metrics.jsonl, loss.png and checkpoints (step-0000500, ...) into --out.
+A run writes metrics.jsonl and checkpoints (step-0000500, ...) into --out.
 
     torchrun --nproc_per_node=8 --shutdown_timeout 600 train.py  # the post's best: LoRA + adapter
     python train.py --preset tiny                            # from nothing; minutes on a CPU
@@ -10,17 +10,15 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 import torch
 from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
 from model import ENCODER, LLM
 from support import decoding, launch, lora, optim, ranks, storage
-from support.banks import open_banks
+from support.banks import TRAINED, Silence, open_banks, without_babble
 from support.cli import UserError, as_user_error, flag, run
 from support.context import Context
-from support.meter import Log, Silent, count, plot_loss, speed
-from support.nonspeech import TRAINED, Silence, without_babble
+from support.meter import Log, Silent, count, speed
 from support.recipes import MIXES, POOLS, PRESETS
 from support.rows import BadRows, usable
 from support.tiny import scratch_model
@@ -134,10 +132,10 @@ def load_data_and_model(cfg, rank, world, device):
     settings = dict(tokenizer=model.tokenizer, config=model.config, max_tokens=cfg.max_tokens,
                     max_windows=cfg.max_windows, max_seconds=cfg.max_seconds)
     if cfg.train_manifest:  # small enough to look at every recording beforehand
-        all_rows, path = Dataset(pools["manifest"], **settings), cfg.train_manifest
-        pools["manifest"] = decoding.first_rank_first(usable, all_rows.samples, all_rows, bad, path)
+        rows = Dataset(pools["manifest"], **settings)
+        pools["manifest"] = decoding.first_rank_first(usable, rows.samples, rows, bad)
         if rank == 0:
-            bad.report(len(pools["manifest"]) + bad.reasons.total(), path)
+            bad.report(len(pools["manifest"]) + bad.reasons.total(), cfg.train_manifest)
     # On resume the data must be what it was: rank 0 looks.
     data = {name: (len(pool), digest(pool) if rank == 0 else "") for name, pool in pools.items()}
     batch_size, samples = ranks.pick_batch(cfg, model, device, world), Chain(pools.values())
@@ -231,8 +229,7 @@ def train(cfg: TrainConfig) -> int:
                        **speed(model, total, time.perf_counter() - began, world, device)))
         stopped = total["stop"] > 0
         if stopped or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
-            saver.save(model, optimizers, asdict(cfg) | dict(data=data), step + 1,
-                       partial(plot_loss, log.rows[:], out / "loss.png"))
+            saver.save(model, optimizers, asdict(cfg) | dict(data=data), step + 1)
         if stopped:
             break
 

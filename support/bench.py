@@ -1,7 +1,6 @@
 """support/bench.py -- speeds of random weights, as ratios to something measured in the same run."""
 import contextlib
 import gc
-import json
 import sys
 import tempfile
 from functools import partial
@@ -12,11 +11,12 @@ import transformers as hf
 from tabulate import tabulate
 from torch.nn import functional as F
 import train
-from augment import AugmentConfig, augment, examples
+from augment import augment, examples
 from data import TRANSCRIBE, Dataset, Sample, embedded, load_audio
-from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3
+from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3, BorealisConfig, log_mel
 from model import BorealisForConditionalGeneration as Borealis
 from support import cli, corpus, engine, export, lora, meter, optim, ranks
+from support.banks import open_banks
 from support.recipes import TABLES
 from support.tasks import native
 from support.tiny import texts_of, tiny_config, train_tokenizer
@@ -53,31 +53,22 @@ def take_turns(calls: list, rounds: int) -> np.ndarray:
 def print_rows(rows: list[dict] | dict[str, list]) -> None:
     print(tabulate(rows, "keys", "pipe", floatfmt=",.2f", missingval="-"), end="\n\n", flush=True)
 
-# ---- augment: what audiomentations has too, and needs no folders of noises and rooms for
-BESIDE = TABLES["audiomentations"]
-
-def theirs(c: AugmentConfig):  # the same chain by audiomentations
-    import audiomentations as A
-    chain = []
-    for name, kind, front, (first, last), back in BESIDE["chain"]:
-        p, *effect = getattr(c, name)
-        chain.append(getattr(A, kind)(*front, *effect[first:last], *back, p=p))
-    return partial(A.Compose(chain), sample_rate=SAMPLE_RATE)
-
+# ---- augment: each effect beside what every clip needs anyhow
 def bench_augment(args):
     torch.set_num_threads(1)
     table, rng = [], np.random.Generator(np.random.SFC64(0))
     wave = np.concatenate([s.audio[0] for s in embedded("ru", "train", corpus.CHUNK)])
-    clips = [clip.numpy() for clip in load_audio(wave).split(10 * SAMPLE_RATE)[:-1]]
-    def run(chain):
+    clips, banks = load_audio(wave).split(10 * SAMPLE_RATE)[:-1], open_banks()
+    def mels(whisper):
         for clip in clips:
-            chain(clip)
-    for name in BESIDE["compared"]:
-        c = AugmentConfig(**vars(examples()[name]) | BESIDE["without"])
-        ours = partial(augment, config=c, rng=rng, noises=[], rooms=[])
-        seconds = take_turns([partial(run, ours), partial(run, theirs(c))], 4)
-        a, b = 10 * len(clips) / seconds
-        table.append({"effect": name, "x real time": a, "audiomentations": b, "x": a / b})
+            log_mel([clip], whisper)
+    def effects(config):
+        for clip in clips:
+            augment(clip.numpy(), config, rng, *banks)
+    for name, config in examples().items():
+        calls = partial(effects, config), partial(mels, BorealisConfig())
+        a, b = 10 * len(clips) / take_turns(calls, 4)
+        table.append({"effect": name, "x real time": a, "log-mel": b, "x": a / b})
     print_rows(table)
 
 # ---- train: transformers' Trainer and a step of train.py
@@ -173,11 +164,9 @@ def bench_parts(args):
         if native := speeds.get(("native", row["batch"])):
             row["x native"] = row["samples_per_s"] / native
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-    if args.what == "gpu":
-        facts = dict(device=device, torch=torch.__version__, size=args.size, rows=rows, ended=ended)
-        cli.write_text(args.out, json.dumps(facts, indent=1))
     print_rows(rows)
-    print(f"Device: {device}" + (f"; ended early, {ended}" if ended else ""))
+    print(f"Device: {device}, torch {torch.__version__}, size {args.size}"
+          + (f"; ended early, {ended}" if ended else ""))
 
 def main() -> None:
     parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")
@@ -186,7 +175,6 @@ def main() -> None:
     args = parser.add_tables("bench").parse_args()
     args.size = args.size or ("5b" if args.what == "gpu" and DEVICE == "cuda" else "110m")
     args.dtype = torch.bfloat16 if DEVICE == "cuda" or args.what == "serve" else torch.float32
-    with cli.as_user_error("", ModuleNotFoundError, suffix="; see support/requirements-bench.txt"):
-        globals().get(f"bench_{args.what}", bench_parts)(args)
+    globals().get(f"bench_{args.what}", bench_parts)(args)
 
 cli.run(main, __name__)

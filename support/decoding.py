@@ -102,9 +102,8 @@ class System:
         """[((split, number), sample)] -> {(split, number): row}, the same on all ranks."""
         # They share out batches: what is in one depends neither on their number nor on a stop.
         done = self.read(folder, reuse)
-        if RANK == 0 and (again := sum(key in done for key, _ in jobs)):
-            print(f"{self.name}: {again} of {len(jobs)} utterances were answered before",
-                  file=sys.stderr)
+        if RANK == 0 and (n := sum(key in done for key, _ in jobs)):
+            print(f"{self.name}: {n} of {len(jobs)} utterances answered before", file=sys.stderr)
         jobs = sorted(jobs, key=lambda job: -len(job[1].answer))  # alike, so as not to wait
         batches = [jobs[i:i + batch_size] for i in range(0, len(jobs), batch_size)][RANK::WORLD]
         batches = [batch for batch in batches if any(key not in done for key, _ in batch)]

@@ -1,27 +1,24 @@
 """support/export.py -- a checkpoint as a model folder that needs nothing of this project.
 
-    python -m support.export --ckpt out/ --to hf/ [--layout voxtral] [--push user/name]"""
+    python -m support.export --ckpt out/ --to user/name && hf upload user/name user/name"""
 import json
 import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
-from tabulate import tabulate
 import model as code
 from model import ENCODER, LLM, SAMPLE_RATE
 from support import lora, processing
-from support.checkpoint import find_checkpoint, load_base, load_checkpoint, read_config, read_json
+from support.checkpoint import find_checkpoint, load_base, load_checkpoint, read_config
 from support.cli import ArgumentParser, as_user_error, run
 from support.recipes import TABLES
-from support.storage import fingerprint, read_weights
+from support.storage import read_weights
 
-def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None = None,
-           layout: str = "remote", unmerged: bool = False):
+def export(where, to, encoder: str = ENCODER, llm: str = LLM, layout="remote", unmerged=False):
     """Write the folder `to`, whole or not at all -> the model. Raises ValueError or OSError."""
     if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
         raise ValueError(f"{to} exists already: name a new folder with --to")
@@ -54,8 +51,7 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, title: str | None 
         travels = Path(processing.__file__).read_text("utf-8").replace("from model", "from .model")
         travels = travels.replace("\nimport model\n", "\nfrom . import model\n")
         (fresh / "processing.py").write_text(travels, "utf-8")
-        (fresh / "README.md").write_text(
-            model_card(model, source, title or Path(to).name, layout), "utf-8")
+        (fresh / "README.md").write_text(model_card(model, to, layout), "utf-8")
         os.replace(fresh, to)
     return model
 
@@ -81,19 +77,12 @@ def to_voxtral(model) -> transformers.VoxtralForConditionalGeneration:
     twin.load_state_dict(state, assign=True)
     return twin
 
-def model_card(model, source: Path, title: str, layout: str) -> str:  # model_card.md, filled in
+def model_card(model, to, layout: str) -> str:  # model_card.md, filled in
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    title = Path(to).name if Path(to).is_absolute() else Path(to)
     return template.replace("{usage}", TABLES["export"]["usage"][layout]).format(
         title=title, model=model, seconds=model.config.window_samples / SAMPLE_RATE,
-        parameters=model.num_parameters(), scores=scores(source))
-
-def scores(source: Path) -> str:  # what eval.py found: results.json beside the checkpoint, or above
-    results = read_json(source / "results.json") or read_json(source.parent / "results.json")
-    if results.get("weights") != fingerprint(source) or results["task"] != "asr":
-        return "Not evaluated yet."  # but maybe another step was
-    rows = [[name, split["wer"]] for name, split in results["splits"].items()]
-    rows.append(["average", results["avg_wer"]])
-    return tabulate(rows, ["split", "WER %"], "pipe", disable_numparse=True)
+        parameters=model.num_parameters())
 
 def take_out_lora(model, source: Path, to: Path) -> None:
     """The LLM of a merged run gets its base's linears back, `to` the matrices, as peft has them."""
@@ -114,13 +103,7 @@ def main() -> None:
     parser = ArgumentParser(prog="python -m support.export", description="Write a model folder.")
     args = parser.add_tables("model", "export").parse_args()
     with as_user_error("", ValueError, OSError):
-        model = export(args.ckpt, args.to, args.encoder, args.llm, args.push, args.layout,
-                       args.unmerged)
+        model = export(args.ckpt, args.to, args.encoder, args.llm, args.layout, args.unmerged)
     print(f"{args.to} holds {model.num_parameters():,} parameters in {model.dtype}")
-    if args.push:
-        hint = f"; go online, set HF_TOKEN, and run hf upload {args.push} {args.to}"
-        with as_user_error(f"{args.to} is written, but not pushed: ", Exception, suffix=hint):
-            huggingface_hub.create_repo(args.push, exist_ok=True)
-            print("pushed:", huggingface_hub.upload_folder(repo_id=args.push, folder_path=args.to))
 
 run(main, __name__)

@@ -2,12 +2,11 @@
 import json
 import sys
 from importlib import import_module
-from itertools import accumulate
 from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
-from support.cli import as_user_error, picture, write_text
+from support.cli import as_user_error, write_text
 from support.recipes import TABLES
 
 def count(module: nn.Module, trained_only: bool = False) -> int:
@@ -19,15 +18,14 @@ def read_metrics(path: Path, until: float) -> list[dict]:  # to a step; a kill c
     return [row for row in rows if row["step"] <= until]
 
 class Silent:  # the Log of the other ranks: nothing happens
-    rows = ()
     write = note = close = staticmethod(lambda row=None: None)
 
 class Log:
     """Rank 0's log: metrics.jsonl, a bar, and what --log names; rows after `start` go."""
     def __init__(self, cfg, start: int):
         self.path, self.tracker = Path(cfg.out, "metrics.jsonl"), None
-        self.rows = read_metrics(self.path, start)
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        kept = read_metrics(self.path, start)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         with as_user_error(f"--log {cfg.log}: ", Exception, suffix=f" (pip install {cfg.log}?)"):
             if cfg.log != "none":  # wandb, or trackio, which is called alike
                 self.tracker, group = import_module(cfg.log), Path(cfg.out).resolve().name
@@ -35,7 +33,6 @@ class Log:
         self.bar = tqdm(total=cfg.steps, initial=start, desc="training", unit="step",
                         mininterval=0.1 if sys.stderr.isatty() else 10)  # seconds; 10 in a file
     def write(self, row: dict):
-        self.rows.append(row)
         with open(self.path, "a") as f:
             f.write(json.dumps(row) + "\n")
         figures = {k: v for k, v in row.items() if k != "step"}
@@ -49,16 +46,6 @@ class Log:
         self.bar.close()
         if self.tracker:
             self.tracker.finish()
-
-def plot_loss(rows: list[dict], path: Path):  # of a Log -> a picture: each step, and smoothed
-    steps, loss = [r["step"] for r in rows], [r["loss"] for r in rows]
-    smooth = [*accumulate(loss, lambda level, x: level + 0.05 * (x - level))]
-    with picture(path, figsize=(7, 4)) as (_, axis):
-        axis.plot(steps, loss, color="#c6d3e6", linewidth=0.8, label="each step")
-        axis.plot(steps, smooth, color="#1f4e9c", label="moving average")
-        axis.set(xlabel="step", ylabel="training loss (nats per label token)", yscale="log")
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
 
 # ---- What full size needs
 KEPT = 65.9  # x D bytes that autograd keeps of a token in a layer, with LoRA; measured by a test

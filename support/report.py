@@ -1,20 +1,20 @@
-"""support/report.py -- what eval.py writes: tables, kinds of errors, worst utterances, a chart."""
+"""support/report.py -- what eval.py writes: tables, worst utterances, a chart, comparisons."""
 import json
 import re
 import sys
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 import jiwer
 import numpy as np
 from tabulate import tabulate
-from support.cli import picture, write_text
+from support.cli import UserError, as_user_error, picture, write_text
 from support.corpus import NAMES
-from support.recipes import TABLES
+from support.recipes import BENCHMARK, PUBLISHED, TABLES
 from support.tasks import TASKS, TITLES
 
 KNOWN_NAMES = Counter(name for own in NAMES.values() for name in own["held_out"] * 9)
-NOTES, KINDS = TABLES["notes"], TABLES["kinds"]  # {kind of error: which ones, out of what}
-PAIR = "REF: {reference}\nHYP: {hypothesis}"
+NOTES, COLUMNS = TABLES["notes"], TABLES["columns"]["of_a_split"]
 
 def by_split(rows: list[dict], key: str = "split") -> dict[str, list[dict]]:
     splits = dict.fromkeys(r[key] for r in rows)
@@ -77,19 +77,13 @@ def with_interval(result: dict, metric: str) -> str:
     low, high = map(plain, result[f"{metric}_ci"])
     return "-" if result[metric] is None else f"{plain(result[metric])} [{low}, {high}]"
 
-def results_table(system: dict, task: str) -> str:  # by split; of transcripts also kinds of errors
-    figures, kinds = [], []
+def results_table(system: dict, task: str) -> str:  # a line a split
+    rows = []
     for split, r in system["splits"].items():
-        known = [m for m in TASKS[task]
-                 if any(x[m] is not None for x in system["splits"].values())]
+        known = [m for m in TASKS[task] if any(x[m] is not None for x in system["splits"].values())]
         row = {f"{TITLES[metric]} [95 %]": with_interval(r, metric) for metric in known}
-        columns = "sub", "del", "ins", "words", "samples", "failed", "rtf", "tokens_per_s"
-        figures.append({"split": split, **row} | {name: r[name] for name in columns if name in r})
-        if task == "asr":
-            row = {k: f"{100 * r[n] / max(1, r[total]):.1f}" for k, (n, total) in KINDS.items()}
-            silent = f"{r['text_on_silence']} of {r['silence']}"
-            kinds.append({"split": split, **row, "text on silence": silent})
-    return "\n\n".join(map(markdown, filter(None, (figures, kinds))))
+        rows.append({"split": split, **row} | {name: r[name] for name in COLUMNS if name in r})
+    return markdown(rows)
 
 def overview(systems: dict[str, dict], task: str) -> str:  # one line a system, as in the post
     metric, rows = TASKS[task][0], []
@@ -113,12 +107,12 @@ def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:  # by sp
         axis.set(ymargin=0.15, ylabel=f"{TITLES[metric]} (bars: 95 % intervals)")
         axis.legend(frameon=False)
 
-def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: dict) -> int:
+def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, step) -> int:
     """{system: graded rows}, ours first; {system: assessed}, more -> exit code, 1 if all failed."""
     name, task = next(iter(rows)), cfg.task
     lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in sum(rows.values(), [])]
     write_text(out / "hypotheses.jsonl", "".join(lines))
-    result = dict(run=name, **facts, task=task, normalizer=cfg.normalizer,
+    result = dict(run=name, step=step, task=task, normalizer=cfg.normalizer,
                   settings={k: str(v) for k, v in vars(cfg).items() if v}, **systems[name],
                   others={k: v for k, v in systems.items() if k != name})
     write_text(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False))
@@ -136,6 +130,70 @@ def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, facts: 
             if block := worst(some, task):
                 text.append(f"## The worst of {system}, {split}\n\n```\n{block}\n```")
     write_text(out / "report.md", "\n\n".join(text) + "\n")
-    tables += map(PAIR.format_map, rows[name][:3])
+    tables += map(NOTES["pair"].format_map, rows[name][:3])
     print("", *tables, NOTES["wrote"].format(out), sep="\n\n")
     return int(any(all(r["failed"] for r in own) for own in rows.values()))
+
+# ---- Several runs in the post's table, and which differences are real
+def read_run(folder: Path) -> dict[str, dict]:  # its systems: {name: {"step", "task", "rows"}}
+    with as_user_error(f"no results of eval.py in {folder}: ", OSError, ValueError, KeyError):
+        result = json.loads((folder / "results.json").read_text())
+        lines = (folder / "hypotheses.jsonl").read_text().strip().split("\n")
+        systems = by_split([json.loads(line) for line in lines], "run")
+        main, task, step = systems.pop(result["run"]), result["task"], result["step"]
+    runs = {name: dict(step=None, task=task, rows=rows) for name, rows in systems.items()}
+    name = folder.resolve().name.removeprefix("out_")
+    return {name: dict(step=step, task=task, rows=main)} | runs
+
+def read_runs(folders: list[str]) -> dict[str, dict]:
+    """read_run() of all. Raises UserError if they were not evaluated on the same utterances."""
+    def columns(run, *names):
+        return [[row[name] for name in names] for row in run["rows"]]
+    def asked(run):
+        return run["task"], columns(run, "split", "id", "reference")
+    runs = {}
+    for folder in folders:
+        for name, run in read_run(Path(folder)).items():
+            if columns(runs.get(name, run), "hypothesis") != columns(run, "hypothesis"):
+                name = f"{folder}/{name}"  # but a baseline that several folders hold is shown once
+            runs[name], first = run, next(iter(runs), name)
+            if asked(run) != asked(runs[first]):
+                raise UserError(f"{name} has other utterances or another --task than {first}")
+    return runs
+
+def p_value(differences: np.ndarray) -> float:
+    """(R,) differences of paired draws -> two-sided p: how often they disagree about the sign."""
+    differences = differences[np.isfinite(differences)]
+    either = min((differences <= 0).sum(), (differences >= 0).sum())
+    return float(min(1.0, 2 * (either + 1) / (len(differences) + 1)))
+
+def differences(columns: list[str], scores: dict[str, tuple]) -> list[str]:
+    """{name: what score() of eval.py returns} -> their differences, explained."""
+    rows = []
+    for a, b in combinations(scores, 2):
+        gaps, draws = (x - y for x, y in zip(scores[a], scores[b], strict=True))
+        rows.append([f"{a} - {b}", *(f"{x:+.2f} ({p_value(some):.3f})" if np.isfinite(x) else "-"
+                                     for x, some in zip(gaps, draws, strict=True))])
+    return [NOTES["p_values"].format(len(draws.T)), markdown(rows, ["Difference", *columns, "Avg"])]
+
+def compare(folders: list[str], grade, score, normalizer: str, out: Path) -> None:
+    """Writes table.md, best runs first. grade and score are those of eval.py."""
+    runs = read_runs(folders)
+    first = next(iter(runs.values()))
+    columns, metric = list(by_split(first["rows"])), TASKS[first["task"]][0]
+    scores = {name: score([grade(r, run["task"], normalizer) for r in run["rows"]], metric)
+              for name, run in runs.items()}
+    shown = [(name, run["step"], scores[name][0]) for name, run in runs.items()]
+    published = metric == "wer" and columns == list(BENCHMARK)  # of the same speech
+    if published:
+        shown += [(f"{name} (published)", n or None, xs) for name, (n, *xs) in PUBLISHED.items()]
+    shown.sort(key=lambda r: (np.isnan(r[2][-1]), r[2][-1] if metric == "wer" else -r[2][-1]))
+    lines = [[name, step, *map(plain, figures)] for name, step, figures in shown]
+    text = [f"{TITLES[metric]}; normaliser: {normalizer}.",
+            markdown(lines, ["Run", "Steps", *columns, "Avg"])]
+    if len(scores) > 1:
+        text += differences(columns, {name: scores[name] for name, *_ in shown if name in scores})
+    if published:
+        text.append(NOTES["published"])
+    write_text(out / "table.md", "\n\n".join(text) + "\n")
+    print(*text, f"wrote table.md to {out}", sep="\n\n")

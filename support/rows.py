@@ -1,7 +1,5 @@
 """support/rows.py -- what a row's text and recording must be, and a count of rows that fail."""
-import contextlib
 import io
-import json
 import os
 import re
 import sys
@@ -13,7 +11,7 @@ import soundfile
 import torch
 from tqdm.contrib.concurrent import thread_map
 from model import AUDIO, TAG_PAIR, check_wave
-from support.cli import UserError, cached, write_text
+from support.cli import UserError
 from support.processing import resample
 
 MIN_SECONDS = 0.1        # shorter recordings hold no word
@@ -55,31 +53,20 @@ def find_audio(place: Path) -> list[Path]:  # the FILES in a folder, or a file i
     inside = (path for path in place.rglob("*") if path.suffix.lower() in FILES)
     return sorted(inside) if place.is_dir() else [place]
 
-def usable(samples: list, dataset, bad: BadRows, manifest: str) -> list:
-    """The samples that dataset.encode takes; the others go to `bad`. How long a file is, or what is
-    wrong with it, stays in the cache: threads decode only those that are new or have changed."""
+def usable(samples: list, dataset, bad: BadRows) -> list:
+    """The samples that dataset.encode takes; the others go to `bad`. Threads decode the audio."""
     most, found, good = dataset.encode.keywords.get("max_seconds", MAX_SECONDS), {}, []
-    decoder = 2, soundfile.__libsndfile_version__, PYAV, most  # 2: of load_audio and this format
-    cache = cached("verdicts.json", os.path.abspath(manifest), decoder)
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(cache.read_bytes())
     def look(path):  # notes how many samples it has, or why it cannot be used
-        file = os.stat(path) if os.path.isfile(path) else None
-        stamp = [file.st_size, file.st_mtime_ns, file.st_ctime_ns] if file else []
-        if path not in found or found[path][:-1] != stamp:
-            try:
-                verdict = len(load_audio(path, max_seconds=most))
-            except BadRow as e:
-                verdict = str(e)
-            found[path] = [*stamp, verdict]
+        try:
+            found[path] = len(load_audio(path, max_seconds=most))
+        except BadRow as e:
+            found[path] = e
     def load(path, **_):  # -> as long as load_audio's, without the sound
-        if isinstance(found[path][-1], str):
-            raise BadRow(found[path][-1])
-        return torch.empty(1).expand(found[path][-1])
+        if isinstance(found[path], BadRow):
+            raise found[path]
+        return torch.empty(1).expand(found[path])
     paths = {path for sample in samples for path in sample.audio}
     thread_map(look, paths, max_workers=os.cpu_count(), desc="checking audio")
-    with contextlib.suppress(OSError):
-        write_text(cache, json.dumps(found))
     for sample in samples:  # not in threads: tokenizers mark what the assistant says in one place
         try:
             dataset.encode(sample, load=load)

@@ -44,14 +44,14 @@ class Saver:
     def copy(self, x: torch.Tensor) -> torch.Tensor | None:  # all ranks gather what is sharded
         x = x.full_tensor() if isinstance(x, DTensor) else x.detach()
         return x.to("cpu", copy=True).contiguous() if self.rank == 0 else None
-    def save(self, model: torch.nn.Module, optimizers, config: dict, step: int, also) -> None:
-        """On all ranks. also(): more for the thread. UserError if the last one was not written."""
+    def save(self, model: torch.nn.Module, optimizers, config: dict, step: int) -> None:
+        """On all ranks. Raises UserError if the last one was not written."""
         self.wait()
         state = lora.stored(model), [optimizer.state_dict() for optimizer in optimizers]
         tensors, moments = tree_map_only(torch.Tensor, self.copy, state)
         if self.rank == 0:
             state = dict(step=step, optimizer=moments)
-            self.pending = self.thread.submit(self.write, model, tensors, state, config, also)
+            self.pending = self.thread.submit(self.write, model, tensors, state, config)
     def wait(self) -> None:
         with as_user_error(f"cannot write to {self.out}: ", OSError, RuntimeError, SafetensorError,
                            suffix="; make room, and go on with --resume"):
@@ -61,7 +61,7 @@ class Saver:
         if self.rank == 0:
             os.remove(self.out / ".lock")
             os.close(self.lock)
-    def write(self, model, tensors: dict, state: dict, config: dict, also) -> None:
+    def write(self, model, tensors: dict, state: dict, config: dict) -> None:
         """out/step-0000500, whole or not there at all; of the old ones the newest `keep` stay."""
         fresh = self.out / ".new-step"
         shutil.rmtree(fresh, ignore_errors=True)  # of a kill
@@ -77,7 +77,6 @@ class Saver:
         os.replace(fresh, self.out / f"step-{state['step']:07d}")
         if self.keep:
             prune(steps_in(self.out)[:-self.keep])
-        also()
 
 def prune(folders: list[Path]) -> None:  # half deleted, none looks like a checkpoint
     for old in folders:

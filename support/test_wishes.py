@@ -22,7 +22,7 @@ from conftest import (
     wav_bytes,
     write_manifest,
 )
-from support import banks, context, corpus, nonspeech, report, rows
+from support import banks, context, corpus, report, rows
 from support.tasks import native
 
 # ---- Loops
@@ -101,25 +101,25 @@ def test_transcripts_end_where_no_speech_is_as_long(net, monkeypatch):
 
 # ---- Silence
 def test_sounds_without_speech(tmp_path):
-    bank = nonspeech.without_babble(banks.open_bank("made", "Musan"))
+    bank = banks.without_babble(banks.open_bank("made", "Musan"))
     assert len(bank) == banks.MADE * 2 // 3
-    pool = nonspeech.Silence(nonspeech.TRAINED, bank, 40, 3, seed=5)
+    pool = banks.Silence(banks.TRAINED, bank, 40, 3, seed=5)
     own = list(pool)
     assert len(own) == 40 and {s.answer for s in own} == {""} and own[8].name == "cough/8"
     assert all(0.3 * 16000 <= len(s.audio[0]) <= 3 * 16000 for s in own)
-    own_kinds = nonspeech.TRAINED, bank, 40, 3
-    assert data.digest(pool) == data.digest(nonspeech.Silence(*own_kinds, seed=5))
+    own_kinds = banks.TRAINED, bank, 40, 3
+    assert data.digest(pool) == data.digest(banks.Silence(*own_kinds, seed=5))
     peaks = [np.abs(s.audio[0].astype(int)).max() for s in own]
     assert min(peaks) == 0 and max(peaks) > 3000 and len({*peaks}) > 20
-    again, other = pool[7].audio[0], nonspeech.Silence(*own_kinds, seed=6)[7].audio[0]
+    again, other = pool[7].audio[0], banks.Silence(*own_kinds, seed=6)[7].audio[0]
     assert np.array_equal(own[7].audio[0], again) and not np.array_equal(again, other)
 
-@pytest.mark.parametrize("name", nonspeech.SPLITS)
+@pytest.mark.parametrize("name", banks.SPLITS)
 def test_splits_without_speech(name):
-    samples = nonspeech.split(name, 12, 0)
+    samples = banks.split(name, 12, 0)
     assert [s.answer for s in samples] == [""] * 12
     assert [np.array_equal(a.audio[0], b.audio[0]) for a, b in
-            zip(samples, nonspeech.split(name, 12, 0), strict=True)] == [True] * 12
+            zip(samples, banks.split(name, 12, 0), strict=True)] == [True] * 12
     assert all(rows.load_audio(s.audio[0]).isfinite().all() for s in samples)
     levels = [np.abs(s.audio[0].astype(int)).max() for s in samples]
     assert (levels[0] == 0) == (name == "silence") and max(levels) > 1000

@@ -20,8 +20,7 @@ def find_recordings(places: list[str]) -> list[tuple[Path, Path]]:
     if not found:
         raise cli.UserError(f"no {', '.join(rows.FILES)} files in {' '.join(places)}")
     stems = Counter(name.with_suffix("") for name in found.values())  # beside a.wav: a.mp3.srt
-    return [(p, name if stems[name.with_suffix("")] > 1 else name.with_suffix(""))
-            for p, name in found.items()]
+    return [(p, n if stems[n.with_suffix("")] > 1 else n.with_suffix("")) for p, n in found.items()]
 
 def plan(cfg) -> list[tuple[Path, dict]]:
     """[(recording, {format: its file in --out_dir})] of --transcribe, or UserError."""
