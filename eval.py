@@ -181,14 +181,11 @@ def main():
     answers = tasks.answer_all(cfg, asked, splits, out)  # {system: rows}
     if decoding.RANK > 0:
         return 0
-    rows, results, more = {}, {}, {}
+    rows, results = {}, {}
     for name, own in answers.items():
         rows[name] = [dict(run=name) | grade(r, cfg.task, cfg.normalizer) for r in own]
         results[name] = assess(rows[name], cfg.task)
-        if cfg.normalizer != "default" and cfg.task == "asr":
-            again = [grade(r, "asr", "default") for r in own]
-            more[f"{name}, default normaliser"] = assess(again, "asr")
-    code = report.write_results(out, rows, results, more, cfg, trained_on.get("step"))
+    code = report.write_results(out, rows, results, cfg, trained_on.get("step"))
     for part in chain.from_iterable(out.glob(f"hypotheses.{s.settings}.*") for s in asked):
         part.unlink()  # hypotheses.jsonl has it all
     return code

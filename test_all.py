@@ -1422,14 +1422,13 @@ def test_ranks_divide_the_work(ev, checkpoint, hub, baseline, tmp_path):
         part.write_text(json.dumps(row) + '\n{"split": "Rus')
     flags += ["--ckpt", checkpoint, "--max_new_tokens", 4, "--out", two]
     errors = torchrun(2, *flags, script="eval.py")
-    assert files_of(two)["answers"] == one.answers and "3 of 18 utterances were answered" in errors
+    assert files_of(two)["answers"] == one.answers and "3 of 18 utterances answered" in errors
     assert len(list(two.iterdir())) == 4 and not list(two.glob("*.part*"))
 
 def test_the_benchmark_end_to_end(ev, hub, baseline, tmp_path):
     e = ev("--data_dir", hub, "--baseline", baseline, "--normalizer", "post", tokens=30)
     assert e.code == 0 and list(e.results["splits"]) == list(recipes.BENCHMARK)
     assert len(e.rows) == 36 and e.results["normalizer"] == "post"
-    assert all(f"| {name}, default normaliser |" in e.out for name in ("tiny", "whisper-tiny"))
     assert e.rows[0]["id"] == "Vikhrmodels/RuASRBenchmark/Russian_LibriSpeech:0"
     assert e.results["others"]["whisper-tiny"]["splits"]["Tone_Speak"]["wer"] == 0  # knows them
     c = ev("--compare", tmp_path / "e", out=tmp_path / "c")

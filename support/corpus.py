@@ -131,7 +131,9 @@ def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
     paths = [folder / f"{split}-{k:03d}.npz" for k in range(-(-n // CHUNK))]
     jobs = [(lang, split, k, seed, str(p)) for k, p in enumerate(paths) if not p.exists()]
     if jobs:
-        with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:
+        fresh = multiprocessing.get_context("forkserver")  # a fork of us might inherit a lock
+        fresh.set_forkserver_preload(["__main__", __name__])
+        with fresh.Pool(maxtasksperchild=1) as pool:
             list(tqdm(pool.imap_unordered(synthesise, jobs), f"speaking {lang} {split}", len(jobs),
                       unit_scale=CHUNK, unit=" utterances"))
             pool.close()  # or the end of the block would kill its processes, which may not listen

@@ -107,8 +107,8 @@ def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:  # by sp
         axis.set(ymargin=0.15, ylabel=f"{TITLES[metric]} (bars: 95 % intervals)")
         axis.legend(frameon=False)
 
-def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, step) -> int:
-    """{system: graded rows}, ours first; {system: assessed}, more -> exit code, 1 if all failed."""
+def write_results(out: Path, rows: dict, systems: dict, cfg, step) -> int:
+    """{system: graded rows}, ours first; {system: assessed} -> exit code, 1 if all failed."""
     name, task = next(iter(rows)), cfg.task
     lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in sum(rows.values(), [])]
     write_text(out / "hypotheses.jsonl", "".join(lines))
@@ -118,7 +118,7 @@ def write_results(out: Path, rows: dict, systems: dict, more: dict, cfg, step) -
     write_text(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False))
     plot_bars(systems, task, out / ("wer.png" if task == "asr" else f"{task}.png"))
     tables = [f"{system}\n\n{results_table(own, task)}" for system, own in systems.items()]
-    tables.append(overview(systems | more, task))
+    tables.append(overview(systems, task))
     text = [f"# {name}", NOTES["how"].format(cfg.max_new_tokens, cfg.normalizer), *tables]
     for system, own in rows.items():
         failed = [f"{r['id']} ({system}, {r['split']}): {r['failed']}" for r in own if r["failed"]]

@@ -355,5 +355,5 @@ def test_what_has_no_place_in_voxtral(tokenizer, place, tmp_path, monkeypatch, c
         code, _, err = exit_of(export.main, monkeypatch, capsys, "--ckpt", folder, "--to",
                                tmp_path / "to", "--layout", "voxtral")
         assert is_one_line(code, err, says) and not (tmp_path / "to").exists()
-    with pytest.raises(ValueError, match="is no checkpoint, ours or the original's"):
+    with pytest.raises(ValueError, match="holds a voxtral model, not a Borealis"):
         ckpt.load_checkpoint(place / "tiny-voxtral")
