@@ -278,8 +278,6 @@ def test_the_posts_snippet_runs_anywhere(manifest, original, parts, tmp_path, mo
     hf.parent.mkdir()
     train_now(monkeypatch, *RUN, "--train_manifest", manifest, "--init_from", original, "--encoder",
               parts["encoder"], "--llm", parts["plain"], "--lr", 0.01, "--out", out)
-    exit_of(evaluation.main, monkeypatch, capsys, "--ckpt", out, "--manifest", manifest,
-            "--max_new_tokens", 3)
     assert exit_of(export.main, monkeypatch, capsys, "--ckpt", out, "--to", hf)[0] == 0
     assert {p.name for p in hf.iterdir()} >= {
         "README.md", "config.json", "generation_config.json", "model.py", "model.safetensors",
@@ -288,8 +286,7 @@ def test_the_posts_snippet_runs_anywhere(manifest, original, parts, tmp_path, mo
     assert [config["auto_map"]["AutoModel"]] == [f"model.{n}" for n in config["architectures"]]
     assert config["audio_start_id"] != config["audio_end_id"]  # the original's own pair
     assert config.get("base") is None  # it is whole
-    card, results = (hf / "README.md").read_text(), next(out.rglob("results.json"))
-    assert f"| {json.loads(results.read_text())['avg_wer']}" in card
+    card = (hf / "README.md").read_text()
     assert "](train_config.json)" in card and str(tmp_path) not in card
     torch.save(tone(3.0), hf.parent / "audio.pt")
     env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
