@@ -91,29 +91,30 @@ out_tiny_%$S/results.json: out_tiny_pretrain$S/results.json
 	$(PY) eval.py --ckpt out_tiny_$*$S
 
 # Two seeds each: what the loop guard is good for, after a third of the training; rows of silence;
-# words told beforehand.
+# words told beforehand. With SEEDS=0 and SEEDS=1, two shells share the work.
+SEEDS  := 0 1
 SIX    := clean,voices,books,speak,webinars,devices
 SOUNDS := $(SIX),silence,sounds
 TOLD   := clean,names,names_context,names_wrong
 # $(call both,preset,folder,more flags of train.py,splits)
-both = for s in 0 1; do \
+both = for s in $(SEEDS); do \
   test -e $2_$$s/report.md || { $(PY) train.py --preset $1 --bf16 --overwrite --seed $$s --out $2_$$s $3 \
   && $(PY) eval.py --ckpt $2_$$s --split $4; } || exit; done
 
 loops: $(READY)
 	$(call both,tiny,out_loops,--steps 667,$(SOUNDS))
-	for s in 0 1; do $(PY) eval.py --ckpt out_loops_$$s --out out_loops_$$s/unguarded \
+	for s in $(SEEDS); do $(PY) eval.py --ckpt out_loops_$$s --out out_loops_$$s/unguarded \
 	  --split $(SOUNDS) --no-loop_guard || exit; done
-	tail -n +1 out_loops_[01]/report.md out_loops_[01]/unguarded/report.md | grep "==>\|^|"
+	tail -n +1 out_loops_?/report.md out_loops_?/unguarded/report.md | grep "==>\|^|"
 
 silence: $(READY)
 	$(call both,tiny,out_silence,,$(SOUNDS))
 	$(call both,tiny,out_no_silence,--silence 0,$(SOUNDS))
-	tail -n +1 out_silence_[01]/report.md out_no_silence_[01]/report.md | grep "==>\|^|"
+	tail -n +1 out_silence_?/report.md out_no_silence_?/report.md | grep "==>\|^|"
 
 context: $(READY)
 	$(call both,tiny_names,out_names,,$(TOLD))
-	tail -n +1 out_names_[01]/report.md | grep "==>\|^|"
+	tail -n +1 out_names_?/report.md | grep "==>\|^|"
 
 bench: $(READY) vllm
 	$(PY) -m support.bench augment
