@@ -320,6 +320,22 @@ def test_a_pushed_folder_comes_back_whole(checkpoint, tmp_path, monkeypatch, cap
     assert set(os.listdir(fetched)) == set(os.listdir(hf)) - {"README.md"}
 
 # ---- support/: rows, the embedded corpus, the tiny tokenizer, datasets of the hub
+BESIDE_THREADS = """
+import torch
+torch.ones(1 << 20).add(1)  # on all cores
+torch.set_num_threads = id  # as vLLM does
+from support import corpus
+print(len(corpus.embedded_rows("en", "speak", 2)))
+"""
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_a_corpus_is_spoken_beside_threads(tmp_path):
+    """Whose locks a fork would inherit, and wait for."""
+    env = os.environ | {"NANOBOREALIS_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", BESIDE_THREADS], env=env, text=True,
+                          capture_output=True, timeout=120)
+    assert done.stdout == "2\n", done.stderr
+
 @pytest.mark.parametrize("name, rate, channels", [
     ("a.wav", 8000, 1), ("a.wav", 44100, 2), ("a.flac", 48000, 3), ("a.ogg", 16000, 1),
     ("a.mp3", 22050, 2), ("a.wav", 15999, 1), ("a.wav", 11025, 1)])

@@ -125,10 +125,10 @@ async def transcribe(raw_request: Request,
         write = dict(pauses.FORMATS, text=lambda *_: body["text"] + "\n")[form.response_format]
         return PlainTextResponse(write(segments, seconds))
     for said, segment in zip(filter(spoken, answers), body["segments"], strict=True):
-        data, n = said.text.encode(), len(said.token_ids)
+        data, steps = said.text.encode(), zip(said.logprobs, said.token_ids, strict=True)
         segment |= dict(  # what else OpenAI's clients expect; the last is Whisper's alone
             seek=int(segment["start"]), tokens=[*said.token_ids], temperature=form.temperature,
-            avg_logprob=said.cumulative_logprob / n,
+            avg_logprob=np.mean([step[i].logprob for step, i in steps]).item(),
             compression_ratio=len(data) / len(zlib.compress(data)), no_speech_prob=None)
     body = body if form.response_format == "verbose_json" else dict(text=body["text"])
     return JSONResponse(body | dict(usage=dict(type="duration", seconds=math.ceil(seconds))))
