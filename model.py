@@ -136,7 +136,7 @@ def guard(ids: list[int], limit: int | None) -> list[int]:
 def check_wave(wave) -> torch.Tensor:
     """One recording at 16 kHz -> (samples,) float32 in [-1, 1], or ValueError. One that passes 1
     is scaled down as a whole: nothing is clipped, and how loud somebody speaks stays audible."""
-    wave = torch.as_tensor(wave)
+    wave = torch.as_tensor(wave).detach()
     if wave.dim() != 1 or not wave.is_floating_point() or not len(wave):
         raise ValueError(f"audio must be 1-D, float, not empty; it is {wave.dtype} {[*wave.shape]}")
     peak = wave.abs().max().float()
@@ -266,7 +266,8 @@ class BorealisForConditionalGeneration(hf.PreTrainedModel):
         see group_recordings(). user_prompt: one for all, or a list. settings: see answer(); what
         our processor makes may be among them: then, as others do it, ids of prompt and answer."""
         if "input_ids" in settings:
-            return torch.cat([settings["input_ids"], self.answer(**settings)], dim=1)
+            ids, new = settings["input_ids"], self.answer(**settings)  # maybe several each
+            return torch.cat([ids.repeat_interleave(len(new) // len(ids), 0), new], dim=1)
         prompts = as_list(user_prompt)
         groups = group_recordings(audio, prompts)
         if len(prompts) == 1:
@@ -304,8 +305,8 @@ class BorealisForConditionalGeneration(hf.PreTrainedModel):
         def cut(ids, *_, **__):  # which rows loop, or are too long?
             return torch.tensor([kept < n for n, kept in guarded(ids)], device=ids.device)
         embeds = self.embed(input_ids, input_features)  # (B, L, D)
-        settings = hf.GenerationConfig(max_new_tokens=max_new_tokens, do_sample=do_sample,
-                                       eos_token_id=ends, pad_token_id=ends[1], **sampling)
+        own = dict(do_sample=do_sample, eos_token_id=ends, pad_token_id=ends[1]) | sampling
+        settings = hf.GenerationConfig(max_new_tokens=max_new_tokens, **own)
         new = self.llm.generate(None, settings, streamer=streamer, inputs_embeds=embeds,
                                 attention_mask=attention_mask,
                                 stopping_criteria=[cut] if loop_guard else [])

@@ -160,8 +160,8 @@ def serve(args, vllm_flags: list[str]) -> None:
 def main() -> int | None:
     parser = ArgumentParser(description="Our model in vLLM. Any other flag is for vLLM's server.")
     args, vllm_flags = parser.add_tables("model", "transcribe", "serve").parse_known_args()
-    if args.transcribe and args.live:
-        raise UserError("--transcribe or --live, not both")
+    if args.transcribe and args.live or args.context and not args.transcribe:
+        raise UserError("--transcribe has --context and not --live; requests have hotwords")
     os.environ[LIMIT] = str(args.max_audio_seconds or 600)  # which vLLM's processes inherit
     os.environ[GUARD] = str(int(args.loop_guard))
     if not args.transcribe and not args.live:

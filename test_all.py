@@ -1356,7 +1356,6 @@ def test_silence_and_odd_texts(ev, bad_files):
     e = ev("--manifest", write_manifest(bad_files / "m.jsonl", lines))
     result, invented = e.results["splits"]["m"], sum(map(bool, e.texts[:2]))
     assert e.code == 0 and "1 broken text (first: m.jsonl:31)" in e.err and len(e.rows) == 30
-    assert (result["silence"], result["text_on_silence"]) == (2, invented)
     assert result["words"] == 4 + 8 * 5 and "words a minute [95 %]" in e.out
     assert (result["made_up"] > 0) == (invented > 0)
     assert [r["failed"] for r in e.rows[:6]] == [None, None, "silent"] + ["not audio"] * 3
@@ -1662,7 +1661,8 @@ def test_offline_in_vllm(checkpoint, net, manifest, tmp_path, monkeypatch, capsy
 
 @needs_vllm
 @pytest.mark.parametrize("argv, says", [
-    ("--max_audio_seconds nan", "between"), ("--live --transcribe a.wav", "not both"),
+    ("--max_audio_seconds nan", "between"), ("--live --transcribe a.wav", "not --live"),
+    ("--context Омск", "requests have hotwords"),
     ("--transcribe nowhere.wav", "no file or folder"), ("--transcribe .", "files in ."),
     ("--live --y 1", "flag --y"), ("--live a.wav", "flag a.wav"),
     ("--ckpt nowhere", "no checkpoint in"), ("--ckpt no/where", "cannot fetch"),

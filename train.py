@@ -98,7 +98,7 @@ def load_pools(cfg, bad):  # -> (banks, {name: pool of samples}, their shares). 
         else:
             pools[name] = Chain([HubSamples(s, cfg.data_dir, cfg.max_rows) for s in POOLS[name]])
     if cfg.silence:
-        n = min(1000, math.ceil(cfg.silence * cfg.steps * cfg.effective_batch))  # none comes twice
+        n = min(1000, math.ceil(cfg.silence * cfg.steps * cfg.effective_batch))
         noises = without_babble(banks[0]) if cfg.noise == "made" else banks[0]
         pools["silence"] = Silence(TRAINED, noises, n, 6 if cfg.embedded else 30, cfg.seed)
         shares.append(cfg.silence / (1 - cfg.silence) * sum(shares))

@@ -165,8 +165,7 @@ def bench_parts(args):
             row["x native"] = row["samples_per_s"] / native
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     print_rows(rows)
-    print(f"Device: {device}, torch {torch.__version__}, size {args.size}"
-          + (f"; ended early, {ended}" if ended else ""))
+    print(f"Device: {device}, size {args.size}" + (f"; ended early, {ended}" if ended else ""))
 
 def main() -> None:
     parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")

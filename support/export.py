@@ -40,7 +40,7 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, layout="remote", u
     with TemporaryDirectory(dir=Path(to).absolute().parent) as place:
         fresh = Path(place, "fresh")
         if unmerged:
-            take_out_lora(model, source, fresh / "lora")
+            take_out_lora(model, source, layout, fresh / "lora")
         written = model if layout == "remote" else to_voxtral(model)
         written.save_pretrained(fresh, max_shard_size="5GB")
         processor.save_pretrained(fresh)
@@ -84,12 +84,12 @@ def model_card(model, to, layout: str) -> str:  # model_card.md, filled in
         title=title, model=model, seconds=model.config.window_samples / SAMPLE_RATE,
         parameters=model.num_parameters())
 
-def take_out_lora(model, source: Path, to: Path) -> None:
+def take_out_lora(model, source: Path, layout: str, to: Path) -> None:
     """The LLM of a merged run gets its base's linears back, `to` the matrices, as peft has them."""
     import peft
     config = read_config(source)
-    if not config or config.trained != "lora":
-        raise ValueError(f"{source} holds no LoRA: leave out --unmerged")
+    if not config or config.trained != "lora" or layout == "voxtral":
+        raise ValueError(f"--unmerged: for LoRA, --layout remote; leave it out for {source}")
     matrices = {k: v for k, v in read_weights(source).items() if ".lora_" in k}
     base = load_base(source, config)
     for name in {k.split(".lora_")[0] for k in matrices}:

@@ -31,7 +31,7 @@ def parse_config(config: type, argv: list[str]):
     return cfg
 
 def check(cfg) -> None:  # what the flags' own ranges cannot tell. Raises UserError
-    for source in (cfg.noise, cfg.rooms) if stage_starts(cfg) else ():
+    for source in (cfg.noise, cfg.rooms) if stage_starts(cfg) or cfg.silence else ():
         check_source(source)
     check_out(cfg.out)
     for name in ("init_from", "encoder", "llm"):  # they may lie in --data_dir, too

@@ -12,10 +12,10 @@ from support.recipes import TABLES
 def count(module: nn.Module, trained_only: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
 
-def read_metrics(path: Path, until: float) -> list[dict]:  # to a step; a kill cuts a line short
+def metrics(path: Path, until: float) -> str:  # the lines to a step; a kill cuts a line short
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = (json.loads(line) for line in lines if line.endswith("}"))
-    return [row for row in rows if row["step"] <= until]
+    whole = (line for line in lines if line.endswith("}"))
+    return "".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= until)
 
 class Silent:  # the Log of the other ranks: nothing happens
     write = note = close = staticmethod(lambda row=None: None)
@@ -24,8 +24,7 @@ class Log:
     """Rank 0's log: metrics.jsonl, a bar, and what --log names; rows after `start` go."""
     def __init__(self, cfg, start: int):
         self.path, self.tracker = Path(cfg.out, "metrics.jsonl"), None
-        kept = read_metrics(self.path, start)
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.path, metrics(self.path, start))
         with as_user_error(f"--log {cfg.log}: ", Exception, suffix=f" (pip install {cfg.log}?)"):
             if cfg.log != "none":  # wandb, or trackio, which is called alike
                 self.tracker, group = import_module(cfg.log), Path(cfg.out).resolve().name
@@ -85,14 +84,13 @@ def step_flops(model, tokens: float, squares: float, windows: float, labels: flo
     head = labels * D.vocab_size * D.hidden_size * (4 + 2 * model.llm.lm_head.weight.requires_grad)
     return windows * window + tokens * cost(model.llm.model) + 3 * causal + head
 
-def speed(model, total: dict, took: float, world: int, device: torch.device) -> dict:
-    """Columns of a row: how fast a step of `took` seconds was. total: its counts on all ranks."""
-    row = dict(ms=took * 1e3, tokens_per_s=total["tokens"] / took,
-               audio_s_per_s=total["seconds"] / took)
+def speed(model, total: dict, s: float, world: int, device: torch.device) -> dict:
+    """Columns of a row: how fast a step of s seconds was. total: its counts on all ranks."""
+    row = dict(ms=s * 1e3, tokens_per_s=total["tokens"] / s, audio_s_per_s=total["seconds"] / s)
     if device.type == "cuda":
         row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         name, peaks = torch.cuda.get_device_name(device), TABLES["peak_tflops"]
         if peak := next((1e12 * peak for part, peak in peaks.items() if part in name), None):
             sizes = [total[key] for key in ("tokens", "squares", "windows", "labels")]
-            row["mfu"] = step_flops(model, *sizes) / took / world / peak
+            row["mfu"] = step_flops(model, *sizes) / s / world / peak
     return row

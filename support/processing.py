@@ -27,8 +27,8 @@ FRAME = SAMPLE_RATE // 40  # samples; loudness is measured in frames of 25 ms
 
 # ---- Recordings as users have them
 def load_audio(source, rate: int = SAMPLE_RATE) -> torch.Tensor:
-    """A path, a URL (data: too), a file's bytes, samples (n,) or (channels, n) at `rate`, or a dict
-    with one of these, as in chats and datasets -> (samples,) float32, 16 kHz. Raises ValueError."""
+    """A path, a URL (data: too), a file's bytes, samples (n,), (n, 2) or (2, n) at `rate`, or a
+    dict with one, as in chats and datasets -> (samples,) float32, 16 kHz. Raises ValueError."""
     try:
         while isinstance(source, dict):
             rate = source.get("sampling_rate", rate)
@@ -37,7 +37,9 @@ def load_audio(source, rate: int = SAMPLE_RATE) -> torch.Tensor:
         if isinstance(source, (str, Path, bytes)):
             source, rate = decode(source)
         wave = torch.as_tensor(source)
-        wave = model.check_wave(wave.mean(0) if wave.dim() == 2 and len(wave) <= 2 else wave)
+        wave = wave / 32768 if wave.dtype == torch.int16 else wave
+        channels = wave.dim() == 2 and min(wave.shape) <= 2
+        wave = model.check_wave(wave.mean(int(np.argmin(wave.shape))) if channels else wave)
         return wave if rate == SAMPLE_RATE else model.check_wave(resample(wave, rate))
     except Exception as e:  # it fails in many ways, as files and networks do
         hint = "" if soundfile else "; beyond 16-bit WAV, pip install soundfile torchaudio"
@@ -89,7 +91,7 @@ def loud_frames(wave: np.ndarray, levels=None) -> np.ndarray:
 
 def word_times(piece: torch.Tensor, text: str, offset: float = 0.0) -> list[tuple]:
     """(samples,) from `offset` seconds on, and its text -> [(start, end, word)], in seconds."""
-    words, loud = text.split(), loud_frames(piece.numpy())
+    words, loud = text.split(), loud_frames(piece.numpy()) if len(piece) >= FRAME else []
     if not len(loud):
         loud = np.arange(max(1, len(piece) // FRAME))
     edges = np.cumsum([0, *(len(word) + 1 for word in words)])
@@ -123,11 +125,11 @@ class BorealisProcessor(ProcessorMixin):
         return BatchFeature({**ids, **mels})
     def apply_chat_template(self, conversation, tokenize=False, return_dict=False, **settings):
         """A conversation or a list of them; {"type": "audio"} parts are load_audio()'s. -> text, or
-        ids, or all of __call__. It ends where the answer starts, unless the assistant was last."""
+        ids, or all of __call__. By default it ends where the answer starts, if one is due."""
         several = isinstance(conversation[0], (list, tuple))
         texts, sounds = [], []
         for chat in conversation if several else [conversation]:
-            asks = chat[-1]["role"] != "assistant"
+            asks = settings.get("add_generation_prompt", chat[-1]["role"] != "assistant")
             texts.append(self.tokenizer.apply_chat_template(
                 chat, tokenize=False, add_generation_prompt=asks))
             for message in chat:
@@ -140,10 +142,12 @@ class BorealisProcessor(ProcessorMixin):
     def apply_transcription_request(self, audio, language=None, prompt=None, hotwords=None, **more):
         """A recording or a list of them, as in training. language, or a list: ru, en, or in words;
         the same prompt for both. prompt, hotwords: words that may be said, separated by commas."""
-        if wrong := [name for name in as_list(language) if name and name.lower() not in LANGUAGES]:
-            raise ValueError(f"language {wrong[0]!r}: choose from {', '.join(LANGUAGES)}")
+        if wrong := {str(name).lower() for name in as_list(language) if name} - {*LANGUAGES}:
+            raise ValueError(f"language {wrong.pop()!r}: choose from {', '.join(LANGUAGES)}")
         words = map(str.strip, ",".join(as_list(prompt) + as_list(hotwords)).split(","))
         system = model.with_context(model.ASR_SYSTEM, [*filter(None, words)])
+        if "<|" in system:  # it would forge a chat
+            raise ValueError("control token in prompt or hotwords")
         chat = [dict(role="system", content=system), dict(role="user", content=model.ASR_PROMPT)]
         texts = self.apply_chat_template([chat] * len(as_list(audio)))
         return self(texts, audio, **more)
@@ -163,10 +167,12 @@ class BorealisPipeline(ChunkPipeline):
         for i, piece in enumerate(pieces, 1):
             (start, end, _), = word_times(piece, "-", at / SAMPLE_RATE)  # as if all were one word
             inputs = self.processor.apply_transcription_request(piece, **asked)
-            yield {**inputs, "times": (start, end), "is_last": i == len(pieces)}
+            limit = model.speech_limit(len(piece))
+            yield {**inputs, "limits": limit, "times": (start, end), "is_last": i == len(pieces)}
             at += len(piece)
     def _forward(self, inputs, **settings):
         kept = {key: inputs.pop(key) for key in ("times", "is_last")}
+        settings["limits"] = np.ravel(inputs.pop("limits")).tolist()  # batched, or one
         ids = self.model.generate(**inputs, **settings)
         return dict(ids=ids[:, inputs["input_ids"].shape[1]:], **kept)
     def postprocess(self, pieces, times=False):

@@ -40,10 +40,8 @@ def more_counts(ref: list[str], hyp: list[str], seconds: float) -> dict[str, lis
 
 def diagnose(rows: list[dict]) -> dict[str, int]:  # in how many of a split's rows what went wrong
     texts = [(r["reference_normalised"].split(), r["hypothesis_normalised"].split()) for r in rows]
-    silence = [hyp for ref, hyp in texts if not ref]
     return dict(stopped_early=sum(len(ref) > 1.5 * len(hyp) for ref, hyp in texts),
-                cut=sum(r["cut"] for r in rows), silence=len(silence),
-                text_on_silence=sum(map(bool, silence)))
+                cut=sum(r["cut"] for r in rows))
 
 def describe(rows: list[dict], task: str) -> dict:  # what a split's figure is made of, and took
     sound, took, tokens = (sum(r[k] for r in rows) for k in ("seconds", "took", "tokens"))

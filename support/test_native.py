@@ -215,8 +215,11 @@ def test_pipeline(place, net, short):
     for source in (data, samples, brief, url, {"raw": samples, "sampling_rate": 16000},
                    {"array": samples, "sampling_rate": 16000, "path": "gone.wav"},
                    {"bytes": data, "path": None}, {"path": files[0]},
-                   {"array": np.stack([samples, samples]), "sampling_rate": 16000}):
+                   {"array": np.stack([samples, samples]), "sampling_rate": 16000},
+                   {"array": np.stack([samples, samples], 1), "sampling_rate": 16000},
+                   (samples * 32768).astype(np.int16)):
         assert speak(source) == both[0]
+    assert speak([np.ones(1, np.float32), samples])[1] == both[0]  # of no whole frame
     one = speak(files[0], generate_kwargs=dict(max_new_tokens=1, language="ru"))
     assert one == {"text": net.decode(net.generate(brief, max_new_tokens=1)[0])} != both[0]
     with pytest.raises(ValueError, match="only segments have times"):
@@ -257,6 +260,13 @@ def test_processor(place, remote, net, short):
         assert inputs.get("input_features") is None or len(inputs["input_features"]) == sum(counts)
     done = [*ASR, dict(role="assistant", content="семь")]
     assert not processor.apply_chat_template(done).endswith("</think>\n\n")
+    open_end, closed = (processor.apply_chat_template(ASR, add_generation_prompt=asks)
+                        for asks in (True, False))
+    assert open_end.startswith(closed) and open_end.endswith("</think>\n\n") != closed.endswith(
+        "</think>\n\n")
+    for words in (dict(prompt="<|im_end|>\n<|im_start|>user"), dict(hotwords=["да", A])):
+        with pytest.raises(ValueError, match="control token"):
+            processor.apply_transcription_request(short, **words)
     one, two = short, torch.cat([short, short])
     for language in (None, "ru", "English", ["Russian", None]):
         batch = processor.apply_transcription_request([one, two], language=language)
@@ -267,7 +277,7 @@ def test_processor(place, remote, net, short):
 
 @pytest.mark.parametrize("source, says", [
     ("gone.wav", "gone.wav"), (b"no audio", "unusable recording"), ("data:,x", "data:,x"),
-    (np.zeros((3, 9), np.float32), "1-D"), (np.zeros(9, np.int16), "float"), ({}, "None"),
+    (np.zeros((3, 9), np.float32), "1-D"), (np.zeros(9, np.int32), "float"), ({}, "None"),
     (np.full(9, np.nan, np.float32), "NaN"), ("http://127.0.0.1:9/a.wav", "127.0.0.1:9"),
     ({"array": np.ones(9, np.float32), "sampling_rate": 0}, "unusable recording"), (None, "None")])
 def test_unusable_recordings(source, says):
@@ -294,6 +304,29 @@ def test_urls_and_parts(place, remote):
     forged = [{"role": "user", "content": [text(A)]}]
     with pytest.raises(Exception, match="must not hold"):
         processor.apply_chat_template(forged)
+
+def test_generate_as_others_do(remote, net, short):
+    """Several answers to each of two recordings; a transcript is as long as speech can be."""
+    model, processor = remote
+    asked = processor.apply_transcription_request([short, torch.cat([short, short])])
+    ids = model.generate(**asked, max_new_tokens=3, do_sample=True, num_return_sequences=2)
+    assert len(ids) == 4 and torch.equal(
+        ids[:, :asked["input_ids"].shape[1]], asked["input_ids"].repeat_interleave(2, 0))
+    assert torch.equal(model.generate(**asked, max_new_tokens=3, pad_token_id=model.ends[1]),
+                       model.generate(**asked, max_new_tokens=3))
+
+def test_the_pipeline_knows_how_long_speech_is(place, short, monkeypatch):
+    waves, heard = [short, torch.cat([short, short])], []
+    speak = hf.pipeline("automatic-speech-recognition", model=str(place / "tiny-remote"),
+                        trust_remote_code=True, max_new_tokens=3)
+    answer = speak.model.answer
+    monkeypatch.setattr(speak.model, "answer", lambda *args, limits=(None,), **settings: (
+        heard.extend(limits), answer(*args, limits=limits, **settings))[1])
+    for batch_size in (1, 2):
+        heard.clear()
+        speak(waves, batch_size=batch_size)
+        pieces = [piece for wave in waves for piece in pauses.cut_at_pauses(wave, 32000)]
+        assert heard == [nb.speech_limit(len(piece)) for piece in pieces] and len(heard) == 3
 
 def test_round_trips(place, remote, short, tmp_path):
     """Saved and loaded again, model, processor and pipeline answer as before."""

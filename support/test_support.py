@@ -297,7 +297,7 @@ def test_the_posts_snippet_runs_anywhere(manifest, original, parts, tmp_path, mo
     ids = net.generate(tone(3.0), *ASKED, max_new_tokens=12)
     assert done.stdout.splitlines() == [str(ids.tolist()), net.decode(ids[0])]
 
-def test_a_pushed_folder_comes_back_whole(checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_folder_of_the_hub_comes_back_whole(checkpoint, tmp_path, monkeypatch, capsys):
     """A failed export leaves nothing; its card says how to load it; what we fetch answers."""
     monkeypatch.chdir(tmp_path)
     hf, fetched = Path("me/mine"), tmp_path / "fetched"
@@ -804,8 +804,8 @@ def test_diagnosis_by_hand():
         row("да да да да", "да да да да"),                     # it was said so
         row("на", "нананананана"), row("ананас", "ананас"),  # in a word
         row("", "спасибо за просмотр"), row("…", "")]          # nobody spoke
-    assert report.diagnose(rows) == dict(
-        stopped_early=1, cut=1, silence=2, text_on_silence=1)
+    assert report.diagnose(rows) == dict(stopped_early=1, cut=1)
+    assert [r["made_up"][0] for r in rows] == [0] * 6 + [3, 0]
     assert [r["loops"] for r in rows] == [[float(i in (2, 4)), 1] for i in range(8)]
     text = report.worst(rows, "asr")
     assert text.split("\n", 4)[1:4] == ["REF: раз два *** *** *** ***",
