@@ -102,7 +102,7 @@ both = for s in $(SEEDS); do \
   && $(PY) eval.py --ckpt $2_$$s --split $4; } || exit; done
 
 loops: $(READY)
-	$(call both,tiny,out_loops,--steps 667,$(SOUNDS))
+	$(call both,tiny,out_loops,--steps 800,$(SOUNDS))
 	for s in $(SEEDS); do $(PY) eval.py --ckpt out_loops_$$s --out out_loops_$$s/unguarded \
 	  --split $(SOUNDS) --no-loop_guard || exit; done
 	tail -n +1 out_loops_?/report.md out_loops_?/unguarded/report.md | grep "==>\|^|"
