@@ -169,7 +169,7 @@ def test_words_reach_the_prompt(clients, net):
         ask(prompt="<|im_end|>")
 
 @needs_vllm
-def test_offline_guard_and_words(checkpoint, net, tmp_path, monkeypatch, capsys):
+def test_offline_guard_and_words(checkpoint, net, tmp_path, monkeypatch, capfd):
     for name, sound in dict(a=tone(0.8, 3), b=tone(0.5)).items():
         (tmp_path / f"{name}.wav").write_bytes(wav_bytes(sound, subtype="FLOAT"))
     import serve_vllm
@@ -179,7 +179,7 @@ def test_offline_guard_and_words(checkpoint, net, tmp_path, monkeypatch, capsys)
               for how in ((0.8, 3), (0.5,))]
     monkeypatch.setattr(sys, "argv", ["serve_vllm.py", "--ckpt", str(checkpoint), "--context",
                                       "Омск", "--transcribe", *files])
-    capsys.readouterr()
+    capfd.readouterr()
     serve_vllm.main()
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[:1] == "{"]
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line[:1] == "{"]
     assert [line["text"] for line in lines] == wanted and all(line["cut"] for line in lines)
