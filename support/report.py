@@ -76,9 +76,9 @@ def with_interval(result: dict, metric: str) -> str:
     return "-" if result[metric] is None else f"{plain(result[metric])} [{low}, {high}]"
 
 def results_table(system: dict, task: str) -> str:  # a line a split
-    rows = []
-    for split, r in system["splits"].items():
-        known = [m for m in TASKS[task] if any(x[m] is not None for x in system["splits"].values())]
+    rows, splits = [], system["splits"]
+    known = [m for m in TASKS[task] if any(r[m] is not None for r in splits.values())]
+    for split, r in splits.items():
         row = {f"{TITLES[metric]} [95 %]": with_interval(r, metric) for metric in known}
         rows.append({"split": split, **row} | {name: r[name] for name in COLUMNS if name in r})
     return markdown(rows)
