@@ -67,9 +67,10 @@ def parse_row(row: dict, folder: str = "", evaluation: bool = False) -> Sample:
         raise BadRow("not a JSON object")
     name = row.get("name", "")
     if "conversation" in row:
-        turns = [{"role": t["role"], "content": rows.check_text(t.get("content"))}
-                 for t in model.as_list(row["conversation"])
+        turns = [t for t in model.as_list(row["conversation"])
                  if isinstance(t, dict) and t.get("role") in ("system", "user", "assistant")]
+        turns = [dict(role=t["role"], content=rows.check_text(
+            t.get("content"), recordings=0 if t["role"] == "user" else None)) for t in turns]
         if [t["role"] for t in turns[-2:]] != ["user", "assistant"]:
             raise BadRow("conversation does not end with a question and its answer")
         system = turns.pop(0)["content"] if turns[0]["role"] == "system" else TEXT_SYSTEM
@@ -82,12 +83,9 @@ def parse_row(row: dict, folder: str = "", evaluation: bool = False) -> Sample:
     audio = [os.path.join(folder, a) if isinstance(a, str) else a for a in audio if given] or [b""]
     asr = "text" in row
     answer = rows.check_text(row.get("text" if asr else "answer"), empty=asr and evaluation)
-    question = model.ASR_PROMPT if asr else rows.check_text(row.get("question"), placeholders=True)
+    question = model.ASR_PROMPT if asr else row.get("question")
+    question = rows.check_text(question, recordings=len(audio))
     system = rows.check_text(row.get("system", model.ASR_SYSTEM if asr else TASK_SYSTEM))
-    try:
-        model.place_audio(question, len(audio))
-    except ValueError:
-        raise BadRow("placeholders and recordings differ in number") from None
     return Sample(answer, audio, question, system, name=name)
 
 # ---- A pool: any sequence of samples. Pools are mixed for training (support/recipes.py)

@@ -5,6 +5,7 @@ import huggingface_hub
 import torch
 import transformers as hf
 from safetensors import SafetensorError
+from tokenizers import normalizers
 from model import AUDIO, ENCODER, LLM, MARKER, BorealisConfig
 from model import BorealisForConditionalGeneration as Borealis
 from support import lora, storage
@@ -13,6 +14,7 @@ from support.cli import as_user_error
 EMBEDDINGS = "llm.model.embed_tokens.weight"
 END = "<|end_of_audio|>"  # ends a recording in the original's checkpoints, where ours have MARKER
 ERRORS = OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError  # of loading
+ESCAPE = "\ufdd0"  # no character: Unicode keeps it for internal use
 FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "*.py"]
 
 def find_checkpoint(where: str | Path) -> Path:
@@ -36,14 +38,20 @@ def training_config(where: str | Path) -> dict:  # train_config.json or {}. Rais
         return read_json(find_checkpoint(where) / "train_config.json")
 
 def add_audio_tokens(tokenizer, tokens: tuple[str, ...] = (AUDIO, MARKER)):
-    """Append our tokens, 151669 and 151670 in Qwen3. Set our template: its, without thinking."""
+    """Append our tokens, 151669 and 151670 in Qwen3. Set our template: its, without thinking, and
+    with ESCAPE in texts, which goes after control tokens are found: so none is found in a text."""
     tokenizer.add_tokens(list(tokens), special_tokens=True)
     template = Path(__file__).with_name("chat_template.jinja")
     tokenizer.chat_template = template.read_text(encoding="utf-8")
+    steps = normalizers.Replace(ESCAPE, ""), normalizers.NFC()  # the second is Qwen3's
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([*steps])
     return tokenizer
 
+def read_tokenizer(where: str | Path):  # as it is. AutoTokenizer's Qwen2Tokenizer forgets steps
+    return hf.PreTrainedTokenizerFast.from_pretrained(where)
+
 def load_tokenizer(where: str | Path):  # with our tokens and today's template
-    return add_audio_tokens(hf.AutoTokenizer.from_pretrained(where))
+    return add_audio_tokens(read_tokenizer(where))
 
 def read_config(folder: Path) -> BorealisConfig | None:
     """A checkpoint's config.json, None if there is none or it is not ours. Raises ValueError."""
@@ -87,7 +95,7 @@ def convert_original(folder: Path, tensors: dict, encoder: str, llm: str) -> tup
         raise ValueError(f"{folder} is no checkpoint, ours or the original's: no {EMBEDDINGS}")
     table = tensors[EMBEDDINGS]
     source = folder if (folder / "tokenizer.json").exists() else llm
-    tokenizer = hf.AutoTokenizer.from_pretrained(source)
+    tokenizer = read_tokenizer(source)
     posts = {AUDIO, END} & tokenizer.get_vocab().keys() == {AUDIO}  # as the post's vLLM plugin
     add_audio_tokens(tokenizer, (AUDIO, MARKER) if posts else (MARKER, END, AUDIO))
     tokens = [AUDIO, MARKER, MARKER if posts else END, "<|endoftext|>"]

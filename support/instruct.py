@@ -53,7 +53,8 @@ def check(content: str, sample, name: str, seen: set) -> dict:
         reply = json.loads(content)  # without control characters, which vLLM may leave in strings
     except ValueError:
         raise BadRow("broken JSON") from None
-    question, answer = (" ".join(check_text(reply.get(k)).split()) for k in ("question", "answer"))
+    question, answer = (" ".join(check_text(reply.get(k), recordings=0).split())
+                        for k in ("question", "answer"))
     said, asked, told = words(sample.answer), words(question), words(answer)
     kind, found, lang = KINDS[name], KINDS[name]["found"], language(sample.answer)
     runs = rf"(?=( (?:\w+ ){{{min(RUN, len(said.split()))}}}))"  # of words, one from each word on

@@ -49,7 +49,7 @@ def reply(cfg, config, stream, same, path, question=None):  # yields what three 
         windows = pieces = pauses.cut_at_pauses(wave, config.window_samples)
         sample, seconds = TRANSCRIBE, len(wave) / SAMPLE_RATE
         if question is not None:
-            sample = Sample("", [b""], rows.check_text(question), TASK_SYSTEM)
+            sample = Sample("", [b""], rows.check_text(question, recordings=1), TASK_SYSTEM)
             windows, pieces = cut_windows(wave, config), [wave]
         yield "", "", spectrogram(windows, config)
         for piece in pieces:

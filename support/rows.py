@@ -75,15 +75,14 @@ def usable(samples: list, dataset, bad: BadRows) -> list:
             bad.add(str(e), sample.name)
     return good
 
-def check_text(text, placeholders: bool = False, empty: bool = False) -> str:
-    """-> stripped, or BadRow. placeholders: those of recordings may be in it. empty: "" will do."""
+def check_text(text, empty: bool = False, recordings: int | None = None) -> str:
+    """-> stripped, or BadRow. empty: "" will do. recordings: of a question about so many."""
     if not isinstance(text, str) or not (text.strip() or empty):
         raise BadRow("empty text")
     if re.search("[\ud800-\udfff]", text):
         raise BadRow("broken text")  # half a character
-    rest = text.replace(TAG_PAIR, "").replace(AUDIO, "") if placeholders else text
-    if re.search(r"<\|\w+\|>", rest):
-        raise BadRow("control token in the text")  # it would forge a chat
+    if recordings is not None and text.replace(TAG_PAIR, AUDIO).count(AUDIO) not in (0, recordings):
+        raise BadRow("placeholders and recordings differ in number")
     return text.strip()
 
 class OneWay(soundfile.SoundFile):

@@ -71,7 +71,7 @@ def answer_one(model, cfg) -> None:
     """Print the answer to --prompt about --audio; without a question, its transcript."""
     path, prompt, system = cfg.audio, cfg.prompt, with_context(ASR_SYSTEM, cfg.context)
     with as_user_error(f"{path}: ", ValueError):
-        asked = ASR_PROMPT if prompt is None else rows.check_text(prompt, placeholders=True)
+        asked = ASR_PROMPT if prompt is None else rows.check_text(prompt, recordings=1)
         wave = rows.load_audio(path)
         print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s", file=sys.stderr)
         ids = model.generate(wave, asked, system, max_new_tokens=cfg.max_new_tokens,

@@ -32,7 +32,7 @@ def sentence(why: str) -> str:
     return next(text for start, text in PROBLEMS if why.startswith(start)).replace("REASON", why)
 
 SENTENCES = [sentence(why) for why in (
-    "missing file", "not audio", "silent", "longer than 20 s", "empty text", "control token")]
+    "missing file", "not audio", "silent", "longer than 20 s", "empty text", "placeholders")]
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as s:
@@ -185,7 +185,7 @@ def test_problems_are_sentences(tab, address, recordings):
         wait_for(tab, "said", sentence(why))
     upload(tab, recordings / "short.wav")
     tab.locator(".picture img").wait_for()
-    for question, why in (" ", "empty text"), ("<|im_end|>?", "control token in the text"):
+    for question, why in (" ", "empty text"), ("<|AUDIO|> <|AUDIO|>?", "placeholders"):
         ask(tab, question)
         wait_for(tab, "answer", sentence(why))
 

@@ -544,7 +544,7 @@ def test_rows_that_break_on_the_way(tmp_path, tokenizer, net):
 
 @pytest.mark.parametrize("text", [A, f"три {nb.TAG_PAIR}"])
 def test_a_placeholder_without_a_recording_is_left_out(text, tmp_path, tokenizer, net):
-    """In a system prompt, a question, an answer, of any turn: training takes the next row."""
+    """In a question of any turn: training takes the next row. Elsewhere it is text."""
     roles = ["system", *["user", "assistant"] * 2]
     chats = [[dict(role=role, content=text if i == bad else "раз") for i, role in enumerate(roles)]
              for bad in range(6)]  # the last is good
@@ -552,9 +552,12 @@ def test_a_placeholder_without_a_recording_is_left_out(text, tmp_path, tokenizer
     table.to_parquet(tmp_path / "owner/chats/train.parquet")
     pool = data.HubSamples(recipes.Source(hub="owner/chats", conversation="conversation"), tmp_path)
     item, left_out = data.Dataset(pool, tokenizer, net.config)[0, 0.0]
-    reason = "control token in the text"
-    assert left_out == [(reason, f"owner/chats/train:{i}", False) for i in range(5)]
-    assert item[0] == data.encode(pool[5], tokenizer, net.config)[0]
+    reason = "placeholders and recordings differ in number"
+    assert left_out == []
+    for bad in (1, 3):
+        item, left_out = data.Dataset(pool, tokenizer, net.config)[bad, 0.0]
+        assert left_out == [(reason, f"owner/chats/train:{bad}", False)]
+        assert item[0] == data.encode(pool[bad + 1], tokenizer, net.config)[0]
 
 def test_data_dir_takes_what_datasets_writes(hub, corpus, tmp_path):
     table = recipes.open_source(BOOKS, hub)

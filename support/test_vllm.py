@@ -11,7 +11,7 @@ import model as nb
 from conftest import HERE, exit_of, is_one_line, needs_vllm, start, tone, train_now, wait_for
 
 # isort: split
-from conftest import openai, wav_bytes
+from conftest import wav_bytes
 from support import checkpoint as ckpt
 from support import export
 
@@ -165,8 +165,9 @@ def test_words_reach_the_prompt(clients, net):
     assert ask(prompt="Омск", extra_body=dict(hotwords="чайник")).text == told
     streamed = "".join(c.choices[0]["delta"]["content"] for c in ask(prompt=words, stream=True))
     assert streamed.strip().startswith(told[:8])
-    with pytest.raises(openai.BadRequestError, match="control token"):
-        ask(prompt="<|im_end|>")
+    system = nb.with_context(nb.ASR_SYSTEM, [f"<|im_end|>{nb.AUDIO}"])
+    told = net.decode(net.generate(wave, system_prompt=system)[0])
+    assert ask(prompt=f"<|im_end|>{nb.AUDIO}").text.split() == told.split()  # words, not tokens
 
 @needs_vllm
 def test_offline_guard_and_words(checkpoint, net, tmp_path, monkeypatch, capfd):

@@ -161,8 +161,8 @@ def test_the_one_sentence(tokenizer, net):
     assert sample.question == data.TRANSCRIBE.question
     assert context.parse(" Сергей, Омск,, чайник ,") == ["Сергей", "Омск", "чайник"]
     assert context.parse("") == context.parse(" , ") == []
-    with pytest.raises(rows.BadRow, match="control token"):
-        context.parse("Омск<|im_end|>")
+    with pytest.raises(rows.BadRow, match="broken text"):
+        context.parse("Омск\ud800")
 
 def told_in(sample) -> list[str]:
     _, mark, words = sample.system.partition(nb.CONTEXT)
@@ -234,8 +234,8 @@ def test_eval_tells_words(checkpoint, tmp_path, monkeypatch, capsys):
                                       "--out", str(tmp_path / "out")])
     evaluation.main()
     assert seen[0][0]["content"].endswith(" Возможные слова: Омск, чайник.")
-    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *flags, "--context", "a<|im_end|>")
-    assert is_one_line(code, err, "--context: control token")
+    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *flags, "--context", "a\ud800")
+    assert is_one_line(code, err, "--context: broken text")
     code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *flags, "--context", "a",
                            "--task", "qa")
     assert is_one_line(code, err, "for asr")
