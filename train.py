@@ -252,7 +252,9 @@ def train(cfg: TrainConfig) -> int:
     return 130 if stopped and signal.SIGINT in signals else 0
 
 def main() -> int:
-    with as_user_error("use --grad_checkpoint or a lower --batch_size: ", torch.OutOfMemoryError):
-        return train(launch.parse_config(TrainConfig, sys.argv[1:]))
+    cfg = launch.parse_config(TrainConfig, sys.argv[1:])
+    with storage.as_fault(cfg.out), as_user_error(
+            "use --grad_checkpoint or a lower --batch_size: ", torch.OutOfMemoryError):
+        return train(cfg)
 
 run(main, __name__)

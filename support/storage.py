@@ -1,4 +1,5 @@
 """support/storage.py -- a run's folder: checkpoints, written beside training; strict reading."""
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -7,13 +8,12 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 from transformers.modeling_utils import load_state_dict
 from support import lora
-from support.cli import as_user_error
+from support.cli import Fault, as_user_error, first_line
 from support.recipes import TABLES
 
 def steps_in(out: str | Path) -> list[Path]:
@@ -24,6 +24,19 @@ def steps_in(out: str | Path) -> list[Path]:
 def newest_step(folder: str | Path) -> Path:  # of a run; any other folder: itself
     steps = [] if (Path(folder) / "config.json").exists() else steps_in(folder)
     return steps[-1] if steps else Path(folder)
+
+@contextlib.contextmanager
+def as_fault(out: str | Path):
+    """Within it, a full or lost disk or a killed process is a Fault, which says what is left."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        killed = "DataLoader worker" in str(e) or "gloo" in str(e)  # whose peer is gone
+        if isinstance(e, BrokenPipeError) or not (killed or isinstance(e, OSError)):
+            raise
+        what = "a process of the run was killed: too little memory?" if killed else first_line(e)
+        last = ["none", *steps_in(out)][-1]
+        raise Fault(f"{what}; last checkpoint: {last}. Make room, then --resume") from None
 
 # ---- Writing
 class Saver:
@@ -45,7 +58,7 @@ class Saver:
         x = x.full_tensor() if isinstance(x, DTensor) else x.detach()
         return x.to("cpu", copy=True).contiguous() if self.rank == 0 else None
     def save(self, model: torch.nn.Module, optimizers, config: dict, step: int) -> None:
-        """On all ranks. Raises UserError if the last one was not written."""
+        """On all ranks. Raises OSError if the last one was not written."""
         self.wait()
         state = lora.stored(model), [optimizer.state_dict() for optimizer in optimizers]
         tensors, moments = tree_map_only(torch.Tensor, self.copy, state)
@@ -53,9 +66,9 @@ class Saver:
             state = dict(step=step, optimizer=moments)
             self.pending = self.thread.submit(self.write, model, tensors, state, config)
     def wait(self) -> None:
-        with as_user_error(f"cannot write to {self.out}: ", OSError, RuntimeError, SafetensorError,
-                           suffix="; make room, and go on with --resume"):
-            self.pending.result()
+        if error := self.pending.exception():  # torch, safetensors, tokenizers have own kinds
+            shutil.rmtree(self.out / ".new-step", ignore_errors=True)  # it takes room
+            raise OSError(f"cannot write to {self.out}: {first_line(error)}")
     def close(self) -> None:
         self.wait()
         if self.rank == 0:
