@@ -1,0 +1,228 @@
+"""support/test_faults.py -- what nights bring: a run ends in one line, and goes on to the same bits.
+
+Faults are real: limits and mounts of the kernel, signals, files changed under a run's feet. Most
+runs are in this process, for they start at once; what must end by itself runs in one of its own."""
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+import tqdm
+from torch.utils._pytree import tree_flatten
+import data
+import eval as evaluation
+import train
+from conftest import HERE, exit_of, newest, rows_in, tone, torchrun, wav_bytes
+from support import checkpoint, cli, decoding, meter, storage
+
+FAST = ["--preset", "tiny", "--workers", "0", "--curriculum", "none", "--silence", "0",
+        "--effective_batch", "4", "--steps", "6", "--save_every", "2"]
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+         "chat_template.jinja", "train_config.json", "state.pt"]
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+def state_of(out) -> list:  # weights, optimizer state, metrics without speeds: to the bit
+    saved = torch.load(newest(out) / "state.pt", weights_only=True)
+    leaves, shape = tree_flatten([storage.read_weights(newest(out)), saved])
+    rows = [(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in rows_in(out)]
+    return [x.numpy().tobytes() if isinstance(x, torch.Tensor) else x for x in leaves] + [
+        str(shape), rows]
+
+def check(out, ended: tuple, *says: str, last: str = "none", code: int = 1) -> None:
+    """One line that says so and what to do; the last checkpoint loads; nothing looks like one."""
+    exit_code, _, err = ended
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert exit_code == code and len(lines) == 1 and "Traceback" not in err, ended
+    assert all(word in lines[0] for word in (*says, f"last checkpoint: {last}", "--resume")), lines
+    assert [str(path) for path in storage.steps_in(out)][-1:] == [last][:last != "none"]
+    assert last == "none" or checkpoint.load_model(out, "cpu")
+
+# ---- Runs: in this process, or in one of their own that starts at once
+@pytest.fixture
+def run(manifest, monkeypatch, capsys):
+    """run(out, *flags, resume=False) -> (exit code, stdout, stderr)"""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    def run(out, *flags, resume=False):
+        start = ["--resume"] if resume else [*FAST, "--train_manifest", manifest]
+        try:
+            return exit_of(train.main, monkeypatch, capsys, *start, *flags, "--out", out)
+        finally:
+            for bar in [*tqdm.tqdm._instances]:  # as the end of the process would
+                bar.close()
+    return run
+
+@pytest.fixture(scope="module")
+def whole(manifest, tmp_path_factory):
+    """A run that nothing disturbs -> its folder."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)
+        argv = [*FAST, "--train_manifest", manifest, "--out", out]
+        patch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        assert train.main() == 0
+    return out
+
+@pytest.fixture
+def after_step(monkeypatch):
+    """after_step(n, act): once, behind the n-th row of metrics.jsonl, in the run's own process."""
+    write, acts = meter.Log.write, {}
+    def written(self, row):
+        write(self, row)
+        acts.pop(row["step"], int)()
+    monkeypatch.setattr(meter.Log, "write", written)
+    return acts.__setitem__
+
+def child(pipe, argv: list[str], most: int, env: dict) -> None:  # as python train.py ARGV
+    for number in (1, 2):
+        os.dup2(pipe.fileno(), number)
+    os.environ |= env
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+    decoding.RANK, decoding.WORLD = (int(env.get(k, v)) for k, v in
+                                     (("RANK", 0), ("WORLD_SIZE", 1)))
+    sys.argv = ["train.py", *argv]
+    cli.run(train.main)
+
+class Run:
+    """A run in a process of its own, forked from one that has imported all and computes nothing."""
+    def __init__(self, *argv, most: int = resource.RLIM_INFINITY, **env):  # bytes of a file
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["train", "support.test_faults"])
+        reader, writer = server.Pipe(duplex=False)
+        self.output = []
+        with writer:
+            args = writer, [*map(str, argv)], most, {k: str(v) for k, v in env.items()}
+            self.process = server.Process(target=child, args=args)
+            self.process.start()
+        self.listens = threading.Thread(target=self.listen, args=[reader])
+        self.listens.start()
+    def listen(self, reader) -> None:  # until all that may write have ended
+        with reader:
+            while some := os.read(reader.fileno(), 1 << 16):
+                self.output.append(some)
+    def wait(self, seconds: float = 120) -> tuple:  # -> (exit code, "", what it said)
+        self.process.join(seconds)
+        ended = self.process.exitcode
+        self.process.kill()
+        self.listens.join(60)
+        return ended, "", b"".join(self.output).decode()
+    def children(self) -> list[int]:
+        return [*map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+                     .read_text().split())]
+
+@pytest.fixture(scope="module", autouse=True)
+def forks():  # the environment of all that is forked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(HERE))
+        yield
+
+def ranks(*argv, **more) -> list[Run]:  # two, without torchrun, whose agent would end what hangs
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    return [Run(*argv, **more, RANK=rank, WORLD_SIZE=2, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port) for rank in (0, 1)]
+
+def wait_for(condition, alive=lambda: True) -> None:
+    for _ in range(60_000):
+        if condition():
+            return
+        assert alive()
+        time.sleep(0.002)
+    pytest.fail("waited in vain")
+
+def saved(out) -> bool:  # is there a checkpoint, and none being written?
+    return bool(storage.steps_in(out)) and not (out / ".new-step").exists()
+
+# ---- The disk
+@contextlib.contextmanager
+def files_end_at(size: int):
+    """No file grows beyond so many bytes: this process's and its children's writes fail then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+def lengths(out) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in newest(out).iterdir()}
+
+@pytest.mark.parametrize("file, below", [
+    ("metrics.jsonl", None), ("config.json", None), ("model.safetensors", "config.json"),
+    ("state.pt", "model.safetensors"), ("the last byte", "")])
+def test_disk_full_at_any_byte_of_a_file(whole, run, after_step, tmp_path, file, below):
+    sizes = lengths(whole) | {"metrics.jsonl": (whole / "metrics.jsonl").stat().st_size // 6}
+    rng = np.random.default_rng(len(file))
+    if below == "":
+        full = sizes["state.pt"] - 1
+    else:
+        full = int(rng.integers(sizes.get(below, 700 if file == "config.json" else 0), sizes[file]))
+    with files_end_at(full):
+        check(tmp_path / "first", run(tmp_path / "first"))
+    assert not (tmp_path / "first" / ".new-step").exists() or file == "metrics.jsonl"
+    out, last = tmp_path / "later", tmp_path / "later" / "step-0000002"
+    def fill():
+        wait_for(lambda: saved(out))
+        more = (out / "metrics.jsonl").stat().st_size if file == "metrics.jsonl" else 0
+        resource.setrlimit(resource.RLIMIT_FSIZE, (full + more, resource.RLIM_INFINITY))
+    after_step(3, fill)
+    with files_end_at(resource.RLIM_INFINITY):
+        check(out, run(out), last=str(last))
+    assert run(out, resume=True)[0] == 0 and state_of(out) == state_of(whole)
+    assert run(tmp_path / "first")[0] == 0 and state_of(tmp_path / "first") == state_of(whole)
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 64 MiB -> its folder, a function that leaves so many pages of it free."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", place]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a disk here")
+    def leave(pages: int):
+        free = os.statvfs(place)
+        with open(place / "filler", "ab") as file:
+            file.write(bytes((free.f_bavail * free.f_frsize // PAGE - pages) * PAGE))
+    yield place, leave
+    subprocess.run(["umount", "--lazy", place], check=True)  # a lock is open until we end
+
+@pytest.mark.parametrize("file", FILES)
+def test_disk_full_in_each_file_of_a_save(whole, run, after_step, disk, file):
+    (place, leave), sizes = disk, lengths(whole)
+    out, pages = place / "out", {name: math.ceil(sizes[name] / PAGE) for name in FILES}
+    before = sum(pages[name] for name in FILES[:FILES.index(file)])
+    free = before + int(np.random.default_rng(0).integers(pages[file]))
+    def fill():
+        wait_for(lambda: saved(out))
+        leave(free)
+    after_step(3, fill)
+    check(out, run(out), "cannot write to", last=str(out / "step-0000002"))
+    assert not (out / ".new-step").exists()
+    (place / "filler").unlink()
+    assert run(out, resume=True)[0] == 0 and state_of(out) == state_of(whole)
+
+def test_disk_full_from_the_start(run, disk):
+    place, leave = disk
+    leave(0)
+    check(place / "out", run(place / "out"), "No space left on device")
+
+def test_disk_full_on_rank_0_ends_rank_1(manifest, tmp_path):
+    flags = [*FAST, "--train_manifest", manifest, "--batch_size", 2, "--out", tmp_path / "out"]
+    ended = [rank.wait() for rank in ranks(*flags, most=1_000_000)]
+    check(tmp_path / "out", ended[0], "cannot write to")
+    assert ended[1][0] == 1 and "Traceback" not in ended[1][2], ended[1]
+    for rank in ranks(*flags):
+        assert (ended := rank.wait())[0] == 0, ended
