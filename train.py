@@ -253,8 +253,9 @@ def train(cfg: TrainConfig) -> int:
 
 def main() -> int:
     cfg = launch.parse_config(TrainConfig, sys.argv[1:])
-    with storage.as_fault(cfg.out), as_user_error(
-            "use --grad_checkpoint or a lower --batch_size: ", torch.OutOfMemoryError):
+    try:
         return train(cfg)
+    except (OSError, RuntimeError) as e:
+        raise storage.explained(e, cfg.out) from None
 
 run(main, __name__)

@@ -1,5 +1,4 @@
 """support/storage.py -- a run's folder: checkpoints, written beside training; strict reading."""
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 from transformers.modeling_utils import load_state_dict
 from support import lora
-from support.cli import Fault, as_user_error, first_line
+from support.cli import Fault, UserError, as_user_error, first_line
 from support.recipes import TABLES
 
 def steps_in(out: str | Path) -> list[Path]:
@@ -25,24 +24,12 @@ def newest_step(folder: str | Path) -> Path:  # of a run; any other folder: itse
     steps = [] if (Path(folder) / "config.json").exists() else steps_in(folder)
     return steps[-1] if steps else Path(folder)
 
-@contextlib.contextmanager
-def as_fault(out: str | Path):
-    """Within it, a full or lost disk or a killed process is a Fault, which says what is left."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        killed = "DataLoader worker" in str(e) or "gloo" in str(e)  # whose peer is gone
-        if isinstance(e, BrokenPipeError) or not (killed or isinstance(e, OSError)):
-            raise
-        what = "a process of the run was killed: too little memory?" if killed else first_line(e)
-        last = ["none", *steps_in(out)][-1]
-        raise Fault(f"{what}; last checkpoint: {last}. Make room, then --resume") from None
-
 # ---- Writing
 class Saver:
     """Writes checkpoints in a thread while training goes on; one process a folder, or UserError."""
+    thread = ThreadPoolExecutor(1)
     def __init__(self, out: Path, keep: int, rank: int):
-        self.out, self.keep, self.rank, self.thread = out, keep, rank, ThreadPoolExecutor(1)
+        self.out, self.keep, self.rank = out, keep, rank
         self.pending = self.thread.submit(int)
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -90,6 +77,18 @@ class Saver:
         os.replace(fresh, self.out / f"step-{state['step']:07d}")
         if self.keep:
             prune(steps_in(self.out)[:-self.keep])
+
+def explained(e: Exception, out: str | Path) -> Exception:
+    """What ends a run -> a Fault that says what is left, if it is the machine's; else itself."""
+    if isinstance(e, torch.OutOfMemoryError):
+        return UserError(f"use --grad_checkpoint or a lower --batch_size: {first_line(e)}")
+    if "DataLoader worker" in str(e) or "gloo" in str(e):  # which lost the other rank
+        e = ChildProcessError("a process of the run was killed: too little memory?")
+    if isinstance(e, BrokenPipeError) or not isinstance(e, OSError):
+        return e
+    Saver.thread.submit(int).result()  # what is being written is written first
+    last = ["none", *steps_in(out)][-1]
+    return Fault(f"{first_line(e)}; last checkpoint: {last}. Make room, then --resume")
 
 def prune(folders: list[Path]) -> None:  # half deleted, none looks like a checkpoint
     for old in folders:

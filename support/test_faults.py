@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten
 import data
 import eval as evaluation
 import train
-from conftest import HERE, exit_of, newest, rows_in, tone, torchrun, wav_bytes
+from conftest import HERE, exit_of, is_one_line, newest, rows_in, tone, wav_bytes, write_manifest
 from support import checkpoint, cli, decoding, meter, storage
 
 FAST = ["--preset", "tiny", "--workers", "0", "--curriculum", "none", "--silence", "0",
@@ -92,6 +92,7 @@ def child(pipe, argv: list[str], most: int, env: dict) -> None:  # as python tra
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     decoding.RANK, decoding.WORLD = (int(env.get(k, v)) for k, v in
                                      (("RANK", 0), ("WORLD_SIZE", 1)))
+    multiprocessing.set_start_method("fork", force=True)  # of loaders, as without us
     sys.argv = ["train.py", *argv]
     cli.run(train.main)
 
@@ -118,9 +119,6 @@ class Run:
         self.process.kill()
         self.listens.join(60)
         return ended, "", b"".join(self.output).decode()
-    def children(self) -> list[int]:
-        return [*map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-                     .read_text().split())]
 
 @pytest.fixture(scope="module", autouse=True)
 def forks():  # the environment of all that is forked
@@ -226,3 +224,138 @@ def test_disk_full_on_rank_0_ends_rank_1(manifest, tmp_path):
     assert ended[1][0] == 1 and "Traceback" not in ended[1][2], ended[1]
     for rank in ranks(*flags):
         assert (ended := rank.wait())[0] == 0, ended
+
+@pytest.mark.parametrize("how", ["immutable", "read-only mount", "of another", "removed", "a file"])
+def test_out_is_lost_during_the_run(whole, run, after_step, tmp_path, monkeypatch, how):
+    """A folder that may no longer be written to, or is none."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    user, undo = os.geteuid(), []
+    def shell(*command):
+        if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True).returncode:
+            undo.append(how)
+    def lose():
+        wait_for(lambda: saved(out))
+        if how == "immutable":
+            shell("chattr", "+i", out, newest(out), out / "metrics.jsonl")
+        elif how == "read-only mount":
+            shell("mount", "--bind", out, out)
+            shell("mount", "-o", "remount,bind,ro", out)
+        elif how == "of another":
+            for place in (out.parent, out.parent.parent, out.parent.parent.parent):
+                place.chmod(0o711)  # pytest's
+            out.chmod(0o555)
+            (out / "metrics.jsonl").chmod(0o400)
+            if user == 0:
+                os.seteuid(65534)
+        else:
+            out.rename(moved)
+            if how == "a file":
+                out.touch()
+    after_step(3, lose)
+    try:
+        ended = run(out)
+    finally:
+        if how == "immutable":
+            subprocess.run(["chattr", "-i", out, newest(out), out / "metrics.jsonl"])
+        elif how == "read-only mount":
+            subprocess.run(["umount", "--lazy", out])
+        elif how == "of another":
+            os.seteuid(user)
+            out.chmod(0o700)
+            (out / "metrics.jsonl").chmod(0o600)
+    if undo:
+        pytest.skip(f"no right to make a folder {how}")
+    if moved.exists():
+        check(out, ended)
+        out.unlink(missing_ok=True)
+        moved.rename(out)
+    else:
+        check(out, ended, last=str(out / "step-0000002"))
+    assert run(out, resume=True)[0] == 0 and state_of(out) == state_of(whole)
+
+# ---- Processes that are killed
+def children(pid: int) -> dict[str, int]:
+    """-> {environment: pid} of a process's own, which may end meanwhile."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"\nPPid:\t{pid}\n" in (place / "status").read_text():
+                found[f"{(place / 'environ').read_text()} {place.name}"] = int(place.name)
+    return found
+
+def finish(runs: list[Run]) -> None:
+    for one in runs:
+        assert (ended := one.wait())[0] == 0, ended
+
+def test_sigkill_of_one_of_two_ranks(manifest, tmp_path):
+    """Under torchrun, and without its agent, which would end what hangs."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    flags = [*FAST, "--train_manifest", manifest, "--batch_size", 2, "--steps", 60]
+    finish(ranks(*flags, "--out", whole))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2,
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", HERE / "train.py"]
+    with subprocess.Popen([*map(str, [*command, *flags, "--out", out])],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as agent:
+        wait_for(lambda: storage.steps_in(out), lambda: agent.poll() is None)
+        (victim,) = [pid for env, pid in children(agent.pid).items() if "\0RANK=1\0" in env]
+        os.kill(victim, signal.SIGKILL)
+        _, err = agent.communicate(timeout=60)
+    err = err.split("Traceback")[0]  # of torchrun, which lists who ended how
+    check(out, (agent.returncode, "", err), "was killed", last=str(newest(out)))
+    first, second = ranks("--resume", "--out", out)
+    before = newest(out)
+    wait_for(lambda: newest(out) != before, first.process.is_alive)
+    first.process.kill()
+    check(out, second.wait(60), "was killed", last=str(newest(out)))
+    assert first.wait()[0] == -signal.SIGKILL and newest(out).name < "step-0000060"
+    finish(ranks("--resume", "--out", out))
+    assert state_of(out) == state_of(whole)
+
+def test_sigkill_of_a_loader_process(manifest, run, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(whole, "--steps", 40)[0] == 0
+    one = Run(*FAST, "--train_manifest", manifest, "--workers", 2, "--steps", 40, "--out", out)
+    wait_for(lambda: storage.steps_in(out), one.process.is_alive)
+    loaders = children(one.process.pid)
+    os.kill(max(loaders.values()), signal.SIGKILL)
+    check(out, one.wait(60), "was killed", last=str(newest(out)))
+    assert len(loaders) >= 2 and newest(out).name < "step-0000040"
+    assert run(out, resume=True)[0] == 0 and state_of(out) == state_of(whole)
+
+# ---- Data that changes under a run, and a clock that is set back
+@pytest.fixture
+def own(corpus, tmp_path):
+    """A manifest of 20 rows whose recordings a test may spoil -> (path, its recordings)."""
+    files = [tmp_path / f"{i}.wav" for i in range(20)]
+    for file, s in zip(files, corpus, strict=False):
+        file.write_bytes(wav_bytes(s.audio[0]))
+    rows = [{"audio": f.name, "text": s.answer} for f, s in zip(files, corpus, strict=False)]
+    return write_manifest(tmp_path / "own.jsonl", rows), files
+
+@pytest.mark.parametrize("fault, reason", [
+    ("nan", "audio holds NaN or Inf"), ("gone", "missing file"), ("half", "not audio")])
+def test_recordings_spoilt_between_epochs(run, own, after_step, tmp_path, fault, reason):
+    """They are counted, and the next rows take their place; the loss stays a number."""
+    path, files = own
+    def spoil():
+        for file in files[::4]:
+            if fault == "nan":
+                wave = tone(1)
+                wave[8000:8003] = torch.nan
+                file.write_bytes(wav_bytes(wave, subtype="FLOAT"))
+            elif fault == "gone":
+                file.unlink()
+            else:
+                file.write_bytes(file.read_bytes()[:30])
+    after_step(5, spoil)
+    code, _, err = run(tmp_path / "out", "--train_manifest", path, "--steps", 10)
+    rows = rows_in(tmp_path / "out")
+    assert code == 0 and len(rows) == 10 and all(math.isfinite(r["loss"]) for r in rows), err
+    assert f"left out, and replaced by the next rows: 5 {reason} (first: own.jsonl:" in err, err
+
+def test_too_many_recordings_vanish(run, own, after_step, tmp_path):
+    path, files = own
+    after_step(3, lambda: [file.unlink() for file in files])
+    code, _, err = run(tmp_path / "out", "--train_manifest", path)
+    assert is_one_line(code, err, "1000 rows in a row cannot be used: 4000 missing file"), err
+    assert newest(tmp_path / "out").name == "step-0000002"
