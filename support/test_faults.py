@@ -1,9 +1,9 @@
-"""support/test_faults.py -- what nights bring: a run ends in one line, and goes on to the same bits.
+"""support/test_faults.py -- what nights bring: a run ends in one line and goes on to the same bits.
 
 Faults are real: limits and mounts of the kernel, signals, files changed under a run's feet. Most
 runs are in this process, for they start at once; what must end by itself runs in one of its own."""
+import atexit
 import contextlib
-import json
 import math
 import multiprocessing
 import os
@@ -15,15 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 import tqdm
 from torch.utils._pytree import tree_flatten
-import data
-import eval as evaluation
 import train
 from conftest import HERE, exit_of, is_one_line, newest, rows_in, tone, wav_bytes, write_manifest
 from support import checkpoint, cli, decoding, meter, storage
@@ -94,7 +91,10 @@ def child(pipe, argv: list[str], most: int, env: dict) -> None:  # as python tra
                                      (("RANK", 0), ("WORLD_SIZE", 1)))
     multiprocessing.set_start_method("fork", force=True)  # of loaders, as without us
     sys.argv = ["train.py", *argv]
-    cli.run(train.main)
+    try:
+        cli.run(train.main)
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing's processes leave out
 
 class Run:
     """A run in a process of its own, forked from one that has imported all and computes nothing."""
@@ -225,51 +225,52 @@ def test_disk_full_on_rank_0_ends_rank_1(manifest, tmp_path):
     for rank in ranks(*flags):
         assert (ended := rank.wait())[0] == 0, ended
 
-@pytest.mark.parametrize("how", ["immutable", "read-only mount", "of another", "removed", "a file"])
-def test_out_is_lost_during_the_run(whole, run, after_step, tmp_path, monkeypatch, how):
-    """A folder that may no longer be written to, or is none."""
-    out, moved = tmp_path / "out", tmp_path / "moved"
-    user, undo = os.geteuid(), []
-    def shell(*command):
-        if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True).returncode:
-            undo.append(how)
-    def lose():
-        wait_for(lambda: saved(out))
-        if how == "immutable":
-            shell("chattr", "+i", out, newest(out), out / "metrics.jsonl")
-        elif how == "read-only mount":
-            shell("mount", "--bind", out, out)
-            shell("mount", "-o", "remount,bind,ro", out)
-        elif how == "of another":
-            for place in (out.parent, out.parent.parent, out.parent.parent.parent):
-                place.chmod(0o711)  # pytest's
-            out.chmod(0o555)
-            (out / "metrics.jsonl").chmod(0o400)
-            if user == 0:
-                os.seteuid(65534)
-        else:
-            out.rename(moved)
-            if how == "a file":
-                out.touch()
-    after_step(3, lose)
-    try:
+def shell(*command) -> None:  # skips the test if it cannot be done here
+    done = shutil.which(command[0]) and subprocess.run(command, capture_output=True)
+    if not done or done.returncode:
+        pytest.skip(f"no right to {command}")
+
+def immutable(out, undo):
+    undo.callback(subprocess.run, ["chattr", "-i", out, out / "metrics.jsonl"])
+    shell("chattr", "+i", out, out / "metrics.jsonl")
+
+def on_a_read_only_disk(out, undo):
+    shell("mount", "--bind", out, out)
+    undo.callback(subprocess.run, ["umount", "--lazy", out])
+    shell("mount", "-o", "remount,bind,ro", out)
+
+def of_another_user(out, undo):
+    paths = {out: 0o555, out / "metrics.jsonl": 0o444} | dict.fromkeys([*out.parents][:3], 0o711)
+    for path, mode in paths.items():
+        undo.callback(path.chmod, path.stat().st_mode)
+        path.chmod(mode)
+    if os.geteuid() == 0:
+        undo.callback(os.seteuid, 0)
+        os.seteuid(65534)
+
+def removed(out, undo):
+    moved = out.with_name("moved")
+    out.rename(moved)
+    undo.callback(moved.rename, out)
+
+def a_file(out, undo):
+    removed(out, undo)
+    out.touch()
+    undo.callback(out.unlink)
+
+@pytest.mark.parametrize("become", [immutable, on_a_read_only_disk, of_another_user, removed,
+                                    a_file])
+def test_out_is_no_longer_writable(whole, run, after_step, tmp_path, become):
+    out = tmp_path / "out"
+    with contextlib.ExitStack() as undo:
+        def lose():
+            wait_for(lambda: saved(out))
+            become(out, undo)
+        after_step(3, lose)
         ended = run(out)
-    finally:
-        if how == "immutable":
-            subprocess.run(["chattr", "-i", out, newest(out), out / "metrics.jsonl"])
-        elif how == "read-only mount":
-            subprocess.run(["umount", "--lazy", out])
-        elif how == "of another":
-            os.seteuid(user)
-            out.chmod(0o700)
-            (out / "metrics.jsonl").chmod(0o600)
-    if undo:
-        pytest.skip(f"no right to make a folder {how}")
-    if moved.exists():
-        check(out, ended)
-        out.unlink(missing_ok=True)
-        moved.rename(out)
-    else:
+        if gone := (tmp_path / "moved").exists():
+            check(out, ended)
+    if not gone:
         check(out, ended, last=str(out / "step-0000002"))
     assert run(out, resume=True)[0] == 0 and state_of(out) == state_of(whole)
 
@@ -321,6 +322,58 @@ def test_sigkill_of_a_loader_process(manifest, run, tmp_path):
     check(out, one.wait(60), "was killed", last=str(newest(out)))
     assert len(loaders) >= 2 and newest(out).name < "step-0000040"
     assert run(out, resume=True)[0] == 0 and state_of(out) == state_of(whole)
+
+@pytest.fixture
+def stand_ins(manifest, original, parts):
+    return ["--preset", "ru_only", "--workers", 0, "--lora_rank", 4, "--lr", 1e-3, "--keep", 2,
+            "--effective_batch", 8, "--train_manifest", manifest, "--init_from", original,
+            "--encoder", parts["encoder"], "--llm", parts["plain"], "--steps", 60,
+            "--save_every", 1, "--optimizer", "muon"]
+
+def half_done(out) -> bool:  # is a checkpoint being written, or an old one deleted?
+    return (out / ".new-step").exists() or (out / ".old-step").exists()
+
+def kill_in_a_save(process, out, delay) -> None:
+    """SIGKILL at a moment when what is on the disk is half a checkpoint: stop, look, kill."""
+    while True:
+        wait_for(lambda: half_done(out), process.is_alive)
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGSTOP)
+        wait_for(lambda: ") T " in Path(f"/proc/{process.pid}/stat").read_text())
+        if half_done(out):
+            return process.kill()
+        os.kill(process.pid, signal.SIGCONT)
+
+def test_twenty_kills_in_saves_and_ten_elsewhere(stand_ins, tmp_path):
+    """SIGKILL while a run reads, computes, saves or deletes: in the end, the same bits."""
+    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", np.random.default_rng(0)
+    def step():
+        return max((int(path.name[5:]) for path in storage.steps_in(killed)), default=0)
+    def start():
+        return Run(*(["--resume"] if step() else stand_ins), "--out", killed)
+    finish([Run(*stand_ins, "--out", whole)])
+    began = time.perf_counter()
+    one, halves = start(), 0
+    wait_for(step, one.process.is_alive)
+    first = time.perf_counter() - began  # seconds to the first checkpoint
+    for kill in range(30):
+        if kill % 6 == 5:
+            time.sleep(first * rng.uniform(0.1, 0.6))  # while it starts
+            one.process.kill()
+        else:
+            wanted = step() + rng.integers(3)
+            wait_for(lambda wanted=wanted: step() >= wanted, one.process.is_alive)
+            if kill % 6 == 2:
+                time.sleep(rng.uniform(0, 0.1))
+                one.process.kill()
+            else:
+                kill_in_a_save(one.process, killed, rng.uniform(0, 0.02))
+        assert one.wait()[0] == -signal.SIGKILL
+        halves += half_done(killed)
+        one = start()
+    assert halves >= 20 and 10 < step() < 60
+    finish([one])
+    assert state_of(killed) == state_of(whole)
 
 # ---- Data that changes under a run, and a clock that is set back
 @pytest.fixture
