@@ -4,6 +4,7 @@ Faults are real: limits and mounts of the kernel, signals, files changed under a
 runs are in this process, for they start at once; what must end by itself runs in one of its own."""
 import atexit
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import pytest
 import torch
 import tqdm
 from torch.utils._pytree import tree_flatten
+import eval as evaluation
 import train
 from conftest import HERE, exit_of, is_one_line, newest, rows_in, tone, wav_bytes, write_manifest
 from support import checkpoint, cli, decoding, meter, storage
@@ -100,7 +102,7 @@ class Run:
     """A run in a process of its own, forked from one that has imported all and computes nothing."""
     def __init__(self, *argv, most: int = resource.RLIM_INFINITY, **env):  # bytes of a file
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["train", "support.test_faults"])
+        server.set_forkserver_preload(["train", "peft", "support.test_faults"])
         reader, writer = server.Pipe(duplex=False)
         self.output = []
         with writer:
@@ -291,7 +293,7 @@ def finish(runs: list[Run]) -> None:
 def test_sigkill_of_one_of_two_ranks(manifest, tmp_path):
     """Under torchrun, and without its agent, which would end what hangs."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    flags = [*FAST, "--train_manifest", manifest, "--batch_size", 2, "--steps", 60]
+    flags = [*FAST, "--train_manifest", manifest, "--batch_size", 2, "--steps", 40]
     finish(ranks(*flags, "--out", whole))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2,
                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", HERE / "train.py"]
@@ -308,7 +310,7 @@ def test_sigkill_of_one_of_two_ranks(manifest, tmp_path):
     wait_for(lambda: newest(out) != before, first.process.is_alive)
     first.process.kill()
     check(out, second.wait(60), "was killed", last=str(newest(out)))
-    assert first.wait()[0] == -signal.SIGKILL and newest(out).name < "step-0000060"
+    assert first.wait()[0] == -signal.SIGKILL and newest(out).name < "step-0000040"
     finish(ranks("--resume", "--out", out))
     assert state_of(out) == state_of(whole)
 
@@ -328,7 +330,8 @@ def stand_ins(manifest, original, parts):
     return ["--preset", "ru_only", "--workers", 0, "--lora_rank", 4, "--lr", 1e-3, "--keep", 2,
             "--effective_batch", 8, "--train_manifest", manifest, "--init_from", original,
             "--encoder", parts["encoder"], "--llm", parts["plain"], "--steps", 60,
-            "--save_every", 1, "--optimizer", "muon"]
+            "--batch_size", 8, "--save_every", 1, "--optimizer", "muon", "--silence", 0,
+            "--curriculum", "none"]
 
 def half_done(out) -> bool:  # is a checkpoint being written, or an old one deleted?
     return (out / ".new-step").exists() or (out / ".old-step").exists()
@@ -344,7 +347,7 @@ def kill_in_a_save(process, out, delay) -> None:
             return process.kill()
         os.kill(process.pid, signal.SIGCONT)
 
-def test_twenty_kills_in_saves_and_ten_elsewhere(stand_ins, tmp_path):
+def test_twenty_kills_in_saves_and_six_elsewhere(stand_ins, tmp_path):
     """SIGKILL while a run reads, computes, saves or deletes: in the end, the same bits."""
     whole, killed, rng = tmp_path / "whole", tmp_path / "killed", np.random.default_rng(0)
     def step():
@@ -352,26 +355,25 @@ def test_twenty_kills_in_saves_and_ten_elsewhere(stand_ins, tmp_path):
     def start():
         return Run(*(["--resume"] if step() else stand_ins), "--out", killed)
     finish([Run(*stand_ins, "--out", whole)])
-    began = time.perf_counter()
-    one, halves = start(), 0
+    began, one, halves = time.perf_counter(), start(), 0
     wait_for(step, one.process.is_alive)
     first = time.perf_counter() - began  # seconds to the first checkpoint
-    for kill in range(30):
-        if kill % 6 == 5:
-            time.sleep(first * rng.uniform(0.1, 0.6))  # while it starts
+    for moment in rng.permutation(["save"] * 20 + ["start"] * 3 + ["any"] * 3):
+        if moment == "start":
+            time.sleep(first * rng.uniform(0.1, 0.6))
             one.process.kill()
         else:
-            wanted = step() + rng.integers(3)
+            wanted = step() + rng.integers(1, 3)
             wait_for(lambda wanted=wanted: step() >= wanted, one.process.is_alive)
-            if kill % 6 == 2:
+            if moment == "save":
+                kill_in_a_save(one.process, killed, rng.uniform(0, 0.02))
+            else:
                 time.sleep(rng.uniform(0, 0.1))
                 one.process.kill()
-            else:
-                kill_in_a_save(one.process, killed, rng.uniform(0, 0.02))
         assert one.wait()[0] == -signal.SIGKILL
         halves += half_done(killed)
         one = start()
-    assert halves >= 20 and 10 < step() < 60
+    assert halves >= 20 and 20 < step() < 60
     finish([one])
     assert state_of(killed) == state_of(whole)
 
@@ -412,3 +414,39 @@ def test_too_many_recordings_vanish(run, own, after_step, tmp_path):
     code, _, err = run(tmp_path / "out", "--train_manifest", path)
     assert is_one_line(code, err, "1000 rows in a row cannot be used: 4000 missing file"), err
     assert newest(tmp_path / "out").name == "step-0000002"
+
+def test_the_files_of_a_dataset_vanish(run, hub, after_step, tmp_path):
+    """A copy of the hub's, between its epochs: what is open stays so; --resume wants it back."""
+    copy, still, out = tmp_path / "hub", tmp_path / "still", tmp_path / "out"
+    shutil.copytree(hub, copy)
+    flags = ["--train_manifest", "none", "--mix", "ru_only", "--no-embedded", "--data_dir", copy]
+    assert run(still, *flags)[0] == 0
+    gone = []
+    def vanish():
+        gone.append(shutil.move(copy, tmp_path / "moved"))
+        shutil.rmtree(gone[0])
+    after_step(4, vanish)  # of 4 rows each, and there are 12
+    assert run(out, *flags)[0] == 0 and gone and state_of(out) == state_of(still)
+    code, _, err = run(out, resume=True)
+    assert is_one_line(code, err, f"no folder at {copy}"), err
+
+def test_the_clock_is_set_back(whole, run, manifest, tmp_path, monkeypatch, capsys):
+    """An hour at each look, and files older than what they were made from: all goes on."""
+    now, out = itertools.count(time.time(), -3600), tmp_path / "out"
+    for place in ("time.time", "tqdm.std.time"):
+        monkeypatch.setattr(place, lambda: next(now))
+    def age():
+        for i, path in enumerate(sorted(out.rglob("*"))):
+            os.utime(path, (10**6 - i, 10**6 - i))  # seconds
+    def ask(*more):
+        argv = ["--ckpt", out, "--manifest", manifest, "--limit", 4, "--max_new_tokens", 3, *more]
+        return exit_of(evaluation.main, monkeypatch, capsys, *argv)
+    assert run(out)[0] == 0
+    storage.prune(storage.steps_in(out)[1:])
+    age()
+    assert run(out, resume=True)[0] == 0 and state_of(out) == state_of(whole)
+    assert all(row["ms"] > 0 and row["tokens_per_s"] > 0 for row in rows_in(out))
+    age()
+    assert ask()[0] == 0
+    age()
+    assert "4 of 4 utterances answered before" in ask("--reuse")[2]
