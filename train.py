@@ -252,7 +252,10 @@ def train(cfg: TrainConfig) -> int:
     return 130 if stopped and signal.SIGINT in signals else 0
 
 def main() -> int:
-    with as_user_error("use --grad_checkpoint or a lower --batch_size: ", torch.OutOfMemoryError):
-        return train(launch.parse_config(TrainConfig, sys.argv[1:]))
+    cfg = launch.parse_config(TrainConfig, sys.argv[1:])
+    try:
+        return train(cfg)
+    except (OSError, RuntimeError) as e:
+        raise storage.explained(e, cfg.out) from None
 
 run(main, __name__)

@@ -7,13 +7,12 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 from transformers.modeling_utils import load_state_dict
 from support import lora
-from support.cli import as_user_error
+from support.cli import Fault, UserError, as_user_error, first_line
 from support.recipes import TABLES
 
 def steps_in(out: str | Path) -> list[Path]:
@@ -28,8 +27,9 @@ def newest_step(folder: str | Path) -> Path:  # of a run; any other folder: itse
 # ---- Writing
 class Saver:
     """Writes checkpoints in a thread while training goes on; one process a folder, or UserError."""
+    thread = ThreadPoolExecutor(1)
     def __init__(self, out: Path, keep: int, rank: int):
-        self.out, self.keep, self.rank, self.thread = out, keep, rank, ThreadPoolExecutor(1)
+        self.out, self.keep, self.rank = out, keep, rank
         self.pending = self.thread.submit(int)
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ class Saver:
         x = x.full_tensor() if isinstance(x, DTensor) else x.detach()
         return x.to("cpu", copy=True).contiguous() if self.rank == 0 else None
     def save(self, model: torch.nn.Module, optimizers, config: dict, step: int) -> None:
-        """On all ranks. Raises UserError if the last one was not written."""
+        """On all ranks. Raises OSError if the last one was not written."""
         self.wait()
         state = lora.stored(model), [optimizer.state_dict() for optimizer in optimizers]
         tensors, moments = tree_map_only(torch.Tensor, self.copy, state)
@@ -53,9 +53,9 @@ class Saver:
             state = dict(step=step, optimizer=moments)
             self.pending = self.thread.submit(self.write, model, tensors, state, config)
     def wait(self) -> None:
-        with as_user_error(f"cannot write to {self.out}: ", OSError, RuntimeError, SafetensorError,
-                           suffix="; make room, and go on with --resume"):
-            self.pending.result()
+        if error := self.pending.exception():  # torch, safetensors, tokenizers have own kinds
+            shutil.rmtree(self.out / ".new-step", ignore_errors=True)  # it takes room
+            raise OSError(f"cannot write to {self.out}: {first_line(error)}")
     def close(self) -> None:
         self.wait()
         if self.rank == 0:
@@ -77,6 +77,18 @@ class Saver:
         os.replace(fresh, self.out / f"step-{state['step']:07d}")
         if self.keep:
             prune(steps_in(self.out)[:-self.keep])
+
+def explained(e: Exception, out: str | Path) -> Exception:
+    """What ends a run -> a Fault that says what is left, if it is the machine's; else itself."""
+    if isinstance(e, torch.OutOfMemoryError):
+        return UserError(f"use --grad_checkpoint or a lower --batch_size: {first_line(e)}")
+    if "DataLoader worker" in str(e) or "gloo" in str(e):  # which lost the other rank
+        e = ChildProcessError("a process of the run was killed: too little memory?")
+    if isinstance(e, BrokenPipeError) or not isinstance(e, OSError):
+        return e
+    Saver.thread.submit(int).result()  # what is being written is written first
+    last = ["none", *steps_in(out)][-1]
+    return Fault(f"{first_line(e)}; last checkpoint: {last}. Make room, then --resume")
 
 def prune(folders: list[Path]) -> None:  # half deleted, none looks like a checkpoint
     for old in folders:
