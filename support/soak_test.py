@@ -40,9 +40,9 @@ TOKENS = 64   # of an answer, at most
 LONGEST = 30  # seconds of a recording
 SURE = 1e-4   # an answer that hangs on less than this between two logits is not asked for
 PATIENCE = 300  # seconds that a client waits
-# Bounded caches so small that they are full in the first minute: what grows later is a leak.
+# Blocks of 128 tokens: a cache so small that it is full in the first minute.
 FLAGS = ("--max_audio_seconds", str(LONGEST), "--limit-mm-per-prompt", '{"audio": 2}',
-         "--num-gpu-blocks-override", "512", "--mm-processor-cache-gb", "0.03")
+         "--num-gpu-blocks-override", "512")
 
 # ---- The model, and what it says
 def make_model(seed: int) -> nb.BorealisForConditionalGeneration:

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 import peft
 import pytest
 import torch
@@ -216,3 +217,17 @@ def test_soak_notices_wrong_answers(clients):
     for status, text in (200, '{"error": {"message": "no"}}'), (400, "{}"), (500, '{"error": "x"}'):
         with pytest.raises(RuntimeError, match=str(status)):
             soak_test.check_refusal(status, text)
+
+@needs_vllm
+def test_an_engine_that_fails_is_no_silence(monkeypatch):
+    """Its answer has no words: taken for a transcript, it would be a phrase that nobody said."""
+    from support import uploads
+    async def fail(*_, **__):
+        yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason="error", text="")])
+    monkeypatch.setattr(uploads, "plain_generate", fail)
+    monkeypatch.setattr(uploads, "cached_tokenizer_from_config", lambda config: None)
+    monkeypatch.setenv(uploads.GUARD, "0")
+    async def ask():
+        return [a async for a in uploads.generate(SimpleNamespace(model_config=None), "", None)]
+    with pytest.raises(RuntimeError, match="again"):
+        asyncio.run(ask())
