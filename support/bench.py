@@ -167,13 +167,21 @@ def bench_parts(args):
     print_rows(rows)
     print(f"Device: {device}, size {args.size}" + (f"; ended early, {ended}" if ended else ""))
 
-def main() -> None:
+def bench_soak(args):
+    engine.check_installed()
+    from support.soak_test import soak  # its clients' libraries come with vLLM
+    tables, failures = soak(args.clients, args.minutes, args.seed)
+    for table in tables:
+        print_rows(table)
+    return int(bool(failures))
+
+def main() -> int | None:
     parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")
     parser.add_argument("what", choices=BENCHES,
                         help="; ".join(f"{name}: {b['help']}" for name, b in BENCHES.items()))
     args = parser.add_tables("bench").parse_args()
     args.size = args.size or ("5b" if args.what == "gpu" and DEVICE == "cuda" else "110m")
     args.dtype = torch.bfloat16 if DEVICE == "cuda" or args.what == "serve" else torch.float32
-    globals().get(f"bench_{args.what}", bench_parts)(args)
+    return globals().get(f"bench_{args.what}", bench_parts)(args)
 
 cli.run(main, __name__)

@@ -36,8 +36,8 @@ def servable(ckpt: str | Path, encoder=model.ENCODER, llm=model.LLM) -> Path:
         export.export(folder, place, encoder, llm)
     return place
 
-def careful_settings() -> dict:  # of vLLM, on a CPU
-    return {} if torch.cuda.is_available() else TABLES["vllm_cpu"]
+def careful_settings() -> dict:  # of vLLM; more of them on a CPU
+    return TABLES["vllm_any"] | ({} if torch.cuda.is_available() else TABLES["vllm_cpu"])
 
 def prompt(tokenizer, waves: list, sample: Sample = TRANSCRIBE) -> dict:
     """A request: waves at 16 kHz; ids with one <|AUDIO|> a wave, for our MultiModalProcessor."""

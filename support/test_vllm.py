@@ -1,9 +1,12 @@
 """support/test_vllm.py -- what only vLLM does: LoRA that is not merged, and two processes."""
+import asyncio
 import base64
 import json
 import os
+import random
 import subprocess
 import sys
+from types import SimpleNamespace
 import peft
 import pytest
 import torch
@@ -11,9 +14,9 @@ import model as nb
 from conftest import HERE, exit_of, is_one_line, needs_vllm, start, tone, train_now, wait_for
 
 # isort: split
-from conftest import wav_bytes
+from conftest import openai, pcm, wav_bytes
 from support import checkpoint as ckpt
-from support import export
+from support import export, soak_test
 
 TASK = "Расшифруй: "
 QUESTION = f"{TASK}<|AUDIO|>"
@@ -184,3 +187,48 @@ def test_offline_guard_and_words(checkpoint, net, tmp_path, monkeypatch, capfd):
     serve_vllm.main()
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line[:1] == "{"]
     assert [line["text"] for line in lines] == wanted and all(line["cut"] for line in lines)
+
+# ---- Under load: support/soak_test.py
+@needs_vllm
+def test_soak():
+    """As python -m support.bench soak, for 20 s."""
+    (kinds, *_), failures = soak_test.soak(8, minutes=1 / 3)
+    assert not failures
+    assert kinds[-1]["right"] > 0 == kinds[-1]["wrong"] == kinds[-1]["unexpected"]
+
+@needs_vllm
+def test_soak_notices_wrong_answers(clients):
+    wave, case = tone(1.0, 1), soak_test.Case
+    asked = [(kind, case(["что? ", wave], [1], [1])) for kind in ("short", "streamed")]
+    asked += [("text", case(["что?"], [1], [1])), ("live", case([pcm(1.0, 1)], [], {"x"})),
+              ("transcript_streamed", case([wave], [], "x"))]
+    asked += [("transcript", case([wave], [], "x", {kind: "x"}))
+              for kind in ("json", "text", "srt", "vtt")]
+    asked += [("transcript", case([wave], [], "x", dict(verbose_json=dict(text="x", segments=[]))))]
+    async def ask():
+        address = f"http://127.0.0.1:{clients[0].base_url.port}"
+        crowd = soak_test.Clients(address, {}, {}, 0)
+        for kind, expected in asked:
+            crowd.cases = {kind: [expected]}
+            await crowd.ask(kind, random.Random(0))
+        await crowd.close()
+        return crowd.records
+    for record in asyncio.run(ask()):
+        assert record["problem"].startswith("wrong: "), record
+    for status, text in (200, '{"error": {"message": "no"}}'), (400, "{}"), (500, '{"error": "x"}'):
+        with pytest.raises(RuntimeError, match=str(status)):
+            soak_test.check_refusal(status, text)
+
+@needs_vllm
+def test_an_engine_that_fails_is_no_silence(monkeypatch):
+    """Its answer has no words: taken for a transcript, it would be a phrase that nobody said."""
+    from support import uploads
+    async def fail(*_, **__):
+        yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason="error", text="")])
+    monkeypatch.setattr(uploads, "plain_generate", fail)
+    monkeypatch.setattr(uploads, "cached_tokenizer_from_config", lambda config: None)
+    monkeypatch.setenv(uploads.GUARD, "0")
+    async def ask():
+        return [a async for a in uploads.generate(SimpleNamespace(model_config=None), "", None)]
+    with pytest.raises(RuntimeError, match="again"):
+        asyncio.run(ask())

@@ -58,6 +58,8 @@ async def generate(self, prompt, sampling_params, *args, limit: int | None = Non
     tokenizer = cached_tokenizer_from_config(self.model_config)
     async for output in plain_generate(self, prompt, params, *args, **kwargs):
         for said in output.outputs:
+            if said.finish_reason == "error":  # it has no words, but not because nobody speaks
+                raise RuntimeError("the engine fails at this request: send it again")
             if whole and said.finish_reason in ends:
                 said.token_ids = model.guard([*said.token_ids], limit)
                 said.text = tokenizer.decode(said.token_ids, skip_special_tokens=True)
