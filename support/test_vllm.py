@@ -14,7 +14,7 @@ import model as nb
 from conftest import HERE, exit_of, is_one_line, needs_vllm, start, tone, train_now, wait_for
 
 # isort: split
-from conftest import openai, pcm, wav_bytes
+from conftest import pcm, wav_bytes
 from support import checkpoint as ckpt
 from support import export, soak_test
 
