@@ -11,16 +11,14 @@ import soundfile
 import torch
 from numpy.random import SFC64, Generator
 from model import HOP, SAMPLE_RATE, BorealisConfig, cut_windows, log_mel
-from support import banks, rows, sound
-from support.cli import ArgumentParser, UserError, as_user_error, check_out, replace_file, run
-from support.recipes import TABLES
+from support import banks, cli, recipes, rows, sound
 
 # ---- What may happen
 class AugmentConfig(SimpleNamespace):
     """Of each effect (p, from, to, from, to, ...), by default [effects] of recipes.toml: off."""
     def __init__(self, **given):
-        assert given.keys() <= TABLES["effects"].keys(), f"no such effects in {[*given]}"
-        super().__init__(**TABLES["effects"] | given)
+        assert given.keys() <= recipes.TABLES["effects"].keys(), f"no such effects in {[*given]}"
+        super().__init__(**recipes.TABLES["effects"] | given)
 
 @dataclass(frozen=True)
 class AugmentationStage:
@@ -31,10 +29,10 @@ class AugmentationStage:
 # The original's stages; they start at these epochs, or where train.py --curriculum says.
 CURRICULUM = [AugmentationStage(0, AugmentConfig(touched=0), "clean")]
 for column, (name, epoch) in enumerate([("light", 1), ("intense", 3), ("heavy", 4)]):
-    effects = {effect: values[column] for effect, values in TABLES["stages"].items()}
+    effects = {effect: values[column] for effect, values in recipes.TABLES["stages"].items()}
     CURRICULUM.append(AugmentationStage(epoch, AugmentConfig(**effects), name))
 # What makes two of the six evaluation splits out of clean speech, with noises of their own.
-HARD = {name: AugmentConfig(**effects) for name, effects in TABLES["hard"].items()}
+HARD = {name: AugmentConfig(**effects) for name, effects in recipes.TABLES["hard"].items()}
 
 def draw(effect: list, rng: Generator) -> list[float] | None:  # parameters, or not this time
     p, *ends = effect
@@ -44,11 +42,6 @@ def draw(effect: list, rng: Generator) -> list[float] | None:  # parameters, or 
 # A tape of Gaussian noise: drawing it anew would take as long as an FFT.
 TAPE = np.random.default_rng(0).standard_normal(60 * SAMPLE_RATE, np.float32)
 
-def noise_at(noise: np.ndarray, power: float, snr_db: float) -> np.ndarray:
-    """int16 noise -> float32, scaled to lie snr_db below `power`, the speech's mean square."""
-    noise = noise.astype(np.float32)
-    own = np.mean(np.square(noise))
-    return noise * np.float32(math.sqrt(power / own * 10 ** (-snr_db / 10)) if own > 0 else 0)
 
 def draw_noise(speech: np.ndarray, n: int, config: AugmentConfig, rng: Generator, noises: list):
     """One source or several, each at an SNR of its own below the speech -> (n,), or None."""
@@ -56,8 +49,10 @@ def draw_noise(speech: np.ndarray, n: int, config: AugmentConfig, rng: Generator
         return None
     total, power = 0, np.mean(np.square(speech))
     for _ in range(1 + round(*draw(config.more_noise, rng) or [0])):
-        tape = noises[rng.integers(len(noises))]
-        total = total + noise_at(banks.crop(tape, rng, n), power, *snr)
+        tape = banks.crop(noises[rng.integers(len(noises))], rng, n).astype(np.float32)
+        own = np.mean(np.square(tape))
+        share = power / own * 10 ** (-snr[0] / 10) if own > 0 else 0
+        total = total + tape * np.float32(math.sqrt(share))
         snr = draw((1, *config.noise[1:]), rng)            # of the next source
     return total
 
@@ -147,25 +142,22 @@ def examples() -> dict[str, AugmentConfig]:  # each effect alone, each stage, ea
     return shown | {f"split_{name}": config for name, config in HARD.items()}
 
 def main() -> None:
-    parser = ArgumentParser(prog="augment.py", description="Hear and see every effect and stage.")
-    parser.add_argument("wav", help="a recording: wav, flac, ogg or mp3")
-    parser.add_argument("out", help="folder for the results")
-    args = parser.add_tables("augment").parse_args()
-    check_out(args.out)
-    with as_user_error(f"{args.wav}: ", rows.BadRow, suffix="; give a file with sound in it"):
+    args = cli.ArgumentParser().add_tables("augment").parse_args()
+    cli.check_out(args.out)
+    with cli.as_user_error(f"{args.wav}: ", rows.BadRow, suffix="; give a file with sound in it"):
         wave = rows.load_audio(args.wav)
     if Path(args.wav).resolve() in [Path(args.out, f"{name}.wav").resolve() for name in examples()]:
-        raise UserError(f"{args.wav} would be overwritten by a result: give another folder")
+        raise cli.UserError(f"{args.wav} would be overwritten by a result: give another folder")
     noises, rooms = banks.open_banks(args.noise, args.rooms, data_dir=args.data_dir)
     shown, whisper = {}, BorealisConfig()
     for i, (name, config) in enumerate(examples().items()):
         rng = np.random.default_rng([0, i])
         x = augment(wave.numpy(), config, rng, noises, rooms)
-        replace_file(f"{args.out}/{name}.wav", soundfile.write, x, SAMPLE_RATE)
+        cli.replace_file(f"{args.out}/{name}.wav", soundfile.write, x, SAMPLE_RATE)
         frames = min(math.ceil(len(x) / HOP), 1000)        # the picture shows the first ten seconds
         mel = log_mel(cut_windows(torch.from_numpy(x), whisper)[:1], whisper)[0]
         shown[name] = mask(mel, frames, config, rng)[:, :frames]
     sound.plot_mels(shown, f"{args.out}/spectrograms.png")
     print(f"wrote {len(shown)} recordings and spectrograms.png to {args.out}")
 
-run(main, __name__)
+cli.run(main, __name__)

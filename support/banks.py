@@ -1,15 +1,11 @@
-"""support/banks.py -- noises (int16) and rooms (impulse responses, float32) for augment.py; and
-sounds without speech, for train.py and eval.py."""
-import os
+"""support/banks.py -- noises (int16), rooms (impulse responses, float32), sounds without speech."""
 from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from data import Sample
 from model import SAMPLE_RATE
-from support import corpus, rows
-from support.cli import UserError, cached, replace_file
-from support.recipes import Source, open_source
+from support import cli, corpus, recipes, rows
 
 NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (rooms)
 CLIP = 10 * SAMPLE_RATE  # so much of each recording
@@ -27,12 +23,12 @@ def open_bank(source: str, split: str, voices="train", data_dir=None) -> list[np
     if source == "made":
         rng = np.random.default_rng([rooms, voices == "train"])
         return make_rooms(rng) if rooms else make_noises(voices, rng)
-    bank = cached(f"{split}.safetensors", NOISE_DATASET, CLIP, MOST)
+    bank = cli.cached(f"{split}.safetensors", NOISE_DATASET, CLIP, MOST)
     if source == "hub" and bank.exists():  # all processes map one file
         return [clip.numpy() for _, clip in sorted(load_file(bank).items())]
     if source == "hub":
-        column = dict(conversation="audio")  # all that is read
-        table = open_source(Source(hub=NOISE_DATASET, split=split, **column), data_dir, MOST)
+        column = recipes.Source(hub=NOISE_DATASET, split=split, conversation="audio")  # no other
+        table = recipes.open_source(column, data_dir, MOST)
         found = ((f"{split}/{i}", row["audio"]["bytes"]) for i, row in enumerate(table))
     else:
         found = ((path.name, str(path)) for path in rows.find_audio(Path(source))[:MOST])
@@ -43,15 +39,15 @@ def open_bank(source: str, split: str, voices="train", data_dir=None) -> list[np
         except rows.BadRow as e:
             bad.add(str(e), name)
     bad.report(len(clips) + bad.reasons.total(), source)
-    if not clips:
-        raise UserError(f"no audio in {source}: give a folder of audio, hub, or made")
+    cli.refuse(not clips, f"no audio in {source}: give a folder of audio, hub, or made")
     if source == "hub":
-        replace_file(bank, lambda tmp: save_file({f"{i:06}": x for i, x in enumerate(clips)}, tmp))
+        numbered = {f"{i:06}": clip for i, clip in enumerate(clips)}
+        cli.replace_file(bank, lambda tmp: save_file(numbered, tmp))
     return clips
 
 def check_source(source: str) -> None:
-    if source not in ("made", "hub") and not os.path.isdir(source):
-        raise UserError(f"no folder {source}: give a folder of audio, hub, or made")
+    if source not in ("made", "hub") and not Path(source).is_dir():
+        raise cli.UserError(f"no folder {source}: give a folder of audio, hub, or made")
 
 def crop(tape: np.ndarray, rng, n: int) -> np.ndarray:  # (n,); a shorter tape starts again
     start = rng.integers(max(1, len(tape) - n + 1))

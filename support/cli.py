@@ -19,6 +19,11 @@ from transformers.utils.logging import disable_progress_bar
 class UserError(Exception):
     """Something the user can fix; the message says how, in a line, without a traceback."""
 
+def refuse(wrong, message: str, kind: type[Exception] = UserError) -> None:
+    """Raise kind(message) if something is wrong."""
+    if wrong:
+        raise kind(message)
+
 def run(main, name="__main__") -> None:  # name: __name__, for nothing happens on import
     """Call main() and exit: 2 and one line for a UserError, 130 for Ctrl-C, 1 for a closed pipe."""
     if name != "__main__":
@@ -71,12 +76,13 @@ class ArgumentParser(argparse.ArgumentParser):
             self.add_flag(f.name, kind, default=f.default, **f.metadata)
         return self
     def add_tables(self, *tables: str) -> "ArgumentParser":
-        """The same for the lines of these tables of flags.toml."""
+        """The same for the lines of these tables of flags.toml; [scripts] has what --help says."""
+        vars(self).update(FLAGS["scripts"].get(tables[-1], {}))
         for name, f in (line for table in tables for line in FLAGS[table].items()):
             self.add_flag(name, TYPES.get(f.get("type")) or type(f["default"]), **f)
         return self
     def add_flag(self, name, kind, low=-math.inf, high=math.inf, aliases=(), type="", **settings):
-        names = [f"--{name}", *aliases]
+        names = [settings.pop("prefix", "--") + name, *aliases]
         names += [name.replace("_", "-") for name in names if "_" in name]
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction  # also --no-x

@@ -9,8 +9,7 @@ from dataclasses import replace
 from random import Random
 from data import HubSamples, Sample
 from model import ASR_PROMPT, ASR_SYSTEM, with_context
-from support import rows
-from support.corpus import NAMES
+from support import corpus, rows
 
 TEXTS = 20_000   # transcripts read to find out which words are rare
 RARE = 1e-4      # of all words; a word that is said more often is not
@@ -61,7 +60,7 @@ class Context:
 
 def told(lang: str, split: str, samples: list[Sample], seed: int) -> list[Sample]:
     """Ten of the held-out names, told beforehand: "names_context" with those that are said."""
-    names, rng, new = NAMES[lang]["held_out"], Random(seed), []
+    names, rng, new = corpus.NAMES[lang]["held_out"], Random(seed), []
     for s in samples:
         own = [name for name in names if name in s.answer.split()]
         words = rng.sample([name for name in names if name not in own], 10)

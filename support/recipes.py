@@ -3,7 +3,7 @@ import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
-from support.cli import UserError, cached, first_line, replace_file
+from support.cli import UserError, cached, first_line, refuse, replace_file
 
 TEXT = Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8")
 TABLES = tomllib.loads(TEXT)
@@ -43,8 +43,7 @@ def read_copy(source: Source, data_dir: str | Path):  # -> datasets table
     root, name = Path(data_dir), Path(source.hub).name  # its owner's folder, or itself, will do
     places = [root / source.hub, root / name] + [root] * (root.name == name)
     place = next(filter(Path.is_dir, places), None)
-    if not place:
-        raise FileNotFoundError(f"no folder {places[0]}")
+    refuse(not place, f"no folder {places[0]}", FileNotFoundError)
     place = place / source.config if (place / source.config).is_dir() else place
     for folder in (place / source.split, place / "data", place):
         for path in folder.glob("metadata.*"):  # beside audio files, as in BigBenchAudio

@@ -5,9 +5,7 @@ import numpy as np
 import soundfile
 import torch
 from model import SAMPLE_RATE
-from support.cli import picture
-from support.processing import resampler
-from support.recipes import TABLES
+from support import cli, processing, recipes
 
 GUARD = 2048  # zeros after a clip: what a filter rings on lands here, not at the clip's start
 
@@ -100,21 +98,21 @@ def limit(wave: np.ndarray) -> np.ndarray:  # scaled as a whole if its peak pass
 def codec(wave: np.ndarray, kbps: float, kind: str, rate: int = SAMPLE_RATE) -> np.ndarray:
     """Through a real codec at `rate` (8000, 12000 or 16000 Hz), not delayed. kind: "mp3" (40 to
     160 kbit/s; below 16 kHz 32 to 64), "opus" (6 to 256); of phones, at 8 kHz: "gsm", "mu-law"."""
-    settings = dict(TABLES["codecs"][kind])
+    settings = dict(recipes.TABLES["codecs"][kind])
     rate, levels = settings.pop("rate", rate), settings.pop("levels", None)
     x = fit(wave, max(len(wave), SAMPLE_RATE // 10))       # MP3 wants a few frames at least
-    x = resampler(SAMPLE_RATE, rate)(torch.from_numpy(x)).numpy()  # at the same rate: as it was
+    x = processing.resampler(SAMPLE_RATE, rate)(torch.from_numpy(x)).numpy()  # or as it was
     if levels:  # [at 16 kHz, below it]; libsndfile's level 1 is `low` kbit/s, its 0 is `high`
         least, low, high = levels[rate < SAMPLE_RATE]
         settings["compression_level"] = (high - np.clip(kbps, least, high)) / (high - low)
     buffer = io.BytesIO()
     soundfile.write(buffer, limit(x), rate, **settings)
     x, _ = soundfile.read(io.BytesIO(buffer.getvalue()), dtype="float32")
-    return fit(resampler(rate, SAMPLE_RATE)(torch.from_numpy(x)).numpy(), len(wave))
+    return fit(processing.resampler(rate, SAMPLE_RATE)(torch.from_numpy(x)).numpy(), len(wave))
 
 def plot_mels(mels: dict, path: str) -> None:  # {name: log-mel (M, F)} -> a small picture
     rows = math.ceil(len(mels) / 3)
-    with picture(path, rows, 3, dpi=80, figsize=(9, 0.9 * rows)) as (_, axes):
+    with cli.picture(path, rows, 3, dpi=80, figsize=(9, 0.9 * rows)) as (_, axes):
         for axis in axes.flat:
             axis.axis("off")
         for axis, (name, mel) in zip(axes.flat, mels.items(), strict=False):
