@@ -42,7 +42,6 @@ def draw(effect: list, rng: Generator) -> list[float] | None:  # parameters, or 
 # A tape of Gaussian noise: drawing it anew would take as long as an FFT.
 TAPE = np.random.default_rng(0).standard_normal(60 * SAMPLE_RATE, np.float32)
 
-
 def draw_noise(speech: np.ndarray, n: int, config: AugmentConfig, rng: Generator, noises: list):
     """One source or several, each at an SNR of its own below the speech -> (n,), or None."""
     if not (snr := draw(config.noise, rng)):

@@ -8,10 +8,13 @@ from pathlib import Path
 import jiwer
 import numpy as np
 from tabulate import tabulate
-from support import cli, corpus, recipes, tasks
+from support.cli import UserError, as_user_error, picture, write_text
+from support.corpus import NAMES
+from support.recipes import BENCHMARK, PUBLISHED, TABLES
+from support.tasks import TASKS, TITLES
 
-KNOWN_NAMES = Counter(name for own in corpus.NAMES.values() for name in own["held_out"] * 9)
-NOTES, COLUMNS = recipes.TABLES["notes"], recipes.TABLES["columns"]["of_a_split"]
+KNOWN_NAMES = Counter(name for own in NAMES.values() for name in own["held_out"] * 9)
+NOTES, COLUMNS = TABLES["notes"], TABLES["columns"]["of_a_split"]
 
 def by_split(rows: list[dict], key: str = "split") -> dict[str, list[dict]]:
     splits = dict.fromkeys(r[key] for r in rows)
@@ -35,7 +38,6 @@ def more_counts(ref: list[str], hyp: list[str], seconds: float) -> dict[str, lis
                 made_up=[0, 0] if ref else [len(hyp), 100 * seconds / 60],
                 found=[(names & Counter(hyp)).total(), names.total()])
 
-
 def diagnose(rows: list[dict]) -> dict[str, int]:  # in how many of a split's rows what went wrong
     texts = [(r["reference_normalised"].split(), r["hypothesis_normalised"].split()) for r in rows]
     return dict(stopped_early=sum(len(ref) > 1.5 * len(hyp) for ref, hyp in texts),
@@ -53,7 +55,7 @@ def describe(rows: list[dict], task: str) -> dict:  # what a split's figure is m
 
 def worst(rows: list[dict], task: str, n: int = 10) -> str:  # aligned word by word
     def errors(r):
-        return sum(r["wer"][:3]) if task == "asr" else 1 - r[tasks.TASKS[task][-1]][0]
+        return sum(r["wer"][:3]) if task == "asr" else 1 - r[TASKS[task][-1]][0]
     blocks = []
     for r in sorted(filter(errors, rows), key=errors, reverse=True)[:n]:
         words = jiwer.process_words(r["reference_normalised"], r["hypothesis_normalised"])
@@ -75,25 +77,24 @@ def with_interval(result: dict, metric: str) -> str:
 
 def results_table(system: dict, task: str) -> str:  # a line a split
     rows, splits = [], system["splits"]
-    known = [m for m in tasks.TASKS[task] if any(r[m] is not None for r in splits.values())]
+    known = [m for m in TASKS[task] if any(r[m] is not None for r in splits.values())]
     for split, r in splits.items():
-        row = {f"{tasks.TITLES[metric]} [95 %]": with_interval(r, metric) for metric in known}
+        row = {f"{TITLES[metric]} [95 %]": with_interval(r, metric) for metric in known}
         rows.append({"split": split, **row} | {name: r[name] for name in COLUMNS if name in r})
     return markdown(rows)
 
 def overview(systems: dict[str, dict], task: str) -> str:  # one line a system, as in the post
-    metric, rows = tasks.TASKS[task][0], []
+    metric, rows = TASKS[task][0], []
     for name, system in systems.items():
         own = {split: plain(r[metric]) for split, r in system["splits"].items()}
         average = with_interval(system, f"avg_{metric}")
-        rows.append({tasks.TITLES[metric]: name, **own, "average [95 %]": average})
+        rows.append({TITLES[metric]: name, **own, "average [95 %]": average})
     return markdown(rows)
 
 def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:  # by split, with intervals
-    metric, width = tasks.TASKS[task][0], 0.7 / len(systems)
+    metric, width = TASKS[task][0], 0.7 / len(systems)
     splits = [split.replace("_", "\n") for split in next(iter(systems.values()))["splits"]]
-    inches = max(4, (1 + 0.5 * len(systems)) * len(splits)), 4.5
-    with cli.picture(path, figsize=inches) as (_, axis):
+    with picture(path, figsize=(max(4, (1 + 0.5 * len(systems)) * len(splits)), 4.5)) as (_, axis):
         for k, (name, system) in enumerate(systems.items()):
             table = [[r[metric], *r[f"{metric}_ci"]] for r in system["splits"].values()]
             values, *ends = np.array(table, float).T  # (splits,), None becomes nan
@@ -101,18 +102,18 @@ def plot_bars(systems: dict[str, dict], task: str, path: Path) -> None:  # by sp
                             yerr=abs(ends - values).tolist(), capsize=3)
             axis.bar_label(bars, map(plain, values), padding=3, fontsize=8)
         axis.set_xticks(np.arange(len(splits)) + 0.35 - width / 2, splits)
-        axis.set(ymargin=0.15, ylabel=f"{tasks.TITLES[metric]} (bars: 95 % intervals)")
+        axis.set(ymargin=0.15, ylabel=f"{TITLES[metric]} (bars: 95 % intervals)")
         axis.legend(frameon=False)
 
 def write_results(out: Path, rows: dict, systems: dict, cfg, step) -> int:
     """{system: graded rows}, ours first; {system: assessed} -> exit code, 1 if all failed."""
     name, task = next(iter(rows)), cfg.task
     lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in sum(rows.values(), [])]
-    cli.write_text(out / "hypotheses.jsonl", "".join(lines))
+    write_text(out / "hypotheses.jsonl", "".join(lines))
     result = dict(run=name, step=step, task=task, normalizer=cfg.normalizer,
                   settings={k: str(v) for k, v in vars(cfg).items() if v}, **systems[name],
                   others={k: v for k, v in systems.items() if k != name})
-    cli.write_text(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False))
+    write_text(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False))
     plot_bars(systems, task, out / ("wer.png" if task == "asr" else f"{task}.png"))
     tables = [f"{system}\n\n{results_table(own, task)}" for system, own in systems.items()]
     tables.append(overview(systems, task))
@@ -126,14 +127,14 @@ def write_results(out: Path, rows: dict, systems: dict, cfg, step) -> int:
         for split, some in by_split(own).items():
             if block := worst(some, task):
                 text.append(f"## The worst of {system}, {split}\n\n```\n{block}\n```")
-    cli.write_text(out / "report.md", "\n\n".join(text) + "\n")
+    write_text(out / "report.md", "\n\n".join(text) + "\n")
     tables += map(NOTES["pair"].format_map, rows[name][:3])
     print("", *tables, NOTES["wrote"].format(out), sep="\n\n")
     return int(any(all(r["failed"] for r in own) for own in rows.values()))
 
 # ---- Several runs in the post's table, and which differences are real
 def read_run(folder: Path) -> dict[str, dict]:  # its systems: {name: {"step", "task", "rows"}}
-    with cli.as_user_error(f"no results of eval.py in {folder}: ", OSError, ValueError, KeyError):
+    with as_user_error(f"no results of eval.py in {folder}: ", OSError, ValueError, KeyError):
         result = json.loads((folder / "results.json").read_text())
         lines = (folder / "hypotheses.jsonl").read_text().strip().split("\n")
         systems = by_split([json.loads(line) for line in lines], "run")
@@ -155,7 +156,7 @@ def read_runs(folders: list[str]) -> dict[str, dict]:
                 name = f"{folder}/{name}"  # but a baseline that several folders hold is shown once
             runs[name], first = run, next(iter(runs), name)
             if asked(run) != asked(runs[first]):
-                raise cli.UserError(f"{name} has other utterances or another --task than {first}")
+                raise UserError(f"{name} has other utterances or another --task than {first}")
     return runs
 
 def p_value(differences: np.ndarray) -> float:
@@ -177,21 +178,20 @@ def compare(folders: list[str], grade, score, normalizer: str, out: Path) -> Non
     """Writes table.md, best runs first. grade and score are those of eval.py."""
     runs = read_runs(folders)
     first = next(iter(runs.values()))
-    columns, metric = list(by_split(first["rows"])), tasks.TASKS[first["task"]][0]
+    columns, metric = list(by_split(first["rows"])), TASKS[first["task"]][0]
     scores = {name: score([grade(r, run["task"], normalizer) for r in run["rows"]], metric)
               for name, run in runs.items()}
     shown = [(name, run["step"], scores[name][0]) for name, run in runs.items()]
-    published = metric == "wer" and columns == list(recipes.BENCHMARK)  # of the same speech
+    published = metric == "wer" and columns == list(BENCHMARK)  # of the same speech
     if published:
-        rows = recipes.PUBLISHED.items()
-        shown += [(f"{name} (published)", n or None, xs) for name, (n, *xs) in rows]
+        shown += [(f"{name} (published)", n or None, xs) for name, (n, *xs) in PUBLISHED.items()]
     shown.sort(key=lambda r: (np.isnan(r[2][-1]), r[2][-1] if metric == "wer" else -r[2][-1]))
     lines = [[name, step, *map(plain, figures)] for name, step, figures in shown]
-    text = [f"{tasks.TITLES[metric]}; normaliser: {normalizer}.",
+    text = [f"{TITLES[metric]}; normaliser: {normalizer}.",
             markdown(lines, ["Run", "Steps", *columns, "Avg"])]
     if len(scores) > 1:
         text += differences(columns, {name: scores[name] for name, *_ in shown if name in scores})
     if published:
         text.append(NOTES["published"])
-    cli.write_text(out / "table.md", "\n\n".join(text) + "\n")
+    write_text(out / "table.md", "\n\n".join(text) + "\n")
     print(*text, f"wrote table.md to {out}", sep="\n\n")
