@@ -26,8 +26,7 @@ from model import SAMPLE_RATE
 from support import cli, corpus, recipes, rows, tiny
 from support.rows import BadRow, BadRows, TooLong, load_audio
 
-TASK_SYSTEM = "You are a helpful voice assistant. Listen to the audio and respond appropriately."
-TEXT_SYSTEM = "You are a helpful assistant."
+TASK_SYSTEM, TEXT_SYSTEM = recipes.TABLES["system"].values()
 RETRIES = 1000  # unusable rows in a row before training gives up
 BLOCK = 1000  # places in the order of training in which each pool has exactly its share
 

@@ -20,9 +20,8 @@ import regex
 import transformers
 from transformers.data.metrics.squad_metrics import compute_f1
 from augment import HARD, augment
-from data import embedded, read_manifest
+from data import BadRows, embedded, load_audio, read_manifest
 from support import banks, checkpoint, cli, context, corpus, decoding, recipes, report, tasks
-from support.rows import BadRows, load_audio
 
 # ---- Text, normalised: what is compared
 def normalise(text: str) -> str:

@@ -7,10 +7,8 @@ from data import Sample
 from model import SAMPLE_RATE
 from support import cli, corpus, recipes, rows
 
-NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (rooms)
+NOISE_DATASET, MOST, MADE = recipes.TABLES["banks"].values()
 CLIP = 10 * SAMPLE_RATE  # so much of each recording
-MOST = 2880              # of them in a bank, the first ones: it is in memory: int16, 920 MB
-MADE = 48                # noises, or rooms, in a bank made here
 
 def open_banks(noise="made", rooms="made", voices="train", data_dir=None) -> tuple:
     """(noises, rooms), each "made", "hub", or a folder. voices: the corpus split that babbles."""

@@ -9,11 +9,9 @@ from dataclasses import replace
 from random import Random
 from data import HubSamples, Sample
 from model import ASR_PROMPT, ASR_SYSTEM, with_context
-from support import corpus, rows
+from support import corpus, recipes, rows
 
-TEXTS = 20_000   # transcripts read to find out which words are rare
-RARE = 1e-4      # of all words; a word that is said more often is not
-MOST = 10        # others in a list
+TEXTS, RARE, MOST = recipes.TABLES["told"].values()
 
 def parse(words: str) -> list[str]:  # separated by commas, of --context or a client. ValueError
     return [word for word in map(str.strip, rows.check_text(words, empty=True).split(",")) if word]
