@@ -92,8 +92,7 @@ def bench_train(args):
     lora.prepare(model, "lora", LORA)
     batch, step = make_batch(model, ACCUMULATION, 1), make_step(train.TrainConfig(), model)
     row = dict(batch["micro"][0])
-    # The original pads texts to 1024 tokens.
-    pad = 0, 1024 + model.config.tokens_per_window - row["input_ids"].shape[1]
+    pad = 0, 1024 + model.config.tokens_per_window - row["input_ids"].shape[1]  # as the original
     row["attention_mask"] = F.pad(torch.ones_like(row["input_ids"]), pad)
     row["input_ids"] = F.pad(row["input_ids"], pad)
     row["labels"] = F.pad(row["labels"], pad, value=-100)
@@ -166,10 +165,7 @@ def bench_parts(args):
     print(f"Device: {device}, size {args.size}" + (f"; ended early, {ended}" if ended else ""))
 
 def main() -> None:
-    parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")
-    parser.add_argument("what", choices=BENCHES,
-                        help="; ".join(f"{name}: {b['help']}" for name, b in BENCHES.items()))
-    args = parser.add_tables("bench").parse_args()
+    args = cli.ArgumentParser().add_tables("bench").parse_args()
     args.size = args.size or ("5b" if args.what == "gpu" and DEVICE == "cuda" else "110m")
     args.dtype = torch.bfloat16 if DEVICE == "cuda" or args.what == "serve" else torch.float32
     globals().get(f"bench_{args.what}", bench_parts)(args)
