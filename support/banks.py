@@ -53,8 +53,7 @@ def crop(tape: np.ndarray, rng, n: int) -> np.ndarray:  # (n,); a shorter tape s
 
 # ---- Made here, the same every time
 def make_noises(voices: str, rng: np.random.Generator) -> list[np.ndarray]:
-    """In turn: babble of 3 to 7 voices, each with nine utterances again and again; coloured noise
-    (power falling as f^0 to f^-2); and coloured noise that swells and fades."""
+    """In turn: babble of 3 to 7 voices; noise, power falling as f^0 to f^-2; such that swells."""
     clips, speech = [], corpus.embedded_rows("ru", voices, corpus.CHUNK)
     for i in range(MADE):
         if i % 3 == 0:

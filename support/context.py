@@ -1,8 +1,6 @@
 """support/context.py -- words that may be said, told beforehand: how training learns to use them.
-
-Of a share of the transcripts the system prompt gets model.with_context()'s sentence. In two of
-three it holds some rare words of the transcript among others, in the third others alone, so that
-the list is a help and never the answer."""
+Of a share of the transcripts the system prompt gets model.with_context()'s sentence: with some of
+their rare words among others, or in one of three others alone, so that it is never the answer."""
 import re
 from collections import Counter
 from dataclasses import replace
