@@ -235,13 +235,12 @@ class Augmenter:
 
 # ---- Listen
 def plot_mels(mels: dict, path: str) -> None:  # {name: log-mel (M, F)} -> a small picture
-    rows = math.ceil(len(mels) / 3)
-    with cli.picture(path, rows, 3, dpi=80, figsize=(9, 0.9 * rows)) as (_, axes):
+    lines = math.ceil(len(mels) / 3)
+    with cli.picture(path, lines, 3, dpi=80, figsize=(9, 0.9 * lines)) as (_, axes):
         for axis in axes.flat:
             axis.axis("off")
         for axis, (name, mel) in zip(axes.flat, mels.items(), strict=False):
-            axis.imshow(mel.numpy().round(1), "magma", aspect="auto", interpolation="nearest",
-                        origin="lower", vmin=-1, vmax=1.5)  # rounded, the file is small
+            axis.imshow(mel.numpy().round(1), **recipes.TABLES["picture"])  # rounded: a small file
             axis.set_title(name, loc="left", fontsize=9, pad=2)
 
 def examples() -> dict[str, AugmentConfig]:  # each effect alone, each stage, each hard split
