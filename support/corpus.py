@@ -124,6 +124,7 @@ def embedded_rows(lang: str, split: str, n: int, seed: int = 0) -> list[dict]:
     recipe += [NAMES[lang]] if split in ("named", "names") else []
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]  # 2: of synthesise
     folder = cli.cache_dir() / f"{lang}-{seed}-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{split}-{k:03d}.npz" for k in range(-(-n // CHUNK))]
     jobs = [(lang, split, k, seed, str(p)) for k, p in enumerate(paths) if not p.exists()]
     if jobs:
