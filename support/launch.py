@@ -1,5 +1,6 @@
 """support/launch.py -- before the loop of train.py: flags, and the model that a run starts from."""
 import os
+import typing
 from dataclasses import fields, replace
 from pathlib import Path
 from augment import CURRICULUM, Augmenter
@@ -7,7 +8,10 @@ from support import banks, checkpoint, cli, recipes, storage
 
 def parse_config(config: type, argv: list[str]):
     """Flags over preset (with --resume: the run's configuration) over defaults -> a `config`."""
-    parser = cli.ArgumentParser(description="Fit a Borealis model.").add_flags(config)
+    parser = cli.ArgumentParser(description="Fit a Borealis model.", allow_abbrev=False)
+    for f in fields(config):
+        kind = (*typing.get_args(f.type), f.type)[0]  # of "int | None": int
+        parser.add_flag(f.name, kind, default=f.default, **f.metadata)
     parser.set_defaults(**recipes.PRESETS[parser.parse_args(argv).preset])
     first = parser.parse_args(argv)  # again: some presets name their --out
     names, saved = [f.name for f in fields(config)], {}
