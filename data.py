@@ -26,8 +26,7 @@ from model import SAMPLE_RATE
 from support import cli, corpus, recipes, rows, tiny
 from support.rows import BadRow, BadRows, TooLong, load_audio
 
-TASK_SYSTEM = "You are a helpful voice assistant. Listen to the audio and respond appropriately."
-TEXT_SYSTEM = "You are a helpful assistant."
+TASK_SYSTEM, TEXT_SYSTEM = recipes.TABLES["system"].values()
 RETRIES = 1000  # unusable rows in a row before training gives up
 BLOCK = 1000  # places in the order of training in which each pool has exactly its share
 
@@ -51,8 +50,7 @@ def read_manifest(path: str, bad: BadRows, evaluation: bool = False) -> tuple[li
     samples, (folder, file) = [], os.path.split(path)
     with cli.as_user_error(f"no manifest at {path}: ", OSError), open(path, "rb") as f:
         lines = [(f"{file}:{i}", line) for i, line in enumerate(f, 1) if line.strip()]
-    if not lines:
-        raise cli.UserError(f"{path} is empty: a manifest has one JSON object a line")
+    cli.refuse(not lines, f"{path} is empty: a manifest has one JSON object a line")
     for name, line in lines:
         try:
             samples.append(replace(parse_row(json.loads(line), folder, evaluation), name=name))
@@ -63,8 +61,7 @@ def read_manifest(path: str, bad: BadRows, evaluation: bool = False) -> tuple[li
 def parse_row(row: dict, folder: str = "", evaluation: bool = False) -> Sample:
     """A manifest's row -> Sample, or BadRow. Audio: paths below `folder`, files' bytes, int16 at 16
     kHz. evaluation: keep rows without audio (they fail), and with the text "" (nobody speaks)."""
-    if not isinstance(row, dict):
-        raise BadRow("not a JSON object")
+    cli.refuse(not isinstance(row, dict), "not a JSON object", BadRow)
     name = row.get("name", "")
     if "conversation" in row:
         turns = [t for t in model.as_list(row["conversation"])
@@ -78,8 +75,7 @@ def parse_row(row: dict, folder: str = "", evaluation: bool = False) -> Sample:
         return Sample(answer["content"], [], question["content"], system, history, name)
     audio = model.as_list(row.get("audio"))
     given = audio and all(isinstance(a, (str, bytes, np.ndarray)) and len(a) for a in audio)
-    if not given and not evaluation:
-        raise BadRow("no audio field")
+    cli.refuse(not given and not evaluation, "no audio field", BadRow)
     audio = [os.path.join(folder, a) if isinstance(a, str) else a for a in audio if given] or [b""]
     asr = "text" in row
     answer = rows.check_text(row.get("text" if asr else "answer"), empty=asr and evaluation)
@@ -138,10 +134,8 @@ def encode(sample, tokenizer, config, change=None, load=load_audio, max_windows=
     windows = [model.cut_windows(wave, config) for wave in waves]
     ids, labels = model.build_ids(tokenizer, config, sample.messages(), map(len, windows))
     windows = sum(windows, [])
-    if len(windows) > max_windows:
-        raise TooLong(f"longer than {max_windows} windows")
-    if len(ids) > max_tokens:
-        raise TooLong(f"does not fit into {max_tokens} tokens")
+    cli.refuse(len(windows) > max_windows, f"longer than {max_windows} windows", TooLong)
+    cli.refuse(len(ids) > max_tokens, f"does not fit into {max_tokens} tokens", TooLong)
     return ids, labels, windows
 
 class Dataset(torch.utils.data.Dataset):
@@ -167,8 +161,7 @@ class Dataset(torch.utils.data.Dataset):
             try:
                 return self.item(i, epoch), left_out
             except BadRow as e:
-                name = e.where or self.samples[i].name
-                left_out.append((str(e), name, isinstance(e, TooLong)))
+                left_out.append((str(e), e.where or self.samples[i].name, isinstance(e, TooLong)))
             i = (i + 1) % len(self.samples)
         return None, left_out
     def collate(self, dealt: list) -> dict:
@@ -239,8 +232,7 @@ def print_tokens(tokenizer, ids: list[int], labels: list[int]) -> None:  # as th
     print("the labels say:", repr(tokenizer.decode([t for t in labels if t != -100])))
 
 def main():
-    parser = cli.ArgumentParser(description="Show a sample as the model sees it.")
-    args = parser.add_tables("data").parse_args()
+    args = cli.ArgumentParser().add_tables("data").parse_args()
     if args.mixes:
         return print(recipes.TEXT.split("[all_presets]")[0])
     if args.manifest:

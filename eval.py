@@ -4,9 +4,7 @@
 
     python eval.py --ckpt out/                   # the post's six benchmarks; a tiny run: its own
     torchrun --nproc_per_node=8 eval.py --ckpt out/ --baseline openai/whisper-large-v3
-    python eval.py --ckpt out/ --manifest my.jsonl                    # your recordings, see data.py
-    python eval.py --ckpt out/ --audio a.wav --prompt "О чём это?"    # one answer, no score
-    python eval.py --compare out_a/ out_b/ --out out                  # several runs in one table
+    python eval.py --ckpt out/ --audio a.wav     # one answer, no score; README.md has more
 
 Writes results.json, report.md, hypotheses.jsonl and wer.png into the checkpoint's folder or --out.
 Shapes: n utterances of a split, S splits, R draws of the bootstrap."""
@@ -22,10 +20,8 @@ import regex
 import transformers
 from transformers.data.metrics.squad_metrics import compute_f1
 from augment import HARD, augment
-from data import embedded, read_manifest
-from support import banks, checkpoint, context, corpus, decoding, recipes, report, tasks
-from support.cli import ArgumentParser, UserError, as_user_error, check_out, run
-from support.rows import BadRows, load_audio
+from data import BadRows, embedded, load_audio, read_manifest
+from support import banks, checkpoint, cli, context, corpus, decoding, recipes, report, tasks
 
 # ---- Text, normalised: what is compared
 def normalise(text: str) -> str:
@@ -123,45 +119,42 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
     elif cfg.data_dir or benchmark or not (manifest or trained_on.get("embedded")):
         available = {name: partial(tasks.load_split, source, *how, cfg.limit)
                      for name, source in recipes.BENCHMARK.items()}
-    elif manifest:
-        raise UserError(f"{cfg.ckpt} was trained on a manifest: name yours with --manifest FILE")
     else:
+        cli.refuse(manifest,
+                   f"{cfg.ckpt} was trained on a manifest: name yours with --manifest FILE")
         available, languages = {}, (cfg.lang or trained_on["lang"]).split(",")
         n = min(cfg.limit or corpus.EVAL_UTTERANCES, corpus.EVAL_UTTERANCES)
         for lang, name in product(languages, (*corpus.EVAL_SPLITS, *HARD, *corpus.MORE_SPLITS)):
             title = name if lang == languages[0] else f"{name}_{lang}"
             available[title] = partial(embedded_split, lang, name, n, trained_on["seed"])
     if unknown := [name for name in wanted if name not in available]:
-        raise UserError(f"--split {unknown[0]}: choose from {', '.join(available)}")
+        raise cli.UserError(f"--split {unknown[0]}: choose from {', '.join(available)}")
     wanted = wanted or [name for name in available if not name.startswith(corpus.MORE_SPLITS)]
     return {name: load() for name, load in available.items() if name in wanted}
 
 def parse_config():  # -> the flags, see [eval] in support/flags.toml
-    parser = ArgumentParser(prog="eval.py", description="Measure a checkpoint or ask it.")
-    cfg = parser.add_tables("model", "eval").parse_args()
+    cfg = cli.ArgumentParser().add_tables("model", "eval").parse_args()
     cfg.batch_size = cfg.batch_size or (128 if cfg.engine == "vllm" else 16)
     cfg.max_new_tokens = cfg.max_new_tokens or (64 if cfg.task == "bigbench" else 256)
     cfg.out = cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_dir() else Path(cfg.ckpt).name)
-    with as_user_error("--context: ", ValueError):
+    with cli.as_user_error("--context: ", ValueError):
         cfg.context = context.parse(cfg.context)
     for_asr = cfg.baseline or cfg.context or cfg.chunk == "vad"
     fixed = cfg.audio or cfg.split or cfg.task == "bigbench"
-    for wrong, message in (
-            (cfg.prompt is not None and not cfg.audio, "--prompt asks about one file: add --audio"),
-            (cfg.manifest and fixed, "with --audio, --split, bigbench: leave out --manifest"),
-            (cfg.audio and not Path(cfg.audio).is_file(), f"no file at {cfg.audio}"),
-            (cfg.task == "qa" and not cfg.manifest, "--task qa: name a --manifest with questions"),
-            (cfg.task != "asr" and for_asr, "--baseline, --context, --chunk: for asr"),
-            (decoding.WORLD > 1 and cfg.engine == "vllm", "--engine vllm: leave out torchrun")):
-        if wrong:
-            raise UserError(message)
+    cli.refuse(cfg.prompt is not None and not cfg.audio,
+               "--prompt asks about one file: add --audio")
+    cli.refuse(cfg.manifest and fixed, "with --audio, --split, bigbench: leave out --manifest")
+    cli.refuse(cfg.audio and not Path(cfg.audio).is_file(), f"no file at {cfg.audio}")
+    cli.refuse(cfg.task == "qa" and not cfg.manifest, "--task qa: name a --manifest with questions")
+    cli.refuse(cfg.task != "asr" and for_asr, "--baseline, --context, --chunk: for asr")
+    cli.refuse(decoding.WORLD > 1 and cfg.engine == "vllm", "--engine vllm: leave out torchrun")
     return cfg
 
 def main():
     cfg = parse_config()
     out = Path(cfg.out)
     if not cfg.audio:
-        check_out(out)
+        cli.check_out(out)
     if cfg.compare:
         return report.compare(cfg.compare, grade, score, cfg.normalizer, out)
     device = decoding.join_ranks(cfg.device)
@@ -190,4 +183,4 @@ def main():
         part.unlink()  # hypotheses.jsonl has it all
     return code
 
-run(main, __name__)
+cli.run(main, __name__)

@@ -45,7 +45,7 @@ from conftest import wav_bytes, write_manifest
 from model import BorealisForConditionalGeneration as Borealis
 from support import banks, engine, export, launch, lora, meter, optim, pauses
 
-from support import ranks, recipes, report, sound, storage, tiny  # isort: skip
+from support import ranks, recipes, report, storage, tiny  # isort: skip
 from support import checkpoint as ckpt
 from support import corpus as spoken
 from support.cli import ArgumentParser, UserError
@@ -403,7 +403,7 @@ def test_schedule_keeps_the_shares_and_walks_through_each_pool():
             assert len(set(walk[start:start + size])) == size
     assert sum(pools[:1000] != pools[1000:]) > 300  # and the turns are shuffled, not a pattern
 
-# ---- augment.py, support/sound.py and support/banks.py
+# ---- augment.py and support/banks.py
 RATE = 16000
 WHITE = (0.05 * np.random.default_rng(0).standard_normal(4 * RATE)).astype(np.float32)
 @pytest.fixture(scope="session")
@@ -488,7 +488,7 @@ def test_filters():
         assert decibels(out, WHITE, 1, low / 2) < -20
         assert 2 * high > 7900 or decibels(out, WHITE, 2 * high) < -20
     gains = [6, -6, 3, -4, 5, -2, 1]
-    for hz, gain in zip(sound.EQ_HZ, gains, strict=True):
+    for hz, gain in zip(augment.EQ_HZ, gains, strict=True):
         out = change(sine(hz, 4), eq=gains)
         assert decibels(out, sine(hz, 4), hz - 5, hz + 5) == pytest.approx(gain, abs=1)
     for name, rate, *band in (("resample", 14000), ("resample", 8800),
@@ -524,10 +524,10 @@ def test_the_linear_effects_commute_into_one_fft(speech, made):
         one_by_one = change(one_by_one, **{name: value})
     assert np.abs(together - one_by_one).max() < 2e-3 * np.abs(together).max()
     plain = np.convolve(speech, made[1][0])[:len(speech)]
-    assert np.allclose(sound.spectral(speech, irs=made[1][:1]), plain, atol=1e-4)
+    assert np.allclose(augment.spectral(speech, irs=made[1][:1]), plain, atol=1e-4)
     lengths, ratios = (1, 500, 2049, 3449, 16000, 34048, 160000, 480000), np.linspace(0.6, 1.6, 60)
     for n, ratio in itertools.product(lengths, ratios):
-        N, M = sound.fft_sizes(n + 2048, ratio)
+        N, M = augment.fft_sizes(n + 2048, ratio)
         assert N % 2 == M % 2 == 0 and n + 2048 <= N and abs(M / N / ratio - 1) < 1e-3
 
 @pytest.mark.parametrize("config", augment.examples().values(), ids=augment.examples())
@@ -545,7 +545,7 @@ def test_no_clipping_by_accident(speech):
     loud = speech / np.abs(speech).max()
     assert np.allclose(change(loud, gain=6), loud, atol=1e-3)
     for kind in ("mp3", "opus"):
-        coded = sound.codec(2 * loud, 32, kind), sound.codec(loud, 32, kind)
+        coded = augment.codec(2 * loud, 32, kind), augment.codec(loud, 32, kind)
         assert np.corrcoef(coded)[0, 1] > 0.999
     for peak, expected in ((3.0, 1.0), (0.2, 0.2)):
         wave = data.load_audio(wav_bytes(peak * sine(440) / 0.3, subtype="FLOAT"))
@@ -634,14 +634,14 @@ def test_codec(speech, kind, rate, kbps, monkeypatch):
     monkeypatch.setattr(soundfile, "write", lambda file, *args, **settings: (
         write(file, *args, **settings), written.append(file.tell())))
     def alike(x, response, *arguments):
-        same = [sound.spectral(y, responses=[(response, arguments)]) for y in (speech, x)]
+        same = [augment.spectral(y, responses=[(response, arguments)]) for y in (speech, x)]
         return np.corrcoef(same)[0, 1]
-    out = sound.codec(speech, kbps, kind, rate)
+    out = augment.codec(speech, kbps, kind, rate)
     assert written[0] * 8 / 1000 / (len(speech) / RATE) == pytest.approx(kbps, rel=0.15)
     assert len(out) == len(speech) and not np.allclose(out, speech, atol=1e-4)
-    assert alike(out, sound.resample_response, rate * 0.9) > 0.97  # a delay would show here
+    assert alike(out, augment.resample_response, rate * 0.9) > 0.97  # a delay would show here
     for low in (8, 16, 24, 30, 36):
-        assert alike(sound.codec(speech, low, kind, rate), sound.band_response, 300, 3000) > 0.8
+        assert alike(augment.codec(speech, low, kind, rate), augment.band_response, 300, 3000) > 0.8
 
 @pytest.mark.parametrize("kind, kbps", [("gsm", 13.2), ("mu-law", 64)])
 def test_codecs_of_phones(speech, monkeypatch, kind, kbps):
@@ -649,15 +649,15 @@ def test_codecs_of_phones(speech, monkeypatch, kind, kbps):
     monkeypatch.setattr(soundfile, "write", lambda file, *args, **settings: (
         write(file, *args, **settings), written.append(file.tell())))
     for n in (1, 1601, len(speech)):
-        out = sound.codec(speech[:n], 96, kind, RATE)
+        out = augment.codec(speech[:n], 96, kind, RATE)
         assert len(out) == n and np.isfinite(out).all()
     assert written[-1] * 8 / 1000 / (len(speech) / RATE) == pytest.approx(kbps, rel=0.02)
-    speech_band = [(sound.band_response, (300, 3000))]
-    same = [sound.spectral(x, responses=speech_band) for x in (speech, out)]
+    speech_band = [(augment.band_response, (300, 3000))]
+    same = [augment.spectral(x, responses=speech_band) for x in (speech, out)]
     assert 0.8 < np.corrcoef(same)[0, 1] < 0.9999  # neither delayed nor unharmed
     config = augment.AugmentConfig(codec=(1, 56, 128), opus=0.1, phone=0.6)
     kinds = []
-    monkeypatch.setattr(sound, "codec", lambda x, kbps, kind, rate: (kinds.append(kind), x)[1])
+    monkeypatch.setattr(augment, "codec", lambda x, kbps, kind, rate: (kinds.append(kind), x)[1])
     for rng in map(np.random.default_rng, range(2000)):
         augment.augment(speech[:99], config, rng, [], [])
     shares = [kinds.count(kind) / 2000 for kind in ("opus", "gsm", "mu-law", "mp3")]

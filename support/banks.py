@@ -1,20 +1,14 @@
-"""support/banks.py -- noises (int16) and rooms (impulse responses, float32) for augment.py; and
-sounds without speech, for train.py and eval.py."""
-import os
+"""support/banks.py -- noises (int16), rooms (impulse responses, float32), sounds without speech."""
 from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from data import Sample
 from model import SAMPLE_RATE
-from support import corpus, rows
-from support.cli import UserError, cached, replace_file
-from support.recipes import Source, open_source
+from support import cli, corpus, recipes, rows
 
-NOISE_DATASET = "Vikhrmodels/Audio_Noise_Dataset"  # splits Musan (noises) and Echo (rooms)
+NOISE_DATASET, MOST, MADE = recipes.TABLES["banks"].values()
 CLIP = 10 * SAMPLE_RATE  # so much of each recording
-MOST = 2880              # of them in a bank, the first ones: it is in memory: int16, 920 MB
-MADE = 48                # noises, or rooms, in a bank made here
 
 def open_banks(noise="made", rooms="made", voices="train", data_dir=None) -> tuple:
     """(noises, rooms), each "made", "hub", or a folder. voices: the corpus split that babbles."""
@@ -27,12 +21,12 @@ def open_bank(source: str, split: str, voices="train", data_dir=None) -> list[np
     if source == "made":
         rng = np.random.default_rng([rooms, voices == "train"])
         return make_rooms(rng) if rooms else make_noises(voices, rng)
-    bank = cached(f"{split}.safetensors", NOISE_DATASET, CLIP, MOST)
+    bank = cli.cached(f"{split}.safetensors", NOISE_DATASET, CLIP, MOST)
     if source == "hub" and bank.exists():  # all processes map one file
         return [clip.numpy() for _, clip in sorted(load_file(bank).items())]
     if source == "hub":
-        column = dict(conversation="audio")  # all that is read
-        table = open_source(Source(hub=NOISE_DATASET, split=split, **column), data_dir, MOST)
+        column = recipes.Source(hub=NOISE_DATASET, split=split, conversation="audio")  # no other
+        table = recipes.open_source(column, data_dir, MOST)
         found = ((f"{split}/{i}", row["audio"]["bytes"]) for i, row in enumerate(table))
     else:
         found = ((path.name, str(path)) for path in rows.find_audio(Path(source))[:MOST])
@@ -43,15 +37,15 @@ def open_bank(source: str, split: str, voices="train", data_dir=None) -> list[np
         except rows.BadRow as e:
             bad.add(str(e), name)
     bad.report(len(clips) + bad.reasons.total(), source)
-    if not clips:
-        raise UserError(f"no audio in {source}: give a folder of audio, hub, or made")
+    cli.refuse(not clips, f"no audio in {source}: give a folder of audio, hub, or made")
     if source == "hub":
-        replace_file(bank, lambda tmp: save_file({f"{i:06}": x for i, x in enumerate(clips)}, tmp))
+        numbered = {f"{i:06}": clip for i, clip in enumerate(clips)}
+        cli.replace_file(bank, lambda tmp: save_file(numbered, tmp))
     return clips
 
 def check_source(source: str) -> None:
-    if source not in ("made", "hub") and not os.path.isdir(source):
-        raise UserError(f"no folder {source}: give a folder of audio, hub, or made")
+    if source not in ("made", "hub") and not Path(source).is_dir():
+        raise cli.UserError(f"no folder {source}: give a folder of audio, hub, or made")
 
 def crop(tape: np.ndarray, rng, n: int) -> np.ndarray:  # (n,); a shorter tape starts again
     start = rng.integers(max(1, len(tape) - n + 1))
@@ -59,8 +53,7 @@ def crop(tape: np.ndarray, rng, n: int) -> np.ndarray:  # (n,); a shorter tape s
 
 # ---- Made here, the same every time
 def make_noises(voices: str, rng: np.random.Generator) -> list[np.ndarray]:
-    """In turn: babble of 3 to 7 voices, each with nine utterances again and again; coloured noise
-    (power falling as f^0 to f^-2); and coloured noise that swells and fades."""
+    """In turn: babble of 3 to 7 voices; noise, power falling as f^0 to f^-2; such that swells."""
     clips, speech = [], corpus.embedded_rows("ru", voices, corpus.CHUNK)
     for i in range(MADE):
         if i % 3 == 0:

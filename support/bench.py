@@ -15,19 +15,16 @@ from augment import augment, examples
 from data import TRANSCRIBE, Dataset, Sample, embedded, load_audio
 from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3, BorealisConfig, log_mel
 from model import BorealisForConditionalGeneration as Borealis
-from support import cli, corpus, engine, export, lora, meter, optim, ranks
-from support.banks import open_banks
-from support.recipes import TABLES
-from support.tasks import native
+from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks, recipes, tasks
 from support.tiny import texts_of, tiny_config, train_tokenizer
 
 # ---- Models, clocks, tables
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TINY = TABLES["tiny_encoder"], TABLES["tiny_llm"] | dict(vocab_size=1024)
+TINY = recipes.TABLES["tiny_encoder"], recipes.TABLES["tiny_llm"] | dict(vocab_size=1024)
 # The encoder's shape, how the LLM differs from Qwen3-4B; seconds heard, tokens answered.
 SIZES = {"tiny": (*TINY, 2, 8), "5b": (WHISPER_LARGE_V3, {}, 30, 128),
-         "110m": (TABLES["whisper_tiny"], TABLES["llm_110m"], 30, 128)}
-BENCHES = TABLES["benches"]
+         "110m": (recipes.TABLES["whisper_tiny"], recipes.TABLES["llm_110m"], 30, 128)}
+BENCHES = recipes.TABLES["benches"]
 
 def random_model(encoder: dict, llm: dict, dtype=torch.float32) -> Borealis:
     """It never ends an answer by itself: so all are equally long, and engines do the same work."""
@@ -58,13 +55,13 @@ def bench_augment(args):
     torch.set_num_threads(1)
     table, rng = [], np.random.Generator(np.random.SFC64(0))
     wave = np.concatenate([s.audio[0] for s in embedded("ru", "train", corpus.CHUNK)])
-    clips, banks = load_audio(wave).split(10 * SAMPLE_RATE)[:-1], open_banks()
+    clips, sounds = load_audio(wave).split(10 * SAMPLE_RATE)[:-1], banks.open_banks()
     def mels(whisper):
         for clip in clips:
             log_mel([clip], whisper)
     def effects(config):
         for clip in clips:
-            augment(clip.numpy(), config, rng, *banks)
+            augment(clip.numpy(), config, rng, *sounds)
     for name, config in examples().items():
         calls = partial(effects, config), partial(mels, BorealisConfig())
         a, b = 10 * len(clips) / take_turns(calls, 4)
@@ -72,7 +69,7 @@ def bench_augment(args):
     print_rows(table)
 
 # ---- train: transformers' Trainer and a step of train.py
-ACCUMULATION = TABLES["trainer"]["gradient_accumulation_steps"]
+ACCUMULATION = recipes.TABLES["trainer"]["gradient_accumulation_steps"]
 LORA = dict(rank=64, alpha=128, dropout=0.0)
 
 def make_batch(model: Borealis, rows: int, micro_batch: int) -> dict:
@@ -91,17 +88,17 @@ def make_step(cfg, model: Borealis):  # -> a step of train.py's loop, given what
     return step
 
 def bench_train(args):
-    model = lora.prepare(random_model(SIZES["110m"][0], TABLES["llm_trainer"]).cpu(), "lora", LORA)
+    model = random_model(SIZES["110m"][0], recipes.TABLES["llm_trainer"]).cpu()
+    lora.prepare(model, "lora", LORA)
     batch, step = make_batch(model, ACCUMULATION, 1), make_step(train.TrainConfig(), model)
     row = dict(batch["micro"][0])
-    # The original pads texts to 1024 tokens.
-    pad = 0, 1024 + model.config.tokens_per_window - row["input_ids"].shape[1]
+    pad = 0, 1024 + model.config.tokens_per_window - row["input_ids"].shape[1]  # as the original
     row["attention_mask"] = F.pad(torch.ones_like(row["input_ids"]), pad)
     row["input_ids"] = F.pad(row["input_ids"], pad)
     row["labels"] = F.pad(row["labels"], pad, value=-100)
     def of_all(outputs, labels, num_items_in_batch):  # logits, as the original
         return F.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
-    settings = hf.TrainingArguments(tempfile.gettempdir(), **TABLES["trainer"])
+    settings = hf.TrainingArguments(tempfile.gettempdir(), **recipes.TABLES["trainer"])
     rows = range(ACCUMULATION)
     trainer = hf.Trainer(model, settings, lambda _: dict(row), rows, compute_loss_func=of_all)
     with contextlib.redirect_stdout(sys.stderr):  # Trainer is talkative
@@ -114,7 +111,7 @@ def time_answers(what: str, args):
     """-> rows: so many recordings at once. what: a size; "native", as eval.py does; or "vllm"."""
     *shapes, seconds, tokens = SIZES.get(what, SIZES[args.size])
     model, counts = random_model(*shapes, args.dtype), BENCHES[args.what]["at_once"]
-    answer = native(model, tokens)
+    answer = tasks.native(model, tokens)
     if what == "vllm":
         engine.check_installed()
         with tempfile.TemporaryDirectory() as folder:
@@ -161,8 +158,8 @@ def bench_parts(args):
     speeds = {(row["what"], row["batch"]): row["samples_per_s"] for row in rows}
     for row in rows:
         row["x one"] = row["samples_per_s"] / speeds[row["what"], 1]
-        if native := speeds.get(("native", row["batch"])):
-            row["x native"] = row["samples_per_s"] / native
+        if one := speeds.get(("native", row["batch"])):
+            row["x native"] = row["samples_per_s"] / one
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     print_rows(rows)
     print(f"Device: {device}, size {args.size}" + (f"; ended early, {ended}" if ended else ""))
@@ -176,10 +173,7 @@ def bench_soak(args):
     return int(bool(failures))
 
 def main() -> int | None:
-    parser = cli.ArgumentParser(prog="python -m support.bench", description="Measure speeds.")
-    parser.add_argument("what", choices=BENCHES,
-                        help="; ".join(f"{name}: {b['help']}" for name, b in BENCHES.items()))
-    args = parser.add_tables("bench").parse_args()
+    args = cli.ArgumentParser().add_tables("bench").parse_args()
     args.size = args.size or ("5b" if args.what == "gpu" and DEVICE == "cuda" else "110m")
     args.dtype = torch.bfloat16 if DEVICE == "cuda" or args.what == "serve" else torch.float32
     return globals().get(f"bench_{args.what}", bench_parts)(args)

@@ -9,8 +9,7 @@ import socket
 import sys
 import time
 import tomllib
-import typing
-from dataclasses import field, fields
+from dataclasses import field
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -22,6 +21,11 @@ class UserError(Exception):
 
 class Fault(UserError):  # of the machine, such as a full disk: no flag is wrong
     code = 1
+
+def refuse(wrong, message: str, kind: type[Exception] = UserError) -> None:
+    """Raise kind(message) if something is wrong."""
+    if wrong:
+        raise kind(message)
 
 def run(main, name="__main__") -> None:  # name: __name__, for nothing happens on import
     """Call main() and exit: a UserError's code and line; 130 for Ctrl-C, 1 for a closed pipe."""
@@ -56,7 +60,7 @@ def as_user_error(prefix: str, *kinds: type[Exception], suffix: str = ""):
     except kinds as e:
         raise UserError(prefix + first_line(e) + suffix) from None
 
-# ---- Flags. A dataclass declares them, with ranges and choices; argparse enforces those.
+# ---- Flags. A dataclass or a table declares them, ranges and choices too; argparse enforces them.
 def flag(default, help: str, low: float = -math.inf, high: float = math.inf, **settings):
     """A field that is a flag, from low to high inclusive; settings: add_argument's, and aliases."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, **settings))
@@ -66,21 +70,14 @@ TYPES = dict(str=str, int=int, float=float)
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line, not a page of usage."""
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-    def add_flags(self, config: type) -> "ArgumentParser":
-        """One --flag for each field of the dataclass `config`; returns the parser."""
-        for f in fields(config):
-            kind = (*typing.get_args(f.type), f.type)[0]  # of "int | None": int
-            self.add_flag(f.name, kind, default=f.default, **f.metadata)
-        return self
     def add_tables(self, *tables: str) -> "ArgumentParser":
-        """The same for the lines of these tables of flags.toml."""
+        """A --flag for each line of these tables of flags.toml; [scripts] has what --help says."""
+        vars(self).update(FLAGS["scripts"].get(tables[-1], {}), allow_abbrev=False)
         for name, f in (line for table in tables for line in FLAGS[table].items()):
             self.add_flag(name, TYPES.get(f.get("type")) or type(f["default"]), **f)
         return self
     def add_flag(self, name, kind, low=-math.inf, high=math.inf, aliases=(), type="", **settings):
-        names = [f"--{name}", *aliases]
+        names = [settings.pop("prefix", "--") + name, *aliases]
         names += [name.replace("_", "-") for name in names if "_" in name]
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction  # also --no-x

@@ -1,20 +1,15 @@
 """support/context.py -- words that may be said, told beforehand: how training learns to use them.
-
-Of a share of the transcripts the system prompt gets model.with_context()'s sentence. In two of
-three it holds some rare words of the transcript among others, in the third others alone, so that
-the list is a help and never the answer."""
+Of a share of the transcripts the system prompt gets model.with_context()'s sentence: with some of
+their rare words among others, or in one of three others alone, so that it is never the answer."""
 import re
 from collections import Counter
 from dataclasses import replace
 from random import Random
 from data import HubSamples, Sample
 from model import ASR_PROMPT, ASR_SYSTEM, with_context
-from support import rows
-from support.corpus import NAMES
+from support import corpus, recipes, rows
 
-TEXTS = 20_000   # transcripts read to find out which words are rare
-RARE = 1e-4      # of all words; a word that is said more often is not
-MOST = 10        # others in a list
+TEXTS, RARE, MOST = recipes.TABLES["told"].values()
 
 def parse(words: str) -> list[str]:  # separated by commas, of --context or a client. ValueError
     return [word for word in map(str.strip, rows.check_text(words, empty=True).split(",")) if word]
@@ -61,7 +56,7 @@ class Context:
 
 def told(lang: str, split: str, samples: list[Sample], seed: int) -> list[Sample]:
     """Ten of the held-out names, told beforehand: "names_context" with those that are said."""
-    names, rng, new = NAMES[lang]["held_out"], Random(seed), []
+    names, rng, new = corpus.NAMES[lang]["held_out"], Random(seed), []
     for s in samples:
         own = [name for name in names if name in s.answer.split()]
         words = rng.sample([name for name in names if name not in own], 10)

@@ -12,19 +12,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from model import SAMPLE_RATE
-from support import cli, processing, rows
+from support import cli, processing, recipes, rows
 
 DATA = json.loads(Path(__file__).with_name("grammar.json").read_text(encoding="utf-8"))
 GRAMMAR = DATA["grammar"]  # of each language: name -> alternatives, in which {name} draws another
 NAMES = DATA["names"]  # the same of sentences with names; those of evaluation are held_out
 QUESTIONS = DATA["questions"]  # about a text: its first word, its last word, how many there are
-# Variants of espeak-ng's voice that sound like people. Those for evaluation are never trained on.
-TRAIN_VOICES, EVAL_VOICES = DATA["voices"]["train"], DATA["voices"]["eval"]
-EVAL_SPLITS = ["clean", "voices", "books", "speak"]  # augment.py makes two more out of clean
-MORE_SPLITS = "names", "names_context", "names_wrong", "silence", "sounds"  # only if asked for
-EVAL_UTTERANCES = 250            # in each held-out split
-SENTENCE_SHARE = 0.7             # of the training set; the rest is words that cannot be guessed
-TRAIN_MANNERS = ["clean", "books", "speak"], [0.5, 0.25, 0.25]  # of the training set, and shares
+TRAIN_VOICES, EVAL_VOICES = DATA["voices"]["train"], DATA["voices"]["eval"]  # none is in both
+EVAL_SPLITS, MORE_SPLITS, TRAIN_MANNERS = map(tuple, recipes.TABLES["spoken"].values())
+EVAL_UTTERANCES = 250  # in each held-out split
+SENTENCE_SHARE = 0.7   # of the training set; the rest is words that cannot be guessed
 CHUNK = 250  # utterances spoken by one process; fixed, so that bytes do not depend on the machine
 
 def sentence(lang: str, rng: random.Random, more=()) -> str:  # more: rules beside the grammar's

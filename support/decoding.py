@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from model import SAMPLE_RATE
-from support import checkpoint, pauses, storage
-from support.cli import digest, first_line, pick_device
+from support import checkpoint, cli, pauses, storage
 from support.rows import BadRow, load_audio
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
@@ -24,7 +23,7 @@ ROW = dict(settings="", split="", row=0, id="", reference="", hypothesis="", fai
            seconds=0.0, took=0.0, tokens=0, cut=False)  # a line of hypotheses.jsonl
 
 def join_ranks(device: str) -> torch.device:  # this rank's; the ranks are connected, for texts only
-    device = torch.device(pick_device(device))
+    device = torch.device(cli.pick_device(device))
     if WORLD > 1:
         dist.init_process_group("gloo", timeout=timedelta(hours=3))
         atexit.register(dist.destroy_process_group)  # or gloo's threads may abort the exit
@@ -51,7 +50,7 @@ def digest_model(where: str) -> str:  # a local one by its files, one on the hub
         return where
     folder = checkpoint.find_checkpoint(where)
     files = [p for p in sorted(folder.glob("*.json")) if p.name != "results.json"]
-    return digest(storage.fingerprint(folder), [(p.name, p.read_bytes()) for p in files])
+    return cli.digest(storage.fingerprint(folder), [(p.name, p.read_bytes()) for p in files])
 
 @dataclass
 class System:
@@ -76,7 +75,7 @@ class System:
         try:
             answers = self.answer(samples, waves)
         except Exception as e:
-            reason = ("" if isinstance(e, BadRow) else f"{type(e).__name__}: ") + first_line(e)
+            reason = ("" if isinstance(e, BadRow) else f"{type(e).__name__}: ") + cli.first_line(e)
             if len(batch) == 1:
                 return [rows[0] | dict(failed=reason)]
             tqdm.write(f"{self.name}: a batch fails, so one by one: {reason}", sys.stderr)

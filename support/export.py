@@ -1,31 +1,24 @@
-"""support/export.py -- a checkpoint as a model folder that needs nothing of this project.
-
-    python -m support.export --ckpt out/ --to user/name && hf upload user/name user/name"""
+"""support/export.py -- a checkpoint as a model folder that needs nothing of this project."""
 import json
-import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 import model as code
-from model import ENCODER, LLM, SAMPLE_RATE
-from support import lora, processing
-from support.checkpoint import find_checkpoint, load_base, load_checkpoint, read_config
-from support.cli import ArgumentParser, as_user_error, run
-from support.recipes import TABLES
-from support.storage import read_weights
+from support import checkpoint, cli, lora, processing, recipes, storage
 
-def export(where, to, encoder: str = ENCODER, llm: str = LLM, layout="remote", unmerged=False):
+def export(where, to, encoder=code.ENCODER, llm=code.LLM, layout="remote", unmerged=False):
     """Write the folder `to`, whole or not at all -> the model. Raises ValueError or OSError."""
-    if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
+    place = Path(to).absolute()
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise ValueError(f"{to} exists already: name a new folder with --to")
-    model, source = load_checkpoint(where, encoder, llm), find_checkpoint(where)
+    model = checkpoint.load_checkpoint(where, encoder, llm)
+    source = checkpoint.find_checkpoint(where)
     lora.cast(model, model.llm.dtype)
-    config, ends, seconds = model.config, model.ends, model.config.window_samples // SAMPLE_RATE
-    table = TABLES["export"]
+    config, ends, table = model.config, model.ends, recipes.TABLES["export"]
+    seconds = config.window_samples // code.SAMPLE_RATE
     config.auto_map, config.custom_pipelines = dict(table["auto_map"]), table["pipelines"]
     extractor = code.feature_extractor(config.encoder_config.num_mel_bins, chunk_length=seconds)
     facts = {key: value for key, value in config.to_dict().items() if key in table["facts"]}
@@ -36,9 +29,9 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, layout="remote", u
     greedy |= dict(temperature=0.0) if layout == "remote" else dict(max_new_tokens=256)
     if layout == "voxtral" and config.audio_token_id >= config.llm_config.vocab_size:
         greedy["suppress_tokens"] = [config.audio_token_id]  # its row is empty: nobody shall say it
-    Path(to).absolute().parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=Path(to).absolute().parent) as place:
-        fresh = Path(place, "fresh")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=place.parent) as folder:
+        fresh = Path(folder, "fresh")
         if unmerged:
             take_out_lora(model, source, layout, fresh / "lora")
         written = model if layout == "remote" else to_voxtral(model)
@@ -52,23 +45,23 @@ def export(where, to, encoder: str = ENCODER, llm: str = LLM, layout="remote", u
         travels = travels.replace("\nimport model\n", "\nfrom . import model\n")
         (fresh / "processing.py").write_text(travels, "utf-8")
         (fresh / "README.md").write_text(model_card(model, to, layout), "utf-8")
-        os.replace(fresh, to)
+        fresh.replace(place)
     return model
 
 def to_voxtral(model) -> transformers.VoxtralForConditionalGeneration:
     """The same weights in transformers' own class, for a simple adapter. Raises ValueError."""
-    config, listens, table = model.config, model.config.encoder_config, TABLES["voxtral"]
+    config, listens, table = model.config, model.config.encoder_config, recipes.TABLES["voxtral"]
     k = listens.encoder_ffn_dim / listens.d_model  # of a Whisper 4; it has no setting for it
     odd = config.downsample_factor != k or listens.max_source_positions % k
     if odd or config.adapter != "simple":
-        raise ValueError(f"--layout voxtral takes a simple adapter and whole {k:g} frames a token: "
-                         "use --layout remote")
+        takes = f"a simple adapter and whole {k:g} frames a token"
+        raise ValueError(f"--layout voxtral takes {takes}: use --layout remote")
     state = {}
     for part, prefix in table["parts"].items():
         state |= model.get_submodule(part).state_dict(prefix=prefix)
     rows = max(config.llm_config.vocab_size, config.audio_token_id + 1)
     for key in ("model.language_model.embed_tokens.weight", "lm_head.weight"):  # here, never tied
-        state[key] = F.pad(state[key], (0, 0, 0, rows - len(state[key])))
+        state[key] = torch.nn.functional.pad(state[key], (0, 0, 0, rows - len(state[key])))
     llm = config.llm_config.to_dict() | dict(vocab_size=rows, tie_word_embeddings=False)
     with torch.device("meta"):  # no second copy
         twin = transformers.VoxtralForConditionalGeneration(transformers.VoxtralConfig(
@@ -80,18 +73,18 @@ def to_voxtral(model) -> transformers.VoxtralForConditionalGeneration:
 def model_card(model, to, layout: str) -> str:  # model_card.md, filled in
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     title = Path(to).name if Path(to).is_absolute() else Path(to)
-    return template.replace("{usage}", TABLES["export"]["usage"][layout]).format(
-        title=title, model=model, seconds=model.config.window_samples / SAMPLE_RATE,
+    return template.replace("{usage}", recipes.TABLES["export"]["usage"][layout]).format(
+        title=title, model=model, seconds=model.config.window_samples / code.SAMPLE_RATE,
         parameters=model.num_parameters())
 
 def take_out_lora(model, source: Path, layout: str, to: Path) -> None:
     """The LLM of a merged run gets its base's linears back, `to` the matrices, as peft has them."""
     import peft
-    config = read_config(source)
+    config = checkpoint.read_config(source)
     if not config or config.trained != "lora" or layout == "voxtral":
         raise ValueError(f"--unmerged: for LoRA, --layout remote; leave it out for {source}")
-    matrices = {k: v for k, v in read_weights(source).items() if ".lora_" in k}
-    base = load_base(source, config)
+    matrices = {k: v for k, v in storage.read_weights(source).items() if ".lora_" in k}
+    base = checkpoint.load_base(source, config)
     for name in {k.split(".lora_")[0] for k in matrices}:
         model.get_submodule(name).weight.data = base.get_submodule(name).weight.data
     peft.LoraConfig(r=config.lora["rank"], lora_alpha=config.lora["alpha"],
@@ -100,10 +93,9 @@ def take_out_lora(model, source: Path, layout: str, to: Path) -> None:
     save_file(tensors, to / "adapter_model.safetensors")
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m support.export", description="Write a model folder.")
-    args = parser.add_tables("model", "export").parse_args()
-    with as_user_error("", ValueError, OSError):
+    args = cli.ArgumentParser().add_tables("model", "export").parse_args()
+    with cli.as_user_error("", ValueError, OSError):
         model = export(args.ckpt, args.to, args.encoder, args.llm, args.layout, args.unmerged)
     print(f"{args.to} holds {model.num_parameters():,} parameters in {model.dtype}")
 
-run(main, __name__)
+cli.run(main, __name__)

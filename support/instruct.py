@@ -102,7 +102,7 @@ async def ask(jobs: dict, args, answers: dict, part: Path, counts: Counter) -> N
         await asyncio.gather(*map(work, [iter(left)] * args.concurrency))  # all from one queue
 
 def main() -> None:
-    args = cli.ArgumentParser(prog="python -m support.instruct").add_tables("instruct").parse_args()
+    args = cli.ArgumentParser().add_tables("instruct").parse_args()
     rows, seen, counts = [], set(), Counter()
     out, part = Path(args.out), Path(f"{args.out}.part")  # what was said; repeat to go on from it
     if out.exists() and not part.exists():

@@ -3,7 +3,6 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from data import TRANSCRIBE
-from model import ASR_SYSTEM
 
 class Muon(torch.optim.Muon):
     """torch's (Keller Jordan, 2024), but in fp32 unless bf16, and all of a shape at once."""
@@ -77,7 +76,7 @@ class WithCTC(torch.nn.Module):
         super().__init__()
         self.model, self.ends = model, torch.tensor(model.ends)
         chat = model.tokenizer.apply_chat_template(TRANSCRIBE.messages()[:1], tokenize=False)
-        start = chat.split(ASR_SYSTEM)[0] + ASR_SYSTEM  # of transcripts; context may follow
+        start = chat.split(TRANSCRIBE.system)[0] + TRANSCRIBE.system  # context may follow
         self.start = torch.tensor(model.tokenizer(start).input_ids)
     def forward(self, input_ids, labels, num_items_in_batch, **inputs):
         heard = []  # (W, N, D)

@@ -1,5 +1,4 @@
-"""support/page.py -- talk to the model in a browser: python -m support.page --ckpt out/
-Labels, layout and looks are in page.toml."""
+"""support/page.py -- talk to the model in a browser. Labels, layout and looks are in page.toml."""
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +9,7 @@ from matplotlib.figure import Figure
 from transformers import TextIteratorStreamer
 from data import TASK_SYSTEM, TRANSCRIBE, Sample
 from model import HOP, SAMPLE_RATE, cut_windows, log_mel
-from support import checkpoint, cli, corpus, pauses, rows
-from support.transcripts import find_recordings
+from support import checkpoint, cli, corpus, pauses, rows, transcripts
 
 TABLES = tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
 
@@ -28,7 +26,7 @@ def load(cfg):  # -> config; stream(wave, sample), which yields the text so far,
 
 def find_examples(cfg) -> dict:  # label -> what gr.Audio takes. Raises UserError
     if cfg.examples:
-        return {path.name: str(path) for path, _ in find_recordings([cfg.examples])}
+        return {path.name: str(path) for path, _ in transcripts.find_recordings([cfg.examples])}
     lang = checkpoint.training_config(cfg.ckpt).get("lang", "ru")[:2]
     said = {split: corpus.embedded_rows(lang, split, 1)[0] for split in corpus.EVAL_SPLITS}
     return {f"{k}: {row['text']}": (SAMPLE_RATE, row["audio"]) for k, row in said.items()}
@@ -64,7 +62,7 @@ def reply(cfg, config, stream, same, path, question=None):  # yields what three 
         yield next(matching).replace("REASON", cli.first_line(e)), "", None
 
 def main():
-    cfg = cli.ArgumentParser(prog="python -m support.page").add_tables("model", "page").parse_args()
+    cfg = cli.ArgumentParser().add_tables("model", "page").parse_args()
     cli.check_port("127.0.0.1", cfg.port)
     examples = find_examples(cfg)
     with cli.as_user_error(TABLES["install"], ImportError):

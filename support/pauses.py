@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from model import SAMPLE_RATE
 from support.processing import FRAME, cut_at_pauses, loud_frames, loudness, word_times
+from support.recipes import TABLES
 from support.rows import MIN_SECONDS, BadRow
 
 def without_thoughts(text: str) -> str:  # other people's checkpoints may think aloud
@@ -39,11 +40,8 @@ def in_pieces(answer: Callable, longest: int, batch_size: int) -> Callable:
 
 # ---- Words as they are said. The phrase so far is decoded anew every half second; the words that
 # two passes in a row agree on are certain (local agreement: Liu et al. 2020, arXiv:2005.11185).
-STEP = PAUSE = 20          # frames between passes; frames of quiet that end a phrase
-PIECE = 10 * FRAME         # samples: how much is looked at, at once
-LEAD = 3                   # frames kept before the first loud one of a phrase
-UNSURE = 40                # frames kept while nobody speaks
-MEMORY = 800               # frames that loud and quiet are told from
+STEP, PAUSE, LEAD, UNSURE, MEMORY = TABLES["phrases"].values()  # in frames
+PIECE = 10 * FRAME  # samples: how much is looked at, at once
 
 class Phrases:
     """Sound as it comes in -> what to decode when, and which words of that are new and certain."""
@@ -97,7 +95,7 @@ def timed(pieces, texts) -> tuple[list, float]:
                 for piece, text, at in zip(pieces, texts, ends[:-1], strict=True)]
     return [words for words in segments if words], float(ends[-1])
 
-LINE, LINES, SECONDS = 42, 2, 7  # of a cue, at most: letters in a line, lines, seconds
+LINE, LINES, SECONDS = TABLES["cues"].values()
 
 def wrap(words: list[tuple]) -> list[str]:
     return textwrap.wrap(" ".join(word for *_, word in words), LINE)

@@ -31,8 +31,7 @@ def has_loop(ref: list[str], hyp: list[str]) -> bool:  # one that the reference 
     return longest_loop(hyp) > longest_loop(ref) or in_words[1] > in_words[0]
 
 def more_counts(ref: list[str], hyp: list[str], seconds: float) -> dict[str, list[float]]:
-    """Of a transcript: does it loop? Of silence: its words, and 100 minutes' part of it, for
-    eval.percent() gives words a minute so. Of corpus.NAMES in it: found, all."""
+    """Does it loop? In silence: words a minute, as eval.percent() says it. Names: found, all."""
     names = Counter(ref) & KNOWN_NAMES
     return dict(loops=[float(has_loop(ref, hyp)), 1],
                 made_up=[0, 0] if ref else [len(hyp), 100 * seconds / 60],

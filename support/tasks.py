@@ -8,17 +8,14 @@ import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from data import HubSamples
 from model import ASR_PROMPT, ASR_SYSTEM, SAMPLE_RATE, with_context
-from support import pauses, rows
-from support.checkpoint import load_model, load_part
-from support.cli import UserError, as_user_error, digest
+from support import checkpoint, cli, pauses, recipes, rows
 from support.decoding import System, digest_model, stamp
-from support.recipes import BIG_BENCH_AUDIO, TABLES, Source
 
-TASKS = TABLES["tasks"]  # {task: its metrics, the main one first}
-TITLES = TABLES["titles"]
+TASKS = recipes.TABLES["tasks"]  # {task: its metrics, the main one first}
+TITLES = recipes.TABLES["titles"]
 
 @functools.cache  # BigBenchAudio's categories are asked for one by one
-def load_split(source: Source, data_dir: str | None, strict: bool, limit: int | None = None):
+def load_split(source, data_dir: str | None, strict: bool, limit: int | None = None):
     """A hub dataset's usable samples, maybe from its copy in data_dir. limit: rows streamed."""
     pool = HubSamples(source, data_dir, None if data_dir else limit or source.rows)
     bad, samples = rows.BadRows(strict), []
@@ -30,9 +27,9 @@ def load_split(source: Source, data_dir: str | None, strict: bool, limit: int | 
     bad.report(len(pool), source.split)
     return samples
 
-CATEGORIES = TABLES["categories"]  # of BigBenchAudio: how to answer, a pattern of the answers
-SAME, OPPOSITE = TABLES["synonyms"].values()
-UNITS, TENS = TABLES["numerals"].values()
+CATEGORIES = recipes.TABLES["categories"]  # of BigBenchAudio: how to answer, pattern of answers
+SAME, OPPOSITE = recipes.TABLES["synonyms"].values()
+UNITS, TENS = recipes.TABLES["numerals"].values()
 NUMBERS = dict(zip(f"{UNITS}|{TENS}".split("|"), [*range(20), *range(20, 100, 10)], strict=True))
 NUMERAL = re.compile(rf"\b(?:({TENS})[- ])?({UNITS}|{TENS})\b")
 NOT = re.compile(r"(?:(?<!\S)not|n't)(?:\s+\S+){0,2}\s*$")  # as before "deductively valid"
@@ -54,7 +51,7 @@ def extract_answer(text: str, category: str) -> str:
 
 def load_bigbench(category: str, data_dir: str | None, strict: bool) -> list:
     """The samples of one of BigBenchAudio's categories, each with its instruction."""
-    samples = load_split(BIG_BENCH_AUDIO, data_dir, strict)  # question: the category
+    samples = load_split(recipes.BIG_BENCH_AUDIO, data_dir, strict)  # question: the category
     own, question = CATEGORIES[category][0], "Listen carefully and answer the question."
     return [replace(s, system=own, question=question) for s in samples if s.question == category]
 
@@ -70,7 +67,7 @@ def native(model, max_new_tokens: int, loop_guard=True):  # ours, as decoding.Sy
 def answer_one(model, cfg) -> None:
     """Print the answer to --prompt about --audio; without a question, its transcript."""
     path, prompt, system = cfg.audio, cfg.prompt, with_context(ASR_SYSTEM, cfg.context)
-    with as_user_error(f"{path}: ", ValueError):
+    with cli.as_user_error(f"{path}: ", ValueError):
         asked = ASR_PROMPT if prompt is None else rows.check_text(prompt, recordings=1)
         wave = rows.load_audio(path)
         print(f"{path}: {len(wave) / SAMPLE_RATE:.2f} s", file=sys.stderr)
@@ -82,12 +79,13 @@ def answer_one(model, cfg) -> None:
 def open_baseline(cfg, ours: str, lang: str | None, device: torch.device) -> System:
     """A Whisper, greedy, in --lang or that of training, by another name than `ours`. UserError."""
     where, language = cfg.baseline, cfg.lang or lang or "ru"
-    with as_user_error(f"cannot load --baseline {where}: ", Exception):  # it fails in many ways
+    with cli.as_user_error(f"cannot load --baseline {where}: ", Exception):  # it fails in many ways
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = load_part(WhisperForConditionalGeneration, where, dtype=dtype).to(device).eval()
+        model = checkpoint.load_part(WhisperForConditionalGeneration, where, dtype=dtype)
+        model = model.to(device).eval()
         processor = WhisperProcessor.from_pretrained(where)
     if f"<|{language}|>" not in getattr(model.generation_config, "lang_to_id", {}):
-        raise UserError(f"--baseline {where} knows no {language}: multilingual? or see --lang")
+        raise cli.UserError(f"--baseline {where} knows no {language}: multilingual? or see --lang")
     most = min(cfg.max_new_tokens, model.config.max_target_positions - 4)  # 4: of its prompt
     def answer(samples, waves):
         sounds = [wave.numpy() for wave, in waves]
@@ -106,7 +104,7 @@ def open_ours(cfg, name: str, device: torch.device) -> System:  # the checkpoint
         from support.engine import Offline
         answer = model = Offline(cfg.ckpt, cfg.max_new_tokens, cfg.encoder, cfg.llm, cfg.loop_guard)
     else:
-        model = load_model(cfg.ckpt, device, cfg.encoder, cfg.llm)
+        model = checkpoint.load_model(cfg.ckpt, device, cfg.encoder, cfg.llm)
         answer = native(model, cfg.max_new_tokens, cfg.loop_guard)
     if cfg.chunk == "vad":
         answer = pauses.in_pieces(answer, model.config.window_samples, cfg.batch_size)
@@ -115,12 +113,12 @@ def open_ours(cfg, name: str, device: torch.device) -> System:  # the checkpoint
 
 def answer_all(cfg, systems: list[System], splits: dict, out: Path) -> dict[str, list]:
     """{split: samples} -> {system: rows}"""
-    data = digest([(split, s.name, s.messages(), [stamp(a) for a in s.audio])
+    data = cli.digest([(split, s.name, s.messages(), [stamp(a) for a in s.audio])
                    for split, own in splits.items() for s in own])  # all, so that --reuse may limit
     jobs = [((split, i), s) for split, own in splits.items() for i, s in enumerate(own[:cfg.limit])]
     answers = {}
     for system in systems:
-        system.settings = digest(system.facts, data)
+        system.settings = cli.digest(system.facts, data)
         rows_of = system.decode(jobs, out, cfg.batch_size, cfg.reuse)
         answers[system.name] = [rows_of[key] for key, _ in jobs]
     return answers

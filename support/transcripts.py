@@ -1,5 +1,4 @@
-"""support/transcripts.py -- what serve_vllm.py --transcribe does, without vLLM:
-    python -m support.transcripts --ckpt out/ --transcribe a.m4a dir/ --format srt --out_dir d/"""
+"""support/transcripts.py -- what serve_vllm.py --transcribe does, without vLLM."""
 import json
 import sys
 from collections import Counter
@@ -13,12 +12,10 @@ def find_recordings(places: list[str]) -> list[tuple[Path, Path]]:
     """Files, in folders too, and what each is called in --out_dir, without an ending. UserError."""
     found = {}
     for place in map(Path, places):
-        if not place.exists():
-            raise cli.UserError(f"no file or folder at {place}")
+        cli.refuse(not place.exists(), f"no file or folder at {place}")
         files, folder = rows.find_audio(place), place if place.is_dir() else place.parent
         found |= {file: file.relative_to(folder) for file in files}
-    if not found:
-        raise cli.UserError(f"no {', '.join(rows.FILES)} files in {' '.join(places)}")
+    cli.refuse(not found, f"no {', '.join(rows.FILES)} files in {' '.join(places)}")
     stems = Counter(name.with_suffix("") for name in found.values())  # beside a.wav: a.mp3.srt
     return [(p, n if stems[n.with_suffix("")] > 1 else n.with_suffix("")) for p, n in found.items()]
 
@@ -79,8 +76,7 @@ def transcribe(answer, window: int, batch_size: int, cfg, planned: list) -> None
         raise cli.UserError(f"no recording is usable: {errors[0]}")
 
 def main() -> None:
-    parser = cli.ArgumentParser(prog="python -m support.transcripts")
-    cfg = parser.add_tables("model", "transcribe", "native").parse_args()
+    cfg = cli.ArgumentParser().add_tables("model", "transcribe", "native").parse_args()
     if not cfg.transcribe:
         raise cli.UserError("name recordings, or folders of them: --transcribe a.mp3 folder/")
     planned = plan(cfg)  # wrong flags show before the model is loaded
