@@ -17,10 +17,9 @@ from transformers.utils.logging import disable_progress_bar
 
 class UserError(Exception):
     """Something the user can fix; the message says how, in a line, without a traceback."""
-    code = 2
 
-class Fault(UserError):  # of the machine, such as a full disk: no flag is wrong
-    code = 1
+class Fault(UserError):
+    """The same, but of the machine, such as a full disk: no flag is wrong."""
 
 def refuse(wrong, message: str, kind: type[Exception] = UserError) -> None:
     """Raise kind(message) if something is wrong."""
@@ -28,7 +27,7 @@ def refuse(wrong, message: str, kind: type[Exception] = UserError) -> None:
         raise kind(message)
 
 def run(main, name="__main__") -> None:  # name: __name__, for nothing happens on import
-    """Call main() and exit: a UserError's code and line; 130 for Ctrl-C, 1 for a closed pipe."""
+    """Call main() and exit: 2 and a line for a UserError, 1 for a Fault, 130 for Ctrl-C."""
     if name != "__main__":
         return
     disable_progress_bar()  # one for each file that is read or written is noise
@@ -41,7 +40,7 @@ def run(main, name="__main__") -> None:  # name: __name__, for nothing happens o
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         tqdm.write(f"error: {e}", file=sys.stderr)  # below a progress bar, not behind it
-        sys.exit(e.code)
+        sys.exit(1 if isinstance(e, Fault) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever reads our output has had enough, as in "| head"

@@ -420,15 +420,26 @@ def test_the_files_of_a_dataset_vanish(run, hub, after_step, tmp_path):
     copy, still, out = tmp_path / "hub", tmp_path / "still", tmp_path / "out"
     shutil.copytree(hub, copy)
     flags = ["--train_manifest", "none", "--mix", "ru_only", "--no-embedded", "--data_dir", copy]
+    flags += ["--steps", 12]  # of 4 rows, and there are 36
     assert run(still, *flags)[0] == 0
     gone = []
     def vanish():
         gone.append(shutil.move(copy, tmp_path / "moved"))
         shutil.rmtree(gone[0])
-    after_step(4, vanish)  # of 4 rows each, and there are 12
+    after_step(4, vanish)
     assert run(out, *flags)[0] == 0 and gone and state_of(out) == state_of(still)
     code, _, err = run(out, resume=True)
     assert is_one_line(code, err, f"no folder at {copy}"), err
+
+def test_too_little_memory_and_a_bug_stay_what_they_were(run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise errors.pop()
+    errors = [RuntimeError("shapes differ"), torch.OutOfMemoryError("CUDA out of memory")]
+    monkeypatch.setattr(train, "backward", fail)
+    code, _, err = run(tmp_path / "a")
+    assert is_one_line(code, err, "use --grad_checkpoint or a lower --batch_size: CUDA out"), err
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        cli.run(train.main)
 
 def test_the_clock_is_set_back(whole, run, manifest, tmp_path, monkeypatch, capsys):
     """An hour at each look, and files older than what they were made from: all goes on."""
