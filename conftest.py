@@ -3,12 +3,16 @@ import contextlib
 import copy
 import io
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the hub; a wrong name shall fail at once
@@ -93,6 +97,67 @@ def torchrun(processes: int, *flags, script: str = "train.py", code: int = 0):
                             timeout=300)
     assert result.returncode == code, result.stderr[-2000:]
     return result.stderr
+
+# A fresh Python imports for seconds before it does anything. Forks of one that has done that, and
+# has computed nothing, start at once: for tests of what comes after.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "eval", "conftest"])
+
+def open_forks() -> None:
+    with pytest.MonkeyPatch.context() as patch:  # what it starts with is what its forks know
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(HERE))
+        forkserver.ensure_running()
+
+class Fork(FORKS.Process):
+    """`python SCRIPT ARGV`, both its outputs in a file, with what tests use of Popen."""
+    def __init__(self, script: str, *argv, out: Path, **env):
+        super().__init__()
+        self.told = str(HERE / script), [*map(str, argv)], str(out), os.environ | env
+        open_forks()
+        self.start()
+    def run(self):
+        script, argv, out, env = self.told
+        multiprocessing.set_start_method("fork", force=True)  # Python's default, for its workers
+        file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ.clear()
+        os.environ.update(env)
+        sys.argv = [script, *argv]
+        runpy.run_path(script, run_name="__main__")
+    def poll(self) -> int | None:
+        return self.exitcode
+    def wait(self, timeout: float | None = None) -> int:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.told[0], timeout)
+        return self.exitcode
+
+def pytest_sessionfinish():  # Python would wait for them
+    for process in multiprocessing.active_children():
+        process.kill()
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return s.getsockname()[1]
+
+def fork_ranks(processes: int, *flags, script: str = "train.py") -> str:
+    """As torchrun(), but forks, without its agent -> what they said."""
+    env = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    with tempfile.TemporaryDirectory() as place:
+        logs = [Path(place, str(rank)) for rank in range(processes)]
+        ranks = [Fork(script, *flags, out=log, RANK=str(rank), LOCAL_RANK=str(rank), **env)
+                 for rank, log in enumerate(logs)]
+        until = time.monotonic() + 300
+        while any(p.poll() is None for p in ranks) and not any(p.poll() for p in ranks):
+            assert time.monotonic() < until, "ranks hang"
+            time.sleep(0.02)
+        for process in ranks:  # of one that failed, the others would wait for ever
+            process.kill()
+        said = "".join(log.read_text() for log in logs)
+        assert [process.wait(60) for process in ranks] == [0] * processes, said[-3000:]
+    return said
 
 def losses(rows) -> np.ndarray:
     return np.array([r["loss"] for r in rows])
@@ -356,8 +421,7 @@ def begin(place, script, *argv, out=subprocess.PIPE):
 
 def start(place, *argv):
     argv += "--limit-mm-per-prompt", '{"audio": 2}'
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port = s.getsockname()[1]
+    port = free_port()
     with open(place / "log", "w") as log:
         process = begin(place, "serve_vllm.py", "--port", port, *argv, out=log)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
@@ -370,17 +434,26 @@ def wait_for(process, log, client):
             return client.models.list()
         time.sleep(1)
 
+@pytest.fixture(scope="session", autouse=True)
+def early(request):
+    """What takes long to start does so beside the first tests, on the other core."""
+    if any("clients" in item.fixturenames for item in request.session.items) and engine.INSTALLED:
+        request.getfixturevalue("servers")
+
 @pytest.fixture(scope="session")
-def clients(tmp_path_factory, checkpoint, original, parts):
+def servers(tmp_path_factory, checkpoint, original, parts):
     flags = [["--ckpt", checkpoint, "--max_audio_seconds", 20],
              ["--ckpt", original, "--encoder", parts["encoder"], "--llm", parts["plain"],
               "--allowed-media-domains", "localhost"]]
     started = [start(tmp_path_factory.mktemp("server"), *argv) for argv in flags]
-    try:
-        for server in started:
-            wait_for(*server)
-        yield [client for *_, client in started]
-    finally:
-        for process, *_ in started:
-            process.terminate()
-            process.wait(60)
+    yield started
+    for process, *_ in started:
+        process.terminate()
+    for process, *_ in started:
+        process.wait(60)
+
+@pytest.fixture(scope="session")
+def clients(servers):
+    for server in servers:
+        wait_for(*server)
+    return [client for *_, client in servers]
