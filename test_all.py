@@ -38,7 +38,7 @@ import train
 from conftest import SHARED, A, M, clip, exit_of, is_one_line, losses, needs_shared, newest
 
 # isort: split
-from conftest import Fork, begin, flac, fork_ranks, free_port, needs_vllm, open_forks, openai
+from conftest import Fork, beside, flac, fork_ranks, free_port, needs_vllm, open_forks, openai
 
 # isort: split
 from conftest import FORKS, pcm, rows_in, tone, torchrun, train_now, wav_bytes, write_manifest
@@ -734,7 +734,8 @@ def test_trackio_keeps_the_log(manifest, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     argv = [*FAST, "--train_manifest", manifest, "--steps", 3, "--log", "trackio"]
     run = Fork("train.py", *argv, "--out", tmp_path / "run", out=tmp_path / "said")
-    assert run.wait(120) == 0, (tmp_path / "said").read_text()
+    said, _ = run.communicate(120)
+    assert run.returncode == 0, said
     with sqlite3.connect(tmp_path / "trackio" / "nanoborealis.db") as db:
         rows = db.execute("select step, metrics from metrics order by step").fetchall()
         (config,) = db.execute("select config from configs").fetchone()
@@ -1637,11 +1638,13 @@ def test_offline_in_vllm(checkpoint, net, manifest, tmp_path, monkeypatch, capsy
     long.write_bytes(wav_bytes(torch.cat([tone(1.4, 1), torch.zeros(4800), tone(5.5, 2)])))
     flags = ["--ckpt", hf, "--max_new_tokens", 6]
     compared = [*flags, "--manifest", manifest, "--out"]
-    jobs = [begin(tmp_path, "eval.py", *compared, "vllm", "--engine", "vllm"),
-            begin(tmp_path, "serve_vllm.py", *flags, "--transcribe", one, "bad.wav", long)]
+    scripts = [("eval.py", *compared, "vllm", "--engine", "vllm"),
+               ("serve_vllm.py", *flags, "--transcribe", one, "bad.wav", long)]
+    jobs = [Fork(*argv, out=tmp_path / f"{argv[0]}.out", err=tmp_path / f"{argv[0]}.err",
+                 cwd=tmp_path, **beside(tmp_path)) for argv in scripts]
     assert exit_of(evaluation.main, monkeypatch, capsys, *compared, tmp_path / "native")[0] == 0
     (_, err), (out, _) = (job.communicate(timeout=300) for job in jobs)
-    assert [job.returncode for job in jobs] == [0, 0], err.decode()[-2000:]
+    assert [job.returncode for job in jobs] == [0, 0], err[-2000:]
     files = [tmp_path / name / "hypotheses.jsonl" for name in ("native", "vllm")]
     native, vllm = (list(map(json.loads, file.read_text().splitlines())) for file in files)
     for row, other in zip(native, vllm, strict=True):
