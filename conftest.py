@@ -1,4 +1,5 @@
 """What the tests share: a random model, recordings, stand-ins of what the hub has."""
+import atexit
 import contextlib
 import copy
 import io
@@ -129,7 +130,10 @@ class Fork(FORKS.Process):
         os.environ.update(self.env)  # what imports have set stays
         os.chdir(self.cwd)
         sys.argv = [self.script, *self.argv]
-        runpy.run_path(self.script, run_name="__main__")
+        try:
+            runpy.run_path(self.script, run_name="__main__")
+        finally:
+            atexit._run_exitfuncs()  # as Python does when it ends; multiprocessing leaves them out
     def poll(self) -> int | None:
         return self.exitcode
     def wait(self, timeout: float | None = None) -> int:
@@ -152,9 +156,9 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as s:
         return s.getsockname()[1]
 
-def fork_ranks(processes: int, *flags, script: str = "train.py") -> str:
+def fork_ranks(processes: int, *flags, script: str = "train.py", **env) -> str:
     """As torchrun(), but forks, without its agent -> their stderr."""
-    env = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    env |= dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     with tempfile.TemporaryDirectory() as place:
         ranks = [Fork(script, *flags, out=Path(place, "out"), err=Path(place, str(rank)),
                       RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(processes)]
