@@ -123,6 +123,7 @@ class Fork(FORKS.Process):
         self.start()
     def run(self):
         multiprocessing.set_start_method("fork", force=True)  # Python's default, for its workers
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` ignores Ctrl-C
         for number, path in ((1, self.out), (2, self.err)):
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, number)
