@@ -1,14 +1,19 @@
 """What the tests share: a random model, recordings, stand-ins of what the hub has."""
+import atexit
 import contextlib
 import copy
 import io
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the hub; a wrong name shall fail at once
@@ -93,6 +98,80 @@ def torchrun(processes: int, *flags, script: str = "train.py", code: int = 0):
                             timeout=300)
     assert result.returncode == code, result.stderr[-2000:]
     return result.stderr
+
+# A fresh Python imports for seconds before it does anything. Forks of one that has done that, and
+# has computed nothing, start at once: for tests of what comes after.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([
+    "train", "eval", "conftest", "support.realtime", "support.uploads", "vllm.entrypoints.llm",
+    "vllm.entrypoints.launchers.api_server.entry", "vllm.v1.worker.cpu_worker"])
+
+def open_forks() -> None:
+    with pytest.MonkeyPatch.context() as patch:  # what it starts with is what its forks know
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(HERE))
+        forkserver.ensure_running()
+
+class Fork(FORKS.Process):
+    """`python SCRIPT ARGV`, with what tests use of Popen. Outputs go to files, by default one."""
+    def __init__(self, script: str | Path, *argv, out: Path, err: Path | None = None, cwd=HERE,
+                 **env):
+        super().__init__()
+        self.script, self.argv, self.cwd = str(HERE / script), [*map(str, argv)], str(cwd)
+        self.out, self.err, self.env = out, err or out, os.environ | env
+        open_forks()
+        self.start()
+    def run(self):
+        multiprocessing.set_start_method("fork", force=True)  # Python's default, for its workers
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` ignores Ctrl-C
+        for number, path in ((1, self.out), (2, self.err)):
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, number)
+            os.close(file)
+        os.environ.update(self.env)  # what imports have set stays
+        os.chdir(self.cwd)
+        sys.argv = [self.script, *self.argv]
+        try:
+            runpy.run_path(self.script, run_name="__main__")
+        finally:
+            atexit._run_exitfuncs()  # as Python does when it ends; multiprocessing leaves them out
+    def poll(self) -> int | None:
+        return self.exitcode
+    def wait(self, timeout: float | None = None) -> int:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.script, timeout)
+        return self.exitcode
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.out.read_text(), self.err.read_text()
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+    returncode = property(poll)
+
+def pytest_sessionfinish():  # Python would wait for them
+    for process in multiprocessing.active_children():
+        process.kill()
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return s.getsockname()[1]
+
+def fork_ranks(processes: int, *flags, script: str = "train.py", **env) -> str:
+    """As torchrun(), but forks, without its agent -> their stderr."""
+    env |= dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    with tempfile.TemporaryDirectory() as place:
+        ranks = [Fork(script, *flags, out=Path(place, "out"), err=Path(place, str(rank)),
+                      RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(processes)]
+        until = time.monotonic() + 300
+        while any(p.poll() is None for p in ranks) and not any(p.poll() for p in ranks):
+            assert time.monotonic() < until, "ranks hang"
+            time.sleep(0.02)
+        for process in ranks:  # of one that failed, the others would wait for ever
+            process.kill()
+        said = "".join(process.communicate(60)[1] for process in ranks)
+        assert [process.returncode for process in ranks] == [0] * processes, said[-3000:]
+    return said
 
 def losses(rows) -> np.ndarray:
     return np.array([r["loss"] for r in rows])
@@ -349,19 +428,25 @@ def pytest_runtest_setup(item):
         pytest.skip("vLLM is not installed: make vllm")
 
 def begin(place, script, *argv, out=subprocess.PIPE):
-    env = dict(os.environ, VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH="",
-               NANOBOREALIS_CACHE=str(place / "cache"))
     command = [sys.executable, HERE / script, *map(str, argv)]
-    return subprocess.Popen(command, cwd=place, env=env, stdout=out, stderr=out)
+    return subprocess.Popen(command, cwd=place, env=os.environ | beside(place), stdout=out,
+                            stderr=out)
 
-def start(place, *argv):
+def beside(place) -> dict[str, str]:  # environment of what runs vLLM in a folder of its own
+    return dict(VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH="", NANOBOREALIS_CACHE=f"{place}/cache")
+
+def start(place, *argv, fresh: bool = False):
     argv += "--limit-mm-per-prompt", '{"audio": 2}'
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port = s.getsockname()[1]
-    with open(place / "log", "w") as log:
-        process = begin(place, "serve_vllm.py", "--port", port, *argv, out=log)
+    port, log = free_port(), place / "log"
+    argv = "serve_vllm.py", "--port", port, *argv
+    if fresh:
+        with open(log, "w") as file:
+            process = begin(place, *argv, out=file)
+    else:
+        log.touch()
+        process = Fork(*argv, out=log, cwd=place, **beside(place))
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
-    return process, place / "log", client
+    return process, log, client
 
 def wait_for(process, log, client):
     for _ in range(180):
@@ -370,17 +455,27 @@ def wait_for(process, log, client):
             return client.models.list()
         time.sleep(1)
 
+@pytest.fixture(scope="session", autouse=True)
+def early(request):
+    """What takes long to start does so beside the first tests, on the other core."""
+    if any("clients" in item.fixturenames for item in request.session.items) and engine.INSTALLED:
+        request.getfixturevalue("servers")
+
 @pytest.fixture(scope="session")
-def clients(tmp_path_factory, checkpoint, original, parts):
+def servers(tmp_path_factory, checkpoint, original, parts):
     flags = [["--ckpt", checkpoint, "--max_audio_seconds", 20],
              ["--ckpt", original, "--encoder", parts["encoder"], "--llm", parts["plain"],
               "--allowed-media-domains", "localhost"]]
-    started = [start(tmp_path_factory.mktemp("server"), *argv) for argv in flags]
-    try:
-        for server in started:
-            wait_for(*server)
-        yield [client for *_, client in started]
-    finally:
-        for process, *_ in started:
-            process.terminate()
-            process.wait(60)
+    started = [start(tmp_path_factory.mktemp("server"), *argv, fresh=argv is flags[0])
+               for argv in flags]
+    yield started
+    for process, *_ in started:
+        process.terminate()
+    for process, *_ in started:
+        process.wait(60)
+
+@pytest.fixture(scope="session")
+def clients(servers):
+    for server in servers:
+        wait_for(*server)
+    return [client for *_, client in servers]

@@ -35,13 +35,13 @@ import data
 import eval as evaluation
 import model as nb
 import train
-from conftest import HERE, SHARED, A, M, clip, exit_of, is_one_line, losses, needs_shared, newest
+from conftest import SHARED, A, M, clip, exit_of, is_one_line, losses, needs_shared, newest
 
 # isort: split
-from conftest import begin, flac, needs_vllm, openai, pcm, rows_in, tone, torchrun, train_now
+from conftest import Fork, beside, flac, fork_ranks, free_port, needs_vllm, open_forks, openai
 
 # isort: split
-from conftest import wav_bytes, write_manifest
+from conftest import FORKS, pcm, rows_in, tone, torchrun, train_now, wav_bytes, write_manifest
 from model import BorealisForConditionalGeneration as Borealis
 from support import banks, engine, export, launch, lora, meter, optim, pauses
 
@@ -723,7 +723,7 @@ def test_every_split_of_a_batch_is_the_same_step(manifest, tmp_path, monkeypatch
                             "--out", tmp_path / "one")
         return losses(rows)
     exact = [run(b) for b in ("16", "5", "1")]
-    torchrun(2, *flags, "--batch_size", 2, "--out", tmp_path / "two")
+    fork_ranks(2, *flags, "--batch_size", 2, "--out", tmp_path / "two")
     exact.append(losses(rows_in(tmp_path / "two")))
     assert np.ptp(exact, axis=0).max() < 1e-5
     rounded = [run(b, "--bf16") for b in ("16", "5")]
@@ -767,9 +767,9 @@ def test_trackio_keeps_the_log(manifest, tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     argv = [*FAST, "--train_manifest", manifest, "--steps", 3, "--log", "trackio"]
-    ended = subprocess.run([sys.executable, HERE / "train.py", *map(str, argv), "--out",
-                            tmp_path / "run"], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    run = Fork("train.py", *argv, "--out", tmp_path / "run", out=tmp_path / "said")
+    said, _ = run.communicate(120)
+    assert run.returncode == 0, said
     with sqlite3.connect(tmp_path / "trackio" / "nanoborealis.db") as db:
         rows = db.execute("select step, metrics from metrics order by step").fetchall()
         (config,) = db.execute("select config from configs").fetchone()
@@ -792,22 +792,27 @@ def test_runs_of_before_muon_go_on(manifest, tmp_path, monkeypatch):
     _, rest = train_now(monkeypatch, "--resume", "--out", tmp_path)
     assert losses(rest).tolist() == losses(whole).tolist() and equal(weights_in(tmp_path), weights)
 
-@pytest.mark.parametrize("number, code, workers", [
-    (signal.SIGTERM, 0, 0), (signal.SIGTERM, 0, 2), (signal.SIGINT, 130, 2)])
-def test_signals_save_first(manifest, tmp_path, number, code, workers):
-    flags = ["--preset", "tiny", "--train_manifest", manifest, "--steps", "5000", "--workers",
-             str(workers), "--effective_batch", "4", "--out", str(tmp_path)]
-    with subprocess.Popen([sys.executable, train.__file__, *flags], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        while not rows_in(tmp_path):
+def test_signals_save_first(manifest, tmp_path):
+    """Of a scheduler, also to workers, and Ctrl-C. All three runs at once: Python starts slowly."""
+    flags = ["--preset", "tiny", "--train_manifest", manifest, "--steps", "5000",
+             "--effective_batch", "4", "--out"]
+    def start(out, workers):
+        command = [sys.executable, train.__file__, *flags, str(out), "--workers", str(workers)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                start_new_session=True)
+    cases = [(signal.SIGTERM, 0, 0), (signal.SIGTERM, 0, 2), (signal.SIGINT, 130, 2)]
+    runs = [start(tmp_path / str(i), workers) for i, (*_, workers) in enumerate(cases)]
+    for i, (process, (number, code, _)) in enumerate(zip(runs, cases, strict=True)):
+        out = tmp_path / str(i)
+        while not rows_in(out):
             assert process.poll() is None, process.stderr.read()[-2000:]
             time.sleep(0.2)
         os.killpg(process.pid, number)
         stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == code, stderr[-2000:]
-    assert "--resume" in stdout and "Traceback" not in stderr, stderr[-2000:]
-    step = torch.load(newest(tmp_path) / "state.pt", weights_only=True)["step"]
-    assert step == len(rows_in(tmp_path)) > 0 and ckpt.load_model(tmp_path, "cpu")
+        assert process.returncode == code, stderr[-2000:]
+        assert "--resume" in stdout and "Traceback" not in stderr, stderr[-2000:]
+        step = torch.load(newest(out) / "state.pt", weights_only=True)["step"]
+        assert step == len(rows_in(out)) > 0 and ckpt.load_model(out, "cpu")
 
 @pytest.mark.parametrize("every, kept", [(9, "checkpoint: none"), (1, "step-0000001")])
 def test_divergence_keeps_the_last_checkpoint(manifest, tmp_path, monkeypatch, capsys, every, kept):
@@ -905,16 +910,14 @@ def test_a_twin_resumes_from_another_folder(tmp_path, monkeypatch):
 
 def test_two_runs_do_not_share_a_folder(manifest, tmp_path, monkeypatch, capsys):
     flags = [*FAST, "--train_manifest", manifest, "--effective_batch", 2, "--out", tmp_path / "out"]
-    command = [sys.executable, train.__file__, *map(str, flags), "--steps", "9999"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
-        try:
-            while not rows_in(tmp_path / "out"):
-                assert other.poll() is None
-                time.sleep(0.1)
-            code, _, err = exit_of(train.main, monkeypatch, capsys, *flags, "--overwrite")
-            assert is_one_line(code, err, "another process is writing into"), err
-        finally:
-            other.kill()  # which leaves the file behind, but not the lock
+    other = Fork("train.py", *flags, "--steps", "9999", out=tmp_path / "said")
+    while not rows_in(tmp_path / "out"):
+        assert other.poll() is None
+        time.sleep(0.1)
+    code, _, err = exit_of(train.main, monkeypatch, capsys, *flags, "--overwrite")
+    assert is_one_line(code, err, "another process is writing into"), err
+    other.kill()  # which leaves the file behind, but not the lock
+    assert other.wait(60) == -signal.SIGKILL
     assert train_now(monkeypatch, *flags, "--overwrite", "--steps", 1)[0] == 0
 
 def test_an_error_of_all_ranks_is_said_once(tmp_path):
@@ -967,13 +970,13 @@ def test_two_processes_and_one_resume_each_other(stand_ins, tmp_path, monkeypatc
     flags = [*stand_ins, "--steps", 20, "--save_every", 6, "--keep", 0, *NOISY]
     _, alone = train_now(monkeypatch, *flags, "--out", tmp_path / "one")
     out, flags = tmp_path / "two", [*flags, "--batch_size", 2]
-    torchrun(2, *flags, "--out", out)
+    fork_ranks(2, *flags, "--out", out)
     assert np.abs(losses(alone) - losses(rows_in(out))).max() < 1e-5
     whole = weights_in(out)
     storage.prune(storage.steps_in(out)[1:])  # back to step 6
     train_now(monkeypatch, "--resume", "--out", out)
     storage.prune(storage.steps_in(out)[2:])  # back to step 12
-    torchrun(2, "--resume", "--out", out)
+    fork_ranks(2, "--resume", "--out", out)
     assert np.abs(losses(alone) - losses(rows_in(out))).max() < 1e-5
     again = weights_in(out)
     assert max((whole[k] - again[k]).abs().max().item() for k in whole) < 1e-4
@@ -984,14 +987,14 @@ def test_shards_and_one_process_resume_each_other(stand_ins, tmp_path, monkeypat
              "--keep", 0, "--grad_checkpoint"]
     _, alone = train_now(monkeypatch, *flags, "--out", tmp_path / "one")
     out, flags = tmp_path / "two", [*flags, "--batch_size", 2, "--shard"]
-    torchrun(2, *flags, "--out", out)
+    fork_ranks(2, *flags, "--out", out)
     assert np.abs(losses(alone) - losses(rows_in(out))).max() < 1e-5
     whole, one = weights_in(out), weights_in(tmp_path / "one")
     assert max((whole[k] - one[k]).abs().max().item() for k in whole.keys() | one.keys()) < 1e-4
     storage.prune(storage.steps_in(out)[1:])  # back to step 2
     train_now(monkeypatch, "--resume", "--no-shard", "--out", out)
     storage.prune(storage.steps_in(out)[2:])  # back to step 4
-    torchrun(2, "--resume", "--shard", "--out", out)
+    fork_ranks(2, "--resume", "--shard", "--out", out)
     assert np.abs(losses(alone) - losses(rows_in(out))).max() < 1e-5
     again = weights_in(out)
     assert max((whole[k] - again[k]).abs().max().item() for k in whole) < 1e-4
@@ -1015,14 +1018,11 @@ def state_bytes(rank: int, world: int, folder: str) -> None:
     Path(folder, str(rank)).write_text(str(sum(x.to_local().nbytes for x in held)))
     torch.distributed.destroy_process_group()
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
 def test_shards_take_their_share_of_memory(tmp_path):
     (tmp_path / "port").write_text(str(free_port()))
-    torch.multiprocessing.spawn(state_bytes, (2, str(tmp_path)), nprocs=2)
+    open_forks()
+    torch.multiprocessing.start_processes(state_bytes, (2, str(tmp_path)), nprocs=2,
+                                          start_method="forkserver")
     a, b = (int((tmp_path / str(rank)).read_text()) for rank in (0, 1))
     net = tiny.scratch_model(data.embedded("ru", "train", 60), 600)
     net.freeze("encoder")
@@ -1402,7 +1402,7 @@ def test_ranks_divide_the_work(ev, checkpoint, hub, baseline, tmp_path):
         part = two / f"hypotheses.{row['settings']}.{rank}.part.jsonl"
         part.write_text(json.dumps(row) + '\n{"split": "Rus')
     flags += ["--ckpt", checkpoint, "--max_new_tokens", 4, "--out", two]
-    errors = torchrun(2, *flags, script="eval.py")
+    errors = fork_ranks(2, *flags, script="eval.py")
     assert files_of(two)["answers"] == one.answers and "3 of 18 utterances answered" in errors
     assert len(list(two.iterdir())) == 4 and not list(two.glob("*.part*"))
 
@@ -1639,11 +1639,13 @@ def test_offline_in_vllm(checkpoint, net, manifest, tmp_path, monkeypatch, capsy
     long.write_bytes(wav_bytes(torch.cat([tone(1.4, 1), torch.zeros(4800), tone(5.5, 2)])))
     flags = ["--ckpt", hf, "--max_new_tokens", 6]
     compared = [*flags, "--manifest", manifest, "--out"]
-    jobs = [begin(tmp_path, "eval.py", *compared, "vllm", "--engine", "vllm"),
-            begin(tmp_path, "serve_vllm.py", *flags, "--transcribe", one, "bad.wav", long)]
+    scripts = [("eval.py", *compared, "vllm", "--engine", "vllm"),
+               ("serve_vllm.py", *flags, "--transcribe", one, "bad.wav", long)]
+    jobs = [Fork(*argv, out=tmp_path / f"{argv[0]}.out", err=tmp_path / f"{argv[0]}.err",
+                 cwd=tmp_path, **beside(tmp_path)) for argv in scripts]
     assert exit_of(evaluation.main, monkeypatch, capsys, *compared, tmp_path / "native")[0] == 0
     (_, err), (out, _) = (job.communicate(timeout=300) for job in jobs)
-    assert [job.returncode for job in jobs] == [0, 0], err.decode()[-2000:]
+    assert [job.returncode for job in jobs] == [0, 0], err[-2000:]
     files = [tmp_path / name / "hypotheses.jsonl" for name in ("native", "vllm")]
     native, vllm = (list(map(json.loads, file.read_text().splitlines())) for file in files)
     for row, other in zip(native, vllm, strict=True):

@@ -8,7 +8,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import data
-from conftest import HERE, exit_of, is_one_line, needs_vllm, train_now, wav_bytes, write_manifest
+from conftest import Fork, exit_of, is_one_line, needs_vllm, train_now, wav_bytes, write_manifest
 from support import cli, instruct
 from support.corpus import sentence
 from support.rows import BadRow, BadRows
@@ -333,14 +332,13 @@ def test_resume(how, tmp_path, run):
         time.sleep(0.05)
         return good(request)
     with serving(script) as server:
-        command = [sys.executable, "-m", "support.instruct", "--manifest", manifest, "--url",
-                   server.url, "--model", "m", "--out", out, *flags]
-        process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
+        process = Fork("support/instruct.py", "--manifest", manifest, "--url", server.url,
+                       "--model", "m", "--out", out, *flags, out=tmp_path / "said")
         while not part.exists() or part.read_text().count("\n") < 30:
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.02)
         process.send_signal(how)
-        err = process.communicate(timeout=60)[1]
+        err, _ = process.communicate(timeout=60)
         assert process.returncode == (-9 if how == signal.SIGKILL else 130), err
         assert "Traceback" not in err and not out.exists()
         kept = re.findall(r'^\["(\w{16})"', part.read_text(), re.M)

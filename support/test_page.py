@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 import data
-from conftest import HERE, exit_of, is_one_line, tone, wav_bytes
+from conftest import HERE, Fork, exit_of, is_one_line, tone, wav_bytes
 from support import corpus
 from support import page as support_page
 from support.pauses import cut_at_pauses, without_thoughts
@@ -227,6 +227,6 @@ def test_without_its_packages(tmp_path):
     code = ("import sys; sys.modules['gradio'] = None\n"
             "from support import cli, page; cli.run(page.main)")
     flags = ["--port", free_port(), "--examples", tmp_path]
-    result = subprocess.run([sys.executable, "-c", code, *map(str, flags)],
-                            capture_output=True, text=True, cwd=HERE, timeout=120)
-    assert is_one_line(result.returncode, result.stderr, '"make page"')
+    (tmp_path / "script.py").write_text(code)
+    run = Fork(tmp_path / "script.py", *flags, out=tmp_path / "said")
+    assert is_one_line(run.wait(120), run.communicate()[1], '"make page"')

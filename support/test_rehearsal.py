@@ -13,10 +13,10 @@ import soundfile
 import torch
 import transformers as hf
 import model as nb
-from conftest import HERE, SHARED, losses, needs_vllm, newest, rows_in, write_original, write_qwen
+from conftest import HERE, SHARED, Fork, fork_ranks, losses, needs_vllm, newest, rows_in
 
 # isort: split
-from conftest import train_now, write_whisper
+from conftest import train_now, write_original, write_qwen, write_whisper
 from support import checkpoint as ckpt
 from support import engine, recipes, storage
 from support.pauses import without_thoughts
@@ -24,7 +24,7 @@ from support.rows import load_audio
 from train import TrainConfig
 
 QWEN_FILES = SHARED / "qwen3_tokenizer"  # the published ones, or else a small tokenizer's
-STEPS, SAID = 5, 12  # SAID: tokens, as a random model does not end by itself
+STEPS, SAID = 4, 12  # SAID: tokens, as a random model does not end by itself
 # A port that is free, as other tests may run beside this one: else torchrun's own settings.
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
             "--rdzv_endpoint=localhost:0"]
@@ -97,14 +97,18 @@ def stopped(place, start):
 def jobs(place, start, stopped):
     """The run goes on to its end and is exported. -> what is then done with it, all at once."""
     out, waves = place / "out", [load_audio(str(place / f"{i}.wav")) for i in range(3)]
-    output(start(*TORCHRUN, "train.py", "--resume", "--out", out))
-    output(start("-m", "support.export", "--ckpt", out, "--to", place / "hf"))
+    def fork(script, *argv):
+        name = Path(script).stem
+        return Fork(script, *argv, out=place / f"{name}.out", err=place / f"{name}.err", **cache)
+    cache = dict(NANOBOREALIS_CACHE=str(place / "cache"))
+    fork_ranks(2, "--resume", "--out", out, **cache)
+    output(fork("support/export.py", "--ckpt", out, "--to", place / "hf"))
     torch.save(waves, place / "waves.pt")
     evaluate = ["eval.py", "--ckpt", out, "--data_dir", place / "D", "--baseline",
                 place / "D" / nb.ENCODER, "--max_new_tokens", SAID]
     transcribe = [HERE / "serve_vllm.py", "--ckpt", "hf", "--max_new_tokens", SAID,
                   "--transcribe", "0.wav", "1.wav", "2.wav"]
-    return dict(waves=waves, evaluate=start(*evaluate),
+    return dict(waves=waves, evaluate=fork(*evaluate),
                 elsewhere=start("-c", ELSEWHERE, SAID, cwd=place),
                 vllm=start(*transcribe, cwd=place) if engine.INSTALLED else None)
 

@@ -32,7 +32,7 @@ import train
 from conftest import HERE, PUBLISHED, A, M, exit_of, is_one_line, losses, newest, pcm, tone
 
 # isort: split
-from conftest import clip, flac, train_now, wav_bytes, write_manifest
+from conftest import Fork, clip, flac, train_now, wav_bytes, write_manifest
 from support import banks, bench, export, lora, meter, pauses, ranks, recipes
 
 from support import report, tasks, tiny  # isort: skip
@@ -490,10 +490,14 @@ def test_the_hub_is_streamed_once(hub, corpus, tmp_path, monkeypatch):
     table = table.cast_column("audio", datasets.Audio(16000))  # as published: it wants decoding
     for split in ("Musan", "Echo"):
         table.to_parquet(tmp_path / f"noise/data/{split}-00000-of-00001.parquet")
-    env = os.environ | dict(NANOBOREALIS_CACHE=str(tmp_path / "cache"), PYTHONPATH=str(HERE))
-    command = [sys.executable, "-c", HUB, hub, tmp_path / "noise"]
-    first, second = (subprocess.run(command, env=env, text=True, capture_output=True, check=True)
-                     .stdout.splitlines() for _ in range(2))
+    (tmp_path / "script.py").write_text(HUB)
+    def run(name):
+        process = Fork(tmp_path / "script.py", hub, tmp_path / "noise", out=tmp_path / name,
+                       err=tmp_path / "err", NANOBOREALIS_CACHE=str(tmp_path / "cache"))
+        out, err = process.communicate(120)
+        assert process.returncode == 0, err
+        return out.splitlines()
+    first, second = run("first"), run("second")
     assert first[:-1] == second[:-1] and (first[-1], second[-1]) == ("5", "0")
     assert first[0] == first[1] == str([(s.answer, len(s.audio[0])) for s in corpus[:5]])
     assert first[3] == str([(s.answer, len(s.audio[0])) for s in corpus[:7:3]])  # those with ru
