@@ -41,7 +41,7 @@ from conftest import SHARED, A, M, clip, exit_of, is_one_line, losses, needs_sha
 from conftest import Fork, beside, flac, fork_ranks, free_port, needs_vllm, open_forks, openai
 
 # isort: split
-from conftest import FORKS, pcm, rows_in, tone, torchrun, train_now, wav_bytes, write_manifest
+from conftest import pcm, rows_in, tone, torchrun, train_now, wav_bytes, write_manifest
 from model import BorealisForConditionalGeneration as Borealis
 from support import banks, engine, export, launch, lora, meter, optim, pauses
 
