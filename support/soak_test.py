@@ -231,8 +231,11 @@ class Usage:
 
 def usage(process) -> Usage:
     total = Usage(time.monotonic(), 0, 0, 0)
-    parent = psutil.Process(process.pid)
-    for each in (parent, *parent.children(recursive=True)):
+    processes = []
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may have died
+        parent = psutil.Process(process.pid)
+        processes = [parent, *parent.children(recursive=True)]
+    for each in processes:
         with contextlib.suppress(psutil.NoSuchProcess, OSError):
             rollup = Path(f"/proc/{each.pid}/smaps_rollup").read_text()
             total.mib += sum(map(int, re.findall(r"Pss_(?:Anon|Shmem): +(\d+) kB", rollup))) / 1024
@@ -488,7 +491,7 @@ def by_kind(records: list[dict]) -> list[dict]:
     return table
 
 def errors(records: list[dict]) -> list[dict]:
-    counts = Counter((bool(r["problem"]), r["kind"].replace("_", " "), r["outcome"])
+    counts = Counter((bool(r["problem"]), r["kind"].replace("_", " "), r["outcome"][:100])
                      for r in records if r["outcome"] != "right")
     return [dict(kind=kind, outcome=outcome, expected="no" if problem else "yes", requests=n)
             for (problem, kind, outcome), n in sorted(counts.items())]
@@ -505,7 +508,7 @@ def memory(samples: list[Usage], before: Usage, after: Usage, began: float, ende
     for row in table:
         row.pop("at", None)
     for row in table[2:]:
-        row["growth %"] = 100 * (row["mib"] / table[1]["mib"] - 1)
+        row["growth %"] = 100 * (row["mib"] / max(1, table[1]["mib"]) - 1)
     return table
 
 async def measure(process, address: str, cases: dict, clients: int, length: float, seed: int):
@@ -543,7 +546,8 @@ def soak(clients: int, minutes: float, seed: int = 0) -> tuple[list, list[str]]:
             wait_for(process, address, place / "log")
             first, timed, grown = asyncio.run(
                 measure(process, address, cases, clients, 60 * minutes, seed))
-            if problems := [r["problem"] for r in first + timed if r["problem"]]:
+            problems = [r["problem"] for r in first + timed if r["problem"]]
+            if problems:
                 print((place / "log").read_text()[-2000:], *problems[:5], sep="\n",
                       file=sys.stderr)
         finally:
@@ -555,5 +559,5 @@ def soak(clients: int, minutes: float, seed: int = 0) -> tuple[list, list[str]]:
                   seconds=slowest["took"], healthy_beside=len(healthy), minutes=minutes,
                   clients=clients, requests_per_s=len(timed) / 60 / minutes)
     left = grown[-1]["files"] - grown[0]["files"]
-    failures = problems + ([f"{left} files left open"] if left else [])
+    failures = problems + ([f"{left} files left open"] if left > 0 else [])
     return [by_kind(timed), errors(first + timed), [beside], grown], failures
