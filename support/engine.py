@@ -1,5 +1,8 @@
 """support/engine.py -- vLLM in this process. Import it before vllm, for it sets its environment."""
+import atexit
 import os
+import shutil
+import tempfile
 from importlib import metadata, util
 from pathlib import Path
 import numpy as np
@@ -15,6 +18,17 @@ os.environ.update(TABLES["vllm"] | os.environ)
 if hasattr(os, "sched_getaffinity"):  # by default it leaves a core idle
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+
+for name, folder in TABLES["vllm_places"].items():
+    os.environ.setdefault(name, str(cache_dir().absolute() / folder))
+
+def keep_inside() -> None:
+    """Temporary files and sockets go to our cache, too, and are gone when we are."""
+    place = cache_dir().absolute()
+    if "TMPDIR" not in os.environ and len(os.fsencode(place)) < 60:  # 107 for a socket's path
+        place.mkdir(parents=True, exist_ok=True)
+        os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="tmp.", dir=place)
+        atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 def check_installed() -> None:
     if not INSTALLED:
