@@ -32,7 +32,6 @@ from vllm.config.speech_to_text import SpeechToTextConfig
 from vllm.model_executor.models import interfaces, module_mapping, utils
 from vllm.multimodal import MULTIMODAL_REGISTRY, inputs, parse, processing
 from support import realtime
-from support.recipes import TABLES
 from support.uploads import GUARD, LIMIT
 
 # ---- The four classes. How many tokens a recording takes is said twice: the most, for which memory
@@ -151,16 +150,16 @@ def serve(args, vllm_flags: list[str]) -> None:
         raise UserError("the model to serve is named by --ckpt")
     check_port(args.host, args.port)
     folder = engine.servable(args.ckpt, args.encoder, args.llm)
-    for name in FLAGS["doors"]:
-        os.environ[f"BOREALIS_{name.upper()}"] = str(getattr(args, name))
+    doors = {f"BOREALIS_{name.upper()}": str(getattr(args, name)) for name in FLAGS["doors"]}
+    os.environ.update(doors)  # for support/doors.py, where vLLM imports it
     os.environ.setdefault("VLLM_MAX_AUDIO_CLIP_FILESIZE_MB", str(math.ceil(args.max_request_mb)))
-    engine.keep_inside()
-    defaults = dict(model=folder, host=args.host, port=args.port) | engine.careful_settings()
-    ours = [f"--{k}" if v is True else f"--{k}={v}"
-            for k, v in (TABLES["vllm_server"] | defaults).items()]
+    defaults = engine.TABLES["vllm_server"] | engine.careful_settings()
+    defaults |= dict(model=folder, host=args.host, port=args.port)
+    ours = [f"--{k}" if v is True else f"--{k}={v}" for k, v in defaults.items()]
     sys.argv = ["serve_vllm.py", *ours, *vllm_flags, "--middleware=support.doors.Doors"]
     print(f"loading {folder}; then http://{args.host}:{args.port}/v1", file=sys.stderr)
-    entry.main()
+    with engine.keep_inside():
+        entry.main()
 
 def main() -> int | None:
     parser = ArgumentParser(description="Our model in vLLM. Any other flag is for vLLM's server.")

@@ -1,7 +1,5 @@
 """support/engine.py -- vLLM in this process. Import it before vllm, for it sets its environment."""
-import atexit
 import os
-import shutil
 import tempfile
 from importlib import metadata, util
 from pathlib import Path
@@ -19,16 +17,17 @@ if hasattr(os, "sched_getaffinity"):  # by default it leaves a core idle
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
 
-for name, folder in TABLES["vllm_places"].items():
-    os.environ.setdefault(name, str(cache_dir().absolute() / folder))
+CACHE = cache_dir().absolute()
+if os.environ.get("TORCHINDUCTOR_CACHE_DIR", "").startswith(tempfile.gettempdir()):
+    del os.environ["TORCHINDUCTOR_CACHE_DIR"]  # torch has set it, when it was imported
+os.environ.update({k: str(CACHE / v) for k, v in TABLES["vllm_places"].items()} | os.environ)
 
-def keep_inside() -> None:
-    """Temporary files and sockets go to our cache, too, and are gone when we are."""
-    place = cache_dir().absolute()
-    if "TMPDIR" not in os.environ and len(os.fsencode(place)) < 60:  # 107 for a socket's path
-        place.mkdir(parents=True, exist_ok=True)
-        os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="tmp.", dir=place)
-        atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
+def keep_inside() -> tempfile.TemporaryDirectory:  # for temporary files and sockets, in our cache
+    CACHE.mkdir(parents=True, exist_ok=True)
+    usual = "TMPDIR" in os.environ or len(os.fsencode(CACHE)) > 60  # 107 for a socket's path
+    folder = tempfile.TemporaryDirectory(prefix="tmp.", dir=None if usual else CACHE)
+    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
+    return folder
 
 def check_installed() -> None:
     if not INSTALLED:
