@@ -150,8 +150,7 @@ def serve(args, vllm_flags: list[str]) -> None:
         raise UserError("the model to serve is named by --ckpt")
     check_port(args.host, args.port)
     folder = engine.servable(args.ckpt, args.encoder, args.llm)
-    doors = {f"BOREALIS_{name.upper()}": str(getattr(args, name)) for name in FLAGS["doors"]}
-    os.environ.update(doors)  # for support/doors.py, where vLLM imports it
+    os.environ.update({f"BOREALIS_{k.upper()}": str(getattr(args, k)) for k in FLAGS["doors"]})
     os.environ.setdefault("VLLM_MAX_AUDIO_CLIP_FILESIZE_MB", str(math.ceil(args.max_request_mb)))
     defaults = engine.TABLES["vllm_server"] | engine.careful_settings()
     defaults |= dict(model=folder, host=args.host, port=args.port)
