@@ -18,7 +18,7 @@ from itertools import chain
 import model
 from model import AUDIO, SAMPLE_RATE
 from support import engine, transcripts  # before vllm, which reads what engine sets
-from support.cli import ArgumentParser, UserError, check_port, run
+from support.cli import FLAGS, ArgumentParser, UserError, check_port, run
 
 if __name__ == "__main__" and not engine.INSTALLED:  # one line of error, not vLLM's ImportError
     run(engine.check_installed)
@@ -150,16 +150,19 @@ def serve(args, vllm_flags: list[str]) -> None:
         raise UserError("the model to serve is named by --ckpt")
     check_port(args.host, args.port)
     folder = engine.servable(args.ckpt, args.encoder, args.llm)
-    defaults = dict(model=folder, host=args.host, port=args.port, served_model_name="borealis",
-                    limit_mm_per_prompt='{"audio": 1}') | engine.careful_settings()
+    os.environ.update({f"BOREALIS_{k.upper()}": str(getattr(args, k)) for k in FLAGS["doors"]})
+    os.environ.setdefault("VLLM_MAX_AUDIO_CLIP_FILESIZE_MB", str(math.ceil(args.max_request_mb)))
+    defaults = engine.TABLES["vllm_server"] | engine.careful_settings()
+    defaults |= dict(model=folder, host=args.host, port=args.port)
     ours = [f"--{k}" if v is True else f"--{k}={v}" for k, v in defaults.items()]
-    sys.argv = ["serve_vllm.py", *ours, *vllm_flags]
+    sys.argv = ["serve_vllm.py", *ours, *vllm_flags, "--middleware=support.doors.Doors"]
     print(f"loading {folder}; then http://{args.host}:{args.port}/v1", file=sys.stderr)
-    entry.main()
+    with engine.keep_inside():
+        entry.main()
 
 def main() -> int | None:
     parser = ArgumentParser(description="Our model in vLLM. Any other flag is for vLLM's server.")
-    args, vllm_flags = parser.add_tables("model", "transcribe", "serve").parse_known_args()
+    args, vllm_flags = parser.add_tables("model", "transcribe", "serve", "doors").parse_known_args()
     if args.transcribe and args.live or args.context and not args.transcribe:
         raise UserError("--transcribe has --context and not --live; requests have hotwords")
     os.environ[LIMIT] = str(args.max_audio_seconds or 600)  # which vLLM's processes inherit

@@ -1,5 +1,6 @@
 """support/engine.py -- vLLM in this process. Import it before vllm, for it sets its environment."""
 import os
+import tempfile
 from importlib import metadata, util
 from pathlib import Path
 import numpy as np
@@ -15,6 +16,18 @@ os.environ.update(TABLES["vllm"] | os.environ)
 if hasattr(os, "sched_getaffinity"):  # by default it leaves a core idle
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+
+CACHE = cache_dir().absolute()
+if os.environ.get("TORCHINDUCTOR_CACHE_DIR", "").startswith(tempfile.gettempdir()):
+    del os.environ["TORCHINDUCTOR_CACHE_DIR"]  # torch has set it, when it was imported
+os.environ.update({k: str(CACHE / v) for k, v in TABLES["vllm_places"].items()} | os.environ)
+
+def keep_inside() -> tempfile.TemporaryDirectory:  # for temporary files and sockets, in our cache
+    CACHE.mkdir(parents=True, exist_ok=True)
+    usual = "TMPDIR" in os.environ or len(os.fsencode(CACHE)) > 60  # 107 for a socket's path
+    folder = tempfile.TemporaryDirectory(prefix="tmp.", dir=None if usual else CACHE)
+    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
+    return folder
 
 def check_installed() -> None:
     if not INSTALLED:
