@@ -5,11 +5,8 @@ import hmac
 import logging
 import os
 import re
-import time
-import traceback
 from collections import Counter
 from functools import partialmethod
-from http import HTTPStatus
 from uuid import uuid4
 import uvicorn
 from starlette.datastructures import MutableHeaders
@@ -21,14 +18,12 @@ MB, MOST, SHARE, SECONDS, IDLE = (  # serve() puts its flags into the environmen
     float(os.environ.get(f"BOREALIS_{k.upper()}", v["default"])) for k, v in FLAGS["doors"].items())
 BYTES, TOO_LARGE, ID = int(MB * 2**20), f"more than {MB:g} MB in a request", "X-Request-Id"
 LATE = f"not done within {SECONDS:g} s", f"no event within {IDLE:g} s"  # a live socket
-PREFLIGHT = {"origin", "access-control-request-method"}
 LOG, plain_record = logging.getLogger("uvicorn.error"), logging.getLogRecordFactory()
 
 class Door(HttpToolsProtocol):
     """uvicorn's connection. IDLE seconds without the whole header of a request, or without more of
     its body, close it; in eight steps, for if we were busy ourselves, no client is to blame."""
     def connection_made(self, transport):
-        self.app_state = self.app_state | {"hang_up": transport.abort}  # for Visit, in the scope
         super().connection_made(transport)
         self.tick(0, None)
     def tick(self, waited: int, before):
@@ -48,9 +43,8 @@ def without_words(*args, **kwargs) -> logging.LogRecord:
     """Problems in the log without values and exceptions' messages: they may be a client's text."""
     record = plain_record(*args, **kwargs)
     if record.levelno >= logging.WARNING:
-        kind, _, stack = record.exc_info or (None, None, None)
-        where = f" ({kind.__name__} {traceback.extract_tb(stack)[-1:]})" if kind else ""
-        record.msg, record.args, record.exc_info = str(record.msg).split("\n")[0] + where, (), None
+        kind = f" ({record.exc_info[0].__name__})" if record.exc_info else ""
+        record.msg, record.args, record.exc_info = str(record.msg).split("\n")[0] + kind, (), None
     return record
 
 class Visit:
@@ -61,15 +55,20 @@ class Visit:
         given = re.fullmatch(r"[\w.-]{1,64}", self.headers.get(ID, ""), re.ASCII)
         self.name = self.headers[ID] = given[0] if given else uuid4().hex  # for vLLM, too
         self.client = re.sub(r"[^\w.:]", "?", (scope["client"] or "-")[0])[:64]
-        self.status, self.size, self.events, self.over = 0, 0, 0, False
+        self.status, self.size, self.over = 0, 0, False
+        self.began = asyncio.get_running_loop().time()
+        self.until = self.began + (IDLE if self.live else SECONDS)
     async def receive(self) -> dict:
-        message = await self.uvicorn_receive()
-        self.events += message["type"] == "websocket.receive"
+        try:
+            async with asyncio.timeout_at(self.until):
+                message = await self.uvicorn_receive()
+        except TimeoutError:
+            return await self.end(503, LATE[self.live])
+        if message["type"] == "websocket.receive":
+            self.until = None
         self.status = message.get("code", self.status)
         self.size += len(message.get("body", b""))
-        if self.size > BYTES:
-            await self.end(413, TOO_LARGE)
-        return await self.uvicorn_receive() if self.over else message
+        return message if self.size <= BYTES else await self.end(413, TOO_LARGE)
     async def send(self, message: dict) -> None:
         if self.over:
             return
@@ -78,16 +77,16 @@ class Visit:
             MutableHeaders(scope=message)[ID] = self.name
         self.status = message.get("status", message.get("code", self.status or 101))
         await self.uvicorn_send(message)
-    async def end(self, status: int, why: str) -> None:
-        """Say why. uvicorn then tells the app that the client has gone, and vLLM stops its work."""
-        asyncio.get_running_loop().call_later(0.5, self.scope["state"]["hang_up"])
-        error = dict(error=dict(message=why, type=HTTPStatus(status).phrase, code=status))
-        headers = {"connection": "close"} | ({"retry-after": "1"} if status == 429 else {})
+    async def end(self, status: int, why: str) -> dict:
+        """Say why, and no more. To the app the client has gone, at which vLLM stops its work."""
+        error = dict(error=dict(message=why, type="refused", code=status))
+        headers = {"retry-after": "1"} if status == 429 else {}
         if not self.status:
             await JSONResponse(error, status, headers)(self.scope, self.receive, self.send)
         elif self.live:
             await self.send(dict(type="websocket.close", code=1008, reason=why))
-        self.over = True  # whatever else the app says
+        self.over = True
+        return dict(type=f"{self.scope['type']}.disconnect", code=1008)
 
 class Doors:
     """The ASGI middleware. What it counts is of one process."""
@@ -101,10 +100,11 @@ class Doors:
             return None
         keys = [k for k in scope["app"].state.args.api_key or [os.environ.get("VLLM_API_KEY")] if k]
         told = headers.get("authorization", "").encode("latin-1")
-        known = [hmac.compare_digest(told, f"Bearer {key}".encode()) for key in keys]
-        asks = scope.get("method") == "OPTIONS" and {*headers} >= PREFLIGHT  # CORS will answer
-        refusals = [
-            (keys and not any(known) and not asks, 401, "no valid key in the header Authorization"),
+        known = [hmac.compare_digest(told[7:], key.encode()) for key in keys]
+        known = told[:7].lower() == b"bearer " and any(known)
+        asks = scope.get("method") == "OPTIONS" and "access-control-request-method" in headers
+        refusals = [  # a browser's question is answered by CORSMiddleware
+            (keys and not known and not asks, 401, "no valid key in the header Authorization"),
             (int(headers.get("content-length", 0)) > BYTES, 413, TOO_LARGE),
             (self.held.total() >= MOST, 429, f"{MOST:g} requests at once already: try again"),
             (self.held[visit.client] >= max(1, MOST * SHARE), 429, "too many of yours: try again")]
@@ -112,22 +112,15 @@ class Doors:
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        visit, began = Visit(scope, receive, send), time.monotonic()
+        visit = Visit(scope, receive, send)
         refusal = self.refusal(visit)
-        held = Counter() if refusal else Counter([visit.client])
+        held = Counter([visit.client] * (not refusal))
         self.held += held
-        work = asyncio.create_task(visit.end(*refusal) if refusal else
-                                   self.app(scope, visit.receive, visit.send))
         try:
-            await asyncio.wait([work], timeout=IDLE if visit.live else SECONDS)
-            if not work.done() and not visit.events:
-                await visit.end(408 if visit.live else 503, LATE[visit.live])
-            await asyncio.wait([work], timeout=IDLE if visit.over else None)
-            if not visit.over:
-                await work
+            await (visit.end(*refusal) if refusal else
+                   self.app(scope, visit.receive, visit.send))
         finally:
-            work.cancel()
             self.held -= held
-            LOG.info("%s %s %s %s %s %.3f s", visit.name, visit.client,
-                     scope.get("method", "LIVE"), scope["raw_path"].decode("latin-1")[:200],
-                     visit.status or "-", time.monotonic() - began)
+            seconds = asyncio.get_running_loop().time() - visit.began
+            LOG.info("%s %s %s %s %s %.3f s", visit.name, visit.client, scope.get("method", "LIVE"),
+                     scope["raw_path"].decode("latin-1")[:200], visit.status or "-", seconds)

@@ -140,7 +140,7 @@ def test_sizes(server):
         assert answer.status_code == 413 and answer.headers["content-type"] == "application/json"
         return answer.json()["error"]
     assert error(content=bytes(3 << 20)) == error(content=pour()) == dict(
-        message="more than 2 MB in a request", type="Request Entity Too Large", code=413)
+        message="more than 2 MB in a request", type="refused", code=413)
     got, seconds = server.raw(head("10.0.0.2", content_length=3 << 20))
     assert b" 413 " in got and seconds < 3  # before it was sent
     with pytest.raises(openai.APIStatusError, match="413"):
