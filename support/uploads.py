@@ -8,10 +8,13 @@ import zlib
 from itertools import starmap
 from pathlib import Path
 from typing import Annotated
+import msgspec
 import numpy as np
 import torch
-from fastapi import Form, Request, Response
+from fastapi import Form, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import ValidationError
+from vllm.entrypoints.serve.exception_handling.handlers import exception, vllm_error
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.entrypoints.speech_to_text.base.utils import read_upload_with_limit
 from vllm.entrypoints.speech_to_text.transcription import api_router
@@ -29,6 +32,31 @@ from support.recipes import TABLES
 # In the environment, which reaches all of vLLM's processes. GUARD "0": off
 LIMIT, GUARD = "BOREALIS_MAX_AUDIO_SECONDS", "BOREALIS_LOOP_GUARD"
 os.environ.update(TABLES["vllm_uploads"] | os.environ)
+VALUES = 100_000  # in a JSON body
+GRAMMAR = 3000    # characters of a regex, grammar or schema: what some cost grows with their cube
+SLIPS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, UnicodeError,
+         ValidationError)
+
+# ---- All routes: what vLLM would trip over is refused, and no reason shows its code
+async def parse(self):
+    """Request.json, but strict: half a character, NaN, 1e400 and endless nesting are mistakes."""
+    try:
+        if (body := await self.body()).count(b",") >= VALUES:
+            raise ValueError(f"more than {VALUES} values")
+        return msgspec.json.decode(body)
+    except (ValueError, RecursionError) as e:
+        reason = "nested too deep" if isinstance(e, RecursionError) else cli.first_line(e)
+        raise HTTPException(400, f"unusable JSON: {reason}") from None
+
+Request.json = parse
+
+def refuse(error: Exception):  # -> vLLM's ErrorResponse
+    if isinstance(error.__cause__ or error, SLIPS):
+        return plain_refuse("unusable request: a field of a wrong type or out of range")
+    return plain_refuse(error)
+
+plain_refuse = exception.create_error_response
+exception.create_error_response = vllm_error.create_error_response = refuse
 
 def decode(data: bytes) -> torch.Tensor:  # (samples,) float32 at 16 kHz, or ValueError
     return rows.load_audio(data, silence=True, max_seconds=float(os.environ[LIMIT]))
@@ -42,7 +70,7 @@ audio.load_audio = load_audio_for_vllm
 class Recordings(MediaConnector):
     """data: URLs, http only from --allowed-media-domains: vLLM's own would fetch from anywhere."""
     async def load_from_url_async(self, *args, **kwargs):
-        self.allowed_media_domains = self.allowed_media_domains or ["data-urls-only.invalid"]
+        self.allowed_media_domains = self.allowed_media_domains or ["none: send data: URLs"]
         try:
             return await super().load_from_url_async(*args, **kwargs)
         except Exception as e:  # not audio, file://, an unreachable host, ...
@@ -52,12 +80,17 @@ class Recordings(MediaConnector):
 async def generate(self, prompt, sampling_params, *args, limit: int | None = None, **kwargs):
     """AsyncLLM's. limit: of the tokens in an answer, see model.guard()."""
     on = os.environ[GUARD] != "0" and isinstance(sampling_params, SamplingParams)
+    grammar = getattr(sampling_params, "structured_outputs", None)
+    if grammar and len(repr(grammar)) > GRAMMAR:
+        raise ValueError(f"a grammar, regex or schema of more than {GRAMMAR} characters")
     params = engine.guarded(sampling_params, limit) if on else sampling_params
     whole = on and params.output_kind != RequestOutputKind.DELTA
     ends = ("repetition", "length") if limit else ("repetition",)
     tokenizer = cached_tokenizer_from_config(self.model_config)
     async for output in plain_generate(self, prompt, params, *args, **kwargs):
         for said in output.outputs:
+            if grammar and said.finish_reason == "error":
+                raise ValueError("the grammar, regex or schema cannot be followed")
             if whole and said.finish_reason in ends:
                 said.token_ids = model.guard([*said.token_ids], limit)
                 said.text = tokenizer.decode(said.token_ids, skip_special_tokens=True)
@@ -112,7 +145,8 @@ async def transcribe(raw_request: Request,
     wave = await asyncio.to_thread(decode, await read_upload_with_limit(form.file))
     config, name = server.model_config, f"transcribe-{server._base_request_id(raw_request)}"
     pieces = pauses.cut_at_pauses(wave, config.hf_config.window_samples)
-    params = form.to_sampling_params(form.max_completion_tokens or config.max_model_len)
+    most = form.max_completion_tokens
+    params = form.to_sampling_params(config.max_model_len if most is None else most)
     params.logprobs = 1
     asked = [(server, piece, params, f"{name}-{i}", lora, sample) for i, piece in enumerate(pieces)]
     if form.stream:
