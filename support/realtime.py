@@ -25,10 +25,8 @@ AHEAD = 120 * SAMPLE_RATE  # samples that may wait; who sends more is read no fa
 class Connection(connection.RealtimeConnection):
     """vLLM's, which reads the events into a queue; all that is ours is what becomes of them."""
     async def handle_event(self, event) -> None:
-        if not isinstance(event, dict):
-            return await self.send_error("an event is a JSON object", "invalid_event")
-        if not isinstance(event.get("model", ""), str):
-            return await self.send_error("model: not a text", "invalid_event")
+        if not isinstance(event, dict) or not isinstance(event.get("model", ""), str):
+            return await self.send_error("an event is a JSON object, a model a name", "invalid_event")
         if self.waiting() >= AHEAD and not self.generation_task:
             return await self.send_error("audio waits for a first commit", "invalid_event")
         await super().handle_event(event)

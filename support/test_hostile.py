@@ -97,8 +97,8 @@ def wavs(rng: Random):
         yield f"EXTENSIBLE, garbage {i}", wav(tag=0xFFFE, more=struct.pack("<H", 22)
                                               + rng.randbytes(22)), None
     for value in (np.nan, np.inf, -np.inf, 1e30, 3e38):
-        wave = np.full(8000, value, np.float32)
-        yield f"samples of {value}", wav_bytes(wave, subtype="FLOAT"), REFUSED
+        sound = np.full(8000, value, np.float32).tobytes()
+        yield f"samples of {value}", wav(tag=3, bits=32, sound=sound), REFUSED
     for n in (0, 1, 100, 1599):
         yield f"{n} samples", wav(sound=PCM[:2 * n]), REFUSED
     yield "half a sample", wav(sound=PCM + b"x"), None
@@ -116,9 +116,21 @@ def flip(file: bytes, rng: Random, bits: int, until: int | None = None) -> bytes
 CODECS = dict(flac=("FLAC", None), vorbis=("OGG", "VORBIS"), opus=("OGG", "OPUS"), mp3=("MP3", None),
               aiff=("AIFF", None), caf=("CAF", None), au=("AU", None), w64=("W64", None))
 
+def numbered(file: bytes) -> bytes:
+    """An Ogg with serial number 1: libsndfile draws one, and a seed shall decide all."""
+    pages = [bytearray(b"OggS" + page) for page in file.split(b"OggS")[1:]]
+    for page in pages:
+        page[14:18], page[22:26], crc = b"\1\0\0\0", bytes(4), 0
+        for byte in page:
+            crc ^= byte << 24
+            for _ in range(8):
+                crc = crc << 1 ^ (crc >> 31) * 0x104C11DB7
+        page[22:26] = struct.pack("<I", crc)
+    return b"".join(pages) or file
+
 def coded(rng: Random):
     for name, how in CODECS.items():
-        file = wav_bytes(tone(0.5, 2), 16000, *how)
+        file = numbered(wav_bytes(tone(0.5, 2), 16000, *how))
         for i in range(6):
             yield f"{name}, flipped {i}", flip(file, rng, 1 + 4 * i), None
         for i in range(2):
@@ -143,7 +155,8 @@ def coded(rng: Random):
 
 @cache
 def phone(kind: str, codec: str) -> bytes:
-    with av.open(file := io.BytesIO(), "w", format=kind) as container:
+    exact = dict(fflags="+bitexact")  # no random numbers in it
+    with av.open(file := io.BytesIO(), "w", format=kind, options=exact) as container:
         stream = container.add_stream(codec, rate=48000, layout="mono")
         wave = tone(0.5).numpy().repeat(3)[None]
         frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
@@ -331,6 +344,7 @@ def big_cases(rng: Random):
             "a stop of 10^6": chat(stop=["ы" * 10 ** 6]), "an empty stop": chat(stop=[""]),
             "10^5 unknown fields": chat(**{f"x{i}": i for i in range(100_000)}),
             "a name of 10^6": chat(model="x" * 10 ** 6), "max_tokens 10^18": chat(max_tokens=10 ** 18),
+            "2 * 10^4 unknown fields": chat(**{f"x{i}": i for i in range(20_000)}),
             "max_tokens 0": chat(max_tokens=0), "max_tokens -1": chat(max_tokens=-1),
             "min_tokens > max_tokens": chat(min_tokens=9), "min_tokens 10^9": chat(min_tokens=10 ** 9),
             "seed 2^63": chat(seed=2 ** 63), "seed -2^63-1": chat(seed=-2 ** 63 - 1),
@@ -385,7 +399,8 @@ def big_cases(rng: Random):
         yield Case(f"schema: {name}", "big", CHAT, chat(response_format=form), EITHER)
 
 EXPECTED = {  # what is strange and no fault
-    "max_tokens 10^18": EITHER, "10^5 unknown fields": ANSWERED, 
+    "2 * 10^4 unknown fields": ANSWERED,
+    "max_tokens 10^18": EITHER,  
     "10^6 spaces": EITHER, "top_p 0": REFUSED, "10^4 stops": EITHER, "10^4 bad words": EITHER,
     "a stop of 10^6": EITHER, "bias of 1e308": EITHER, "template arguments": EITHER,
     "audio settings": EITHER, "processor settings": EITHER, "transfer": EITHER, "a beam": EITHER,
@@ -710,8 +725,7 @@ def test_server_survives_what_no_friend_sends(clients, net, capsys):
     request is answered as ever; after all, twice, nothing is left behind."""
     url = f"http://127.0.0.1:{clients[0].base_url.port}"
     asked = [c for c in cases(SEED) if c.kind != "silence"]  # needs doors
-    assert len({(c.kind, c.name) for c in asked}) >= 330 and asked == [
-        c for c in cases(SEED) if c.kind != "silence"]
+    assert len({(c.kind, c.name) for c in asked}) > 900
     right, port = native(net), clients[0].base_url.port
     with httpx.Client(base_url=url, timeout=60, limits=ONCE, trust_env=False) as friend:
         def check(kind):
@@ -727,6 +741,11 @@ def test_server_survives_what_no_friend_sends(clients, net, capsys):
     assert max(o.seconds for o in first + second) < 30  # 5 s, where nothing else runs
     assert after["memory"] < 1.03 * before["memory"], (before, after)
     assert after["files"] <= before["files"] and after["threads"] <= before["threads"] + 2
+
+@needs_vllm
+def test_a_seed_decides_all():
+    first, again, other = cases(1), cases(1), cases(2)
+    assert first == again != other and len(first) == len(other)
 
 # ---- The same as rows of a manifest
 TEXTS = ["null", "7", "-1", "1e400", "NaN", "[]", "{}", '""', '"  "', "true", '"\\ud800"', "[[[1]]]",
@@ -794,7 +813,8 @@ def test_evaluation_of_hostile_rows(hostile_rows, checkpoint, monkeypatch, capsy
     (folder / "sound.jsonl").write_bytes(b"\n".join(line for line, *_ in spoken))
     flags = ["--ckpt", checkpoint, "--out", tmp_path / "out", "--max_new_tokens", 2, "--manifest"]
     code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *flags, folder / "texts.jsonl")
-    assert is_one_line(code, err, "rows are unusable") and not CODE.search(err)
+    assert is_one_line(code, err, "rows are unusable")
+    assert not CODE.search(err.replace(str(folder), ""))
     begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     code, out, err = exit_of(evaluation.main, monkeypatch, capsys, *flags, folder / "sound.jsonl")
     assert code == 0 and "Traceback" not in err

@@ -34,28 +34,23 @@ LIMIT, GUARD = "BOREALIS_MAX_AUDIO_SECONDS", "BOREALIS_LOOP_GUARD"
 os.environ.update(TABLES["vllm_uploads"] | os.environ)
 VALUES = 100_000  # in a JSON body
 GRAMMAR = 3000    # characters of a regex, grammar or schema: what some cost grows with their cube
-SLIPS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, UnicodeError,
-         ValidationError)
+SLIPS = ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValidationError
 
 # ---- All routes: what vLLM would trip over is refused, and no reason shows its code
-async def parse(self):
-    """Request.json, but strict: half a character, NaN, 1e400 and endless nesting are mistakes."""
+async def parse(self):  # Request.json, but strict: no half characters, no NaN, no 1e400
     try:
         if (body := await self.body()).count(b",") >= VALUES:
-            raise ValueError(f"more than {VALUES} values")
+            raise msgspec.DecodeError(f"more than {VALUES} values")
         return msgspec.json.decode(body)
     except (ValueError, RecursionError) as e:
-        reason = "nested too deep" if isinstance(e, RecursionError) else cli.first_line(e)
-        raise HTTPException(400, f"unusable JSON: {reason}") from None
-
-Request.json = parse
+        known = isinstance(e, msgspec.DecodeError)
+        raise HTTPException(400, str(e) if known else "JSON: not UTF-8, or nested too deep") from e
 
 def refuse(error: Exception):  # -> vLLM's ErrorResponse
-    if isinstance(error.__cause__ or error, SLIPS):
-        return plain_refuse("unusable request: a field of a wrong type or out of range")
-    return plain_refuse(error)
+    slip = isinstance(error.__cause__ or error, SLIPS)
+    return plain_refuse("a field is of a wrong type or out of range" if slip else error)
 
-plain_refuse = exception.create_error_response
+Request.json, plain_refuse = parse, exception.create_error_response
 exception.create_error_response = vllm_error.create_error_response = refuse
 
 def decode(data: bytes) -> torch.Tensor:  # (samples,) float32 at 16 kHz, or ValueError
