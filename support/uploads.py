@@ -32,7 +32,8 @@ from support.recipes import TABLES
 # In the environment, which reaches all of vLLM's processes. GUARD "0": off
 LIMIT, GUARD = "BOREALIS_MAX_AUDIO_SECONDS", "BOREALIS_LOOP_GUARD"
 os.environ.update(TABLES["vllm_uploads"] | os.environ)
-SLIPS = ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValidationError
+SLIPS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, UnicodeError,
+         ValidationError)
 
 # ---- All routes: what vLLM would trip over is refused, and no reason shows its code
 async def parse(self):  # Request.json, but strict: no half characters, no NaN, no 1e400
