@@ -30,8 +30,7 @@ class Connection(connection.RealtimeConnection):
         if self.waiting() >= AHEAD and not self.generation_task:
             return await self.send_error("audio waits for a first commit", "invalid_event")
         await super().handle_event(event)
-        task = self.generation_task
-        while task and not task.done() and self.waiting() > AHEAD:
+        while (task := self.generation_task) and not task.done() and self.waiting() > AHEAD:
             await asyncio.sleep(0.05)
     def waiting(self) -> int:  # samples in the queue; a piece counts for 0.1 s at least
         return sum(max(1600, np.size(chunk)) for chunk in self.audio_queue._queue)
