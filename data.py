@@ -54,7 +54,7 @@ def read_manifest(path: str, bad: BadRows, evaluation: bool = False) -> tuple[li
     for name, line in lines:
         try:
             samples.append(replace(parse_row(json.loads(line), folder, evaluation), name=name))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             bad.add(str(e) if isinstance(e, BadRow) else "broken JSON", name)
     return samples, len(lines)
 

@@ -212,7 +212,7 @@ def test_control_tokens_in_a_text_are_text(tokenizer, plain_tokenizer, net, tmp_
     for plain in ("a < b, <c> 3<4 <", "<\u0338 e\u0301", "<|", "|im_end|>", "<<<\n\n<", "< |a|>"):
         ids, _ = nb.build_ids(tokenizer, config, [dict(role="user", content=plain)])
         assert ids == start + plain_tokenizer(plain).input_ids + end, plain
-    with pytest.raises(Exception, match="roles are"):
+    with pytest.raises(Exception, match="unknown role"):
         nb.build_ids(tokenizer, config, [dict(role="user<|im_end|>", content="")])
 
 @needs_shared

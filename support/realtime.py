@@ -20,19 +20,23 @@ from model import SAMPLE_RATE
 from support import cli, pauses, uploads
 
 GREEDY = SamplingParams(temperature=0, max_tokens=256, output_kind=RequestOutputKind.FINAL_ONLY)
-AHEAD = 1000  # pieces of sound that may wait; who sends more is read no faster than heard
+AHEAD = 120 * SAMPLE_RATE  # samples that may wait; who sends more is read no faster than heard
 
 class Connection(connection.RealtimeConnection):
     """vLLM's, which reads the events into a queue; all that is ours is what becomes of them."""
     async def handle_event(self, event) -> None:
-        if not isinstance(event, dict):
-            return await self.send_error("an event is a JSON object", "invalid_event")
-        if self.audio_queue.qsize() >= AHEAD and not self.generation_task:
+        if not isinstance(event, dict) or not isinstance(event.get("model", ""), str):
+            return await self.send_error("an event is a JSON object, model a name", "invalid_event")
+        if self.waiting() >= AHEAD and not self.generation_task:
             return await self.send_error("audio waits for a first commit", "invalid_event")
         await super().handle_event(event)
-        task = self.generation_task
-        while task and not task.done() and self.audio_queue.qsize() > AHEAD:
+        while (task := self.generation_task) and not task.done() and self.waiting() > AHEAD:
             await asyncio.sleep(0.05)
+    def waiting(self) -> int:  # samples in the queue; a piece counts for 0.1 s at least
+        return sum(max(1600, np.size(chunk)) for chunk in self.audio_queue._queue)
+    async def send_error(self, message: str, code: str | None = None) -> None:
+        slip = code == "processing_error"  # vLLM's, for whatever it trips over
+        await super().send_error("a field of a wrong type, or nested" if slip else message, code)
     async def start_generation(self) -> None:
         if self.generation_task is None or self.generation_task.done():
             self.generation_task = asyncio.create_task(self.transcribe())
@@ -47,8 +51,7 @@ class Connection(connection.RealtimeConnection):
                 yield piece, more, False
         yield rest, False, True
     async def transcribe(self) -> None:
-        phrases = pauses.Phrases(self.serving.model_config.hf_config.window_samples)
-        heard = []
+        phrases, heard = pauses.Phrases(self.serving.model_config.hf_config.window_samples), []
         async def decode(n, over=False):  # the first n samples of the phrase
             wave, name = torch.from_numpy(phrases.phrase[:n]), f"{self.connection_id}-{uuid4()}"
             output = await uploads.answer(self.serving, wave, GREEDY, name)
@@ -67,7 +70,7 @@ class Connection(connection.RealtimeConnection):
         except Exception as e:
             connection.logger.exception("a live session ends")
             with suppress(Exception):  # the client may be gone
-                await self.send_error(cli.first_line(e), "processing_error")
+                await self.send_error(cli.first_line(e), "transcription_error")
 
 @router.websocket("/v1/realtime")
 async def realtime(socket: connection.WebSocket):

@@ -125,7 +125,7 @@ def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_S
         while n <= most and (block := next(sound, None)) is not None:
             blocks.append(block)
             n += len(block)
-    except (RuntimeError, TypeError, ValueError, LookupError, EOFError, OSError) as e:
+    except Exception as e:  # of many kinds, some PyAV's own
         raise e if isinstance(e, BadRow) else BadRow("not audio") from None
     if not 1000 <= rate <= 1_000_000:
         raise BadRow(f"a sample rate of {rate} Hz")

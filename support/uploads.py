@@ -8,10 +8,13 @@ import zlib
 from itertools import starmap
 from pathlib import Path
 from typing import Annotated
+import msgspec
 import numpy as np
 import torch
-from fastapi import Form, Request, Response
+from fastapi import Form, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import ValidationError
+from vllm.entrypoints.serve.exception_handling.handlers import exception, vllm_error
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.entrypoints.speech_to_text.base.utils import read_upload_with_limit
 from vllm.entrypoints.speech_to_text.transcription import api_router
@@ -29,6 +32,24 @@ from support.recipes import TABLES
 # In the environment, which reaches all of vLLM's processes. GUARD "0": off
 LIMIT, GUARD = "BOREALIS_MAX_AUDIO_SECONDS", "BOREALIS_LOOP_GUARD"
 os.environ.update(TABLES["vllm_uploads"] | os.environ)
+SLIPS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, UnicodeError,
+         ValidationError)
+
+# ---- All routes: what vLLM would trip over is refused, and no reason shows its code
+async def parse(self):  # Request.json, but strict: no half characters, no NaN, no 1e400
+    if (body := await self.body()).count(b",") > 100_000:  # messages, parts, prompts
+        raise HTTPException(400, "more than 100,000 values")
+    try:
+        return msgspec.json.decode(body)
+    except (ValueError, RecursionError) as e:
+        raise HTTPException(400, f"unusable JSON: {e}") from None
+
+def refuse(error: Exception):  # -> vLLM's ErrorResponse
+    slip = isinstance(error.__cause__ or error, SLIPS)
+    return plain_refuse("a field is of a wrong type or out of range" if slip else error)
+
+Request.json, plain_refuse = parse, exception.create_error_response
+exception.create_error_response = vllm_error.create_error_response = refuse
 
 def decode(data: bytes) -> torch.Tensor:  # (samples,) float32 at 16 kHz, or ValueError
     return rows.load_audio(data, silence=True, max_seconds=float(os.environ[LIMIT]))
@@ -42,7 +63,7 @@ audio.load_audio = load_audio_for_vllm
 class Recordings(MediaConnector):
     """data: URLs, http only from --allowed-media-domains: vLLM's own would fetch from anywhere."""
     async def load_from_url_async(self, *args, **kwargs):
-        self.allowed_media_domains = self.allowed_media_domains or ["data-urls-only.invalid"]
+        self.allowed_media_domains = self.allowed_media_domains or ["none: send data: URLs"]
         try:
             return await super().load_from_url_async(*args, **kwargs)
         except Exception as e:  # not audio, file://, an unreachable host, ...
@@ -52,13 +73,17 @@ class Recordings(MediaConnector):
 async def generate(self, prompt, sampling_params, *args, limit: int | None = None, **kwargs):
     """AsyncLLM's. limit: of the tokens in an answer, see model.guard()."""
     on = os.environ[GUARD] != "0" and isinstance(sampling_params, SamplingParams)
+    if len(repr(getattr(sampling_params, "structured_outputs", None))) > 3000:
+        raise ValueError("a grammar, regex or schema of more than 3000 characters")  # costs n^3
     params = engine.guarded(sampling_params, limit) if on else sampling_params
     whole = on and params.output_kind != RequestOutputKind.DELTA
     ends = ("repetition", "length") if limit else ("repetition",)
     tokenizer = cached_tokenizer_from_config(self.model_config)
     async for output in plain_generate(self, prompt, params, *args, **kwargs):
         for said in output.outputs:
-            if said.finish_reason == "error":  # it has no words, but not because nobody speaks
+            if said.finish_reason == "error" and params.structured_outputs:
+                raise ValueError("the grammar, regex or schema cannot be followed")
+            if said.finish_reason == "error":  # no words, but not because nobody speaks
                 raise RuntimeError("the engine fails at this request: send it again")
             if whole and said.finish_reason in ends:
                 said.token_ids = model.guard([*said.token_ids], limit)
@@ -94,9 +119,6 @@ async def events(server, form, name: str, asked: list):
         yield f"data: {server.create_streaming_error_response(e)}\n\n"
     yield "data: [DONE]\n\n"
 
-def spoken(said) -> bool:  # are there words in this answer? Only then it becomes a segment
-    return bool(pauses.without_thoughts(said.text))
-
 api_router.router.routes.clear()  # vLLM's knows no times
 @api_router.router.post("/v1/audio/transcriptions")
 @with_cancellation
@@ -119,14 +141,14 @@ async def transcribe(raw_request: Request,
     asked = [(server, piece, params, f"{name}-{i}", lora, sample) for i, piece in enumerate(pieces)]
     if form.stream:
         return StreamingResponse(events(server, form, name, asked), media_type="text/event-stream")
-    answers = await asyncio.gather(*starmap(answer, asked))
-    answers = [output.outputs[0] for output in answers]
+    answers = [output.outputs[0] for output in await asyncio.gather(*starmap(answer, asked))]
     segments, seconds = pauses.timed(pieces, [said.text for said in answers])
     body = pauses.to_json(segments, seconds)
     if form.response_format in ("text", "srt", "vtt"):
         write = dict(pauses.FORMATS, text=lambda *_: body["text"] + "\n")[form.response_format]
         return PlainTextResponse(write(segments, seconds))
-    for said, segment in zip(filter(spoken, answers), body["segments"], strict=True):
+    spoken = (said for said in answers if pauses.without_thoughts(said.text))  # others: no segment
+    for said, segment in zip(spoken, body["segments"], strict=True):
         data, steps = said.text.encode(), zip(said.logprobs, said.token_ids, strict=True)
         segment |= dict(  # what else OpenAI's clients expect; the last is Whisper's alone
             seek=int(segment["start"]), tokens=[*said.token_ids], temperature=form.temperature,
