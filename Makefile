@@ -118,7 +118,7 @@ context: $(READY)
 
 bench: $(READY) vllm
 	$(PY) -m support.bench augment
-	$(PY) -m support.bench train
+	$(PY) -m support.bench train --size tiny
 	$(PY) -m support.bench generate
 	$(PY) -m support.bench serve
 	$(if $(GPU),$(PY) -m support.bench gpu)

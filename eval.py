@@ -120,8 +120,7 @@ def load_splits(cfg, trained_on: dict) -> dict[str, list]:
         available = {name: partial(tasks.load_split, source, *how, cfg.limit)
                      for name, source in recipes.BENCHMARK.items()}
     else:
-        cli.refuse(manifest,
-                   f"{cfg.ckpt} was trained on a manifest: name yours with --manifest FILE")
+        cli.refuse(manifest, f"{cfg.ckpt} was trained on a manifest: name yours with --manifest")
         available, languages = {}, (cfg.lang or trained_on["lang"]).split(",")
         n = min(cfg.limit or corpus.EVAL_UTTERANCES, corpus.EVAL_UTTERANCES)
         for lang, name in product(languages, (*corpus.EVAL_SPLITS, *HARD, *corpus.MORE_SPLITS)):
@@ -141,8 +140,7 @@ def parse_config():  # -> the flags, see [eval] in support/flags.toml
         cfg.context = context.parse(cfg.context)
     for_asr = cfg.baseline or cfg.context or cfg.chunk == "vad"
     fixed = cfg.audio or cfg.split or cfg.task == "bigbench"
-    cli.refuse(cfg.prompt is not None and not cfg.audio,
-               "--prompt asks about one file: add --audio")
+    cli.refuse(cfg.prompt is not None and not cfg.audio, "--prompt asks about a file: add --audio")
     cli.refuse(cfg.manifest and fixed, "with --audio, --split, bigbench: leave out --manifest")
     cli.refuse(cfg.audio and not Path(cfg.audio).is_file(), f"no file at {cfg.audio}")
     cli.refuse(cfg.task == "qa" and not cfg.manifest, "--task qa: name a --manifest with questions")

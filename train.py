@@ -9,94 +9,35 @@ import math
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from data import Chain, Dataset, HubSamples, Schedule, digest, read_manifest, tiny_pool
-from model import ENCODER, LLM
-from support import decoding, launch, lora, optim, ranks, storage
+from support import cli, decoding, launch, lora, meter, optim, ranks, recipes, storage, tiny
 from support.banks import TRAINED, Silence, open_banks, without_babble
-from support.cli import UserError, as_user_error, flag, run
 from support.context import Context
-from support.meter import Log, Silent, count, speed
-from support.recipes import MIXES, POOLS, PRESETS
 from support.rows import BadRows, usable
-from support.tiny import scratch_model
 
-# ---- Configuration: the defaults are the full-size run, a preset changes some, flags change any
-@dataclass
-class TrainConfig:
-    preset: str = flag("ru_text_10pct", "one of the post's runs, or its tiny twin", choices=PRESETS)
-    # data. Each field is a command-line flag: flag(default, help, bounds or choices).
-    mix: str | None = flag("ru_text_10pct", "listed by: data.py --mixes", choices=[*MIXES, "none"])
-    max_rows: int | None = flag(None, "of each dataset, streamed: for a first trial", low=1)
-    train_manifest: str | None = flag(None, "JSONL instead of a mix, see data.py")
-    embedded: bool = flag(False, "speak the mix's pools (espeak-ng) instead of using the hub")
-    lang: str = flag("ru", "of the embedded corpus", choices=["ru", "en", "ru,en", "en,ru"])
-    utterances: int = flag(12000, "spoken by the embedded corpus for each pool", low=1)
-    curriculum: str = flag("none", "fractions of the run where augment.py's stages start, or none")
-    noise: str = flag("made", "for the curriculum: made, hub, or a folder of recordings")
-    rooms: str = flag("made", "impulse responses for it: made, hub, or a folder")
-    silence: float = flag(0.0, "share of rows in which nobody speaks, made of noises", 0, 0.99)
-    context: float = flag(0.0, "share of transcripts that are told some words before", 0, 1)
-    max_tokens: int = flag(2048, "a longer row, audio included, is left out and counted", low=1)
-    max_windows: int = flag(4, "so is a recording of more windows (30 s each)", low=1)
-    max_seconds: int = flag(3600, "and a longer one, which is not decoded to its end", low=1)
-    # model
-    encoder: str = flag(ENCODER, "any Whisper, hub name or path")
-    llm: str = flag(LLM, "any Qwen3, hub name or path")
-    init_from: str | None = flag("AlexWortega/Borealis5b_90k", "checkpoint to start from, or none")
-    layers: int = flag(2, "of a tiny model's LLM", low=1)
-    adapter: str = flag("simple", "a new one's: 19.7 M, or 78.6 M", choices=["simple", "deep"])
-    train: str = flag("lora", "which parts learn", choices=["adapter", "lora", "full", "scratch"])
-    lora_rank: int = flag(256, "of matrices beside all linears of the LLM", low=1)  # post: ~500M
-    lora_alpha: float = flag(512, "they are scaled by alpha / rank")
-    lora_dropout: float = flag(0.0, "the data is seen about once", low=0, high=0.999)
-    # optimisation
-    steps: int = flag(1624, "optimizer steps", low=1)
-    effective_batch: int = flag(128, "samples a step: 8 GPUs x 1 x accumulation 16", low=1)
-    optimizer: str = flag("adamw", "muon: for matrices, beside it", choices=["adamw", "muon"])
-    lr: float = flag(1e-5, "peak learning rate", low=1e-12)
-    muon_lr: float = flag(0.02, "the same of matrices that Muon trains", low=1e-12)
-    min_lr: float = flag(0.0, "the cosine ends here, as a share of --lr", low=0, high=1)
-    warmup: float = flag(0.03, "share of the steps with a rising learning rate", low=0, high=1)
-    weight_decay: float = flag(0.01, "on matrices only", low=0)
-    beta2: float = flag(0.98, "of AdamW", low=0, high=0.999999)
-    grad_clip: float = flag(1.0, "the gradient norm is cut to this; 0: never", low=0)
-    ctc: float = flag(0.0, "weight at first of support/optim.py's CTC; it fades out", low=0)
-    bf16: bool = flag(False, "multiply in it on a CPU, too, if it is fast at that")
-    seed: int = flag(0, "of data order, initial weights and dropout")
-    # where and how it runs: --resume may change all below, and nothing above
-    out: str = flag("out", "folder of the run", aliases=["--out_dir"])
-    resume: bool = flag(False, "go on from the newest checkpoint in --out, with its configuration")
-    overwrite: bool = flag(False, "start anew although --out holds a run")
-    strict: bool = flag(False, "stop at the first unusable row instead of counting it")
-    data_dir: str | None = flag(None, "local copies of the hub's repositories, at owner/name")
-    batch_size: int | None = flag(None, "samples at once; default: what fits the GPU", low=1)
-    device: str = flag("auto", "where to compute", choices=["cpu", "cuda", "auto"])
-    workers: int = flag(4, "processes a GPU that decode audio", low=0)
-    grad_checkpoint: bool = flag(False, "a third more compute, far less memory")
-    shard: bool = flag(False, "spread weights and optimizer over the GPUs: for --train full")
-    compile: bool = flag(False, "torch.compile each layer")
-    save_every: int = flag(500, "steps between checkpoints", low=1)
-    keep: int = flag(3, "checkpoints to keep, the newest; 0: all", low=0)
-    log: str = flag("none", "a tracker, too", choices=["none", "wandb", "trackio"])
+# ---- Configuration: [train] of support/flags.toml is the full-size run, presets change some of it
+class TrainConfig(SimpleNamespace):
+    def __init__(self, **given):
+        super().__init__(**{k: f.get("default") for k, f in cli.FLAGS["train"].items()} | given)
 
 # ---- Data and model
 def load_pools(cfg, bad):  # -> (banks, {name: pool of samples}, their shares). Raises UserError
     wanted = cfg.silence or cfg.curriculum != "none"
     banks = open_banks(cfg.noise, cfg.rooms, data_dir=cfg.data_dir) if wanted else None
-    mix = {"manifest": 1} if cfg.train_manifest else MIXES[cfg.mix or "pretrain"]
-    pools, shares = {}, [*mix.values()]
+    mix = {"manifest": 1} if cfg.train_manifest else recipes.MIXES[cfg.mix or "pretrain"]
+    pools, shares, hub = {}, [*mix.values()], (cfg.data_dir, cfg.max_rows)
     for name in mix:
         if cfg.train_manifest:
             pools[name], _ = read_manifest(cfg.train_manifest, bad)
         elif cfg.embedded:
             pools[name] = tiny_pool(name, cfg.utterances, cfg.seed, cfg.lang.split(","))
-        elif name not in POOLS:
-            raise UserError(f"--mix {cfg.mix} has no datasets, it is spoken: add --embedded")
+        elif name not in recipes.POOLS:
+            raise cli.UserError(f"--mix {cfg.mix} has no datasets, it is spoken: add --embedded")
         else:
-            pools[name] = Chain([HubSamples(s, cfg.data_dir, cfg.max_rows) for s in POOLS[name]])
+            pools[name] = Chain([HubSamples(s, *hub) for s in recipes.POOLS[name]])
     if cfg.silence:
         n = min(1000, math.ceil(cfg.silence * cfg.steps * cfg.effective_batch))
         noises = without_babble(banks[0]) if cfg.noise == "made" else banks[0]
@@ -113,7 +54,7 @@ def build(cfg, device):
         size = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout)
         lora.prepare(model, cfg.train, size if cfg.train == "lora" else None)
     if cfg.resume:
-        with as_user_error("", ValueError):
+        with cli.as_user_error("", ValueError):
             storage.restore_weights(cfg.out, model)
     return model
 
@@ -121,7 +62,7 @@ def build_tiny(cfg, samples):  # -> a random model; its tokenizer knows the word
     more = ["ru_audio", "en_audio", "text"] if cfg.mix else []
     texts = Chain([samples, *(tiny_pool(pool, 1000, cfg.seed) for pool in more)])
     torch.manual_seed(cfg.seed)
-    return scratch_model(texts, 2048 if more else 1024, layers=cfg.layers, adapter=cfg.adapter)
+    return tiny.scratch_model(texts, 2048 if more else 1024, layers=cfg.layers, adapter=cfg.adapter)
 
 def load_data_and_model(cfg, rank, world, device):
     """-> (model, dataset, {pool: (samples, digest)}, [their shares]). Raises UserError."""
@@ -144,9 +85,10 @@ def load_data_and_model(cfg, rank, world, device):
     dataset = Dataset(samples, augment=augment, context=context, batch_size=batch_size, **settings)
     if rank == 0:
         launch.check_data(cfg, data)
-        print(f"{len(samples)} samples; {count(model):,} parameters, {count(model, True):,} trained"
-              f"; {world} process(es) on {device.type}, batch {batch_size} x accumulation "
-              f"{math.ceil(cfg.effective_batch / world / batch_size)}", flush=True)
+        print(f"{len(samples)} samples; {meter.count(model):,} parameters, "
+              f"{meter.count(model, True):,} trained; {world} process(es) on {device.type}, batch "
+              f"{batch_size} x accumulation {math.ceil(cfg.effective_batch / world / batch_size)}",
+              flush=True)
     return model.to(device), dataset, data, shares
 
 # ---- The loop
@@ -206,7 +148,7 @@ def train(cfg: TrainConfig) -> int:
     saver = storage.Saver(out, cfg.keep, rank)
     if rank == 0 and cfg.overwrite and not cfg.resume:
         saver.clear()
-    log = Log(cfg, start) if rank == 0 else Silent()
+    log = meter.Log(cfg, start) if rank == 0 else meter.Silent()
     bad, too_long = BadRows(cfg.strict), BadRows()  # left out; too many bad ones end the run
     signals, stopped, diverged = ranks.catch_signals(), False, False
 
@@ -226,10 +168,10 @@ def train(cfg: TrainConfig) -> int:
             break
         optim.update(optimizers, lr, forget=world == 1 or cfg.shard)  # see wrap
         log.write(dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm,
-                       **speed(model, total, time.perf_counter() - began, world, device)))
+                       **meter.speed(model, total, time.perf_counter() - began, world, device)))
         stopped = total["stop"] > 0
         if stopped or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
-            saver.save(model, optimizers, asdict(cfg) | dict(data=data), step + 1)
+            saver.save(model, optimizers, vars(cfg) | dict(data=data), step + 1)
         if stopped:
             break
 
@@ -258,4 +200,4 @@ def main() -> int:
     except (OSError, RuntimeError) as e:
         raise storage.explained(e, cfg.out) from None
 
-run(main, __name__)
+cli.run(main, __name__)

@@ -1,15 +1,11 @@
 """support/bench.py -- speeds of random weights, as ratios to something measured in the same run."""
-import contextlib
 import gc
-import sys
 import tempfile
 from functools import partial
 from timeit import timeit
 import numpy as np
 import torch
-import transformers as hf
 from tabulate import tabulate
-from torch.nn import functional as F
 import train
 from augment import augment, examples
 from data import TRANSCRIBE, Dataset, Sample, embedded, load_audio
@@ -56,57 +52,16 @@ def bench_augment(args):
     table, rng = [], np.random.Generator(np.random.SFC64(0))
     wave = np.concatenate([s.audio[0] for s in embedded("ru", "train", corpus.CHUNK)])
     clips, sounds = load_audio(wave).split(10 * SAMPLE_RATE)[:-1], banks.open_banks()
-    def mels(whisper):
-        for clip in clips:
-            log_mel([clip], whisper)
-    def effects(config):
-        for clip in clips:
-            augment(clip.numpy(), config, rng, *sounds)
+    def mels():
+        return [log_mel([clip], BorealisConfig()) for clip in clips]
     for name, config in examples().items():
-        calls = partial(effects, config), partial(mels, BorealisConfig())
-        a, b = 10 * len(clips) / take_turns(calls, 4)
+        def effects(config=config):
+            return [augment(clip.numpy(), config, rng, *sounds) for clip in clips]
+        a, b = 10 * len(clips) / take_turns([effects, mels], 4)
         table.append({"effect": name, "x real time": a, "log-mel": b, "x": a / b})
     print_rows(table)
 
-# ---- train: transformers' Trainer and a step of train.py
-ACCUMULATION = recipes.TABLES["trainer"]["gradient_accumulation_steps"]
-LORA = dict(rank=64, alpha=128, dropout=0.0)
-
-def make_batch(model: Borealis, rows: int, micro_batch: int) -> dict:
-    """What collate() makes of so many rows of a window of sound and an answer of 100 tokens."""
-    noise = np.random.default_rng(0).integers(-4096, 4096, model.config.window_samples, np.int16)
-    sample = Sample("1" * 100, [noise])
-    dataset = Dataset([sample], model.tokenizer, model.config, batch_size=micro_batch)
-    return dataset.collate([dataset[0, 0.0]] * rows)
-
-def make_step(cfg, model: Borealis):  # -> a step of train.py's loop, given what collate() made
-    net, optimizers = train.wrap(cfg, model, 1), optim.make(cfg, model)
-    def step(batch):
-        train.backward(net, batch["micro"], batch["labels"], 1, model.device)
-        ranks.clip_gradients([*net.parameters()], cfg.grad_clip)
-        optim.update(optimizers, cfg.lr, forget=True)
-    return step
-
-def bench_train(args):
-    model = random_model(SIZES["110m"][0], recipes.TABLES["llm_trainer"]).cpu()
-    lora.prepare(model, "lora", LORA)
-    batch, step = make_batch(model, ACCUMULATION, 1), make_step(train.TrainConfig(), model)
-    row = dict(batch["micro"][0])
-    pad = 0, 1024 + model.config.tokens_per_window - row["input_ids"].shape[1]  # as the original
-    row["attention_mask"] = F.pad(torch.ones_like(row["input_ids"]), pad)
-    row["input_ids"] = F.pad(row["input_ids"], pad)
-    row["labels"] = F.pad(row["labels"], pad, value=-100)
-    def of_all(outputs, labels, num_items_in_batch):  # logits, as the original
-        return F.cross_entropy(outputs.logits[0, :-1].float(), labels[0, 1:])
-    settings = hf.TrainingArguments(tempfile.gettempdir(), **recipes.TABLES["trainer"])
-    rows = range(ACCUMULATION)
-    trainer = hf.Trainer(model, settings, lambda _: dict(row), rows, compute_loss_func=of_all)
-    with contextlib.redirect_stdout(sys.stderr):  # Trainer is talkative
-        seconds = take_turns([trainer.train, partial(step, batch)], 1)
-    print_rows({"loop": ["Trainer, the original's way", "a step of train.py"],
-                "samples/s": ACCUMULATION / seconds, "x": seconds[0] / seconds})
-
-# ---- gpu, generate, serve
+# ---- gpu, train, generate, serve
 def time_answers(what: str, args):
     """-> rows: so many recordings at once. what: a size; "native", as eval.py does; or "vllm"."""
     *shapes, seconds, tokens = SIZES.get(what, SIZES[args.size])
@@ -133,9 +88,16 @@ def time_training(what: str, args):
     cfg = train.TrainConfig(**{flag[2:]: True for flag in what.split()[1:]})
     model = random_model(*SIZES[args.size][:2], args.dtype)
     lora.prepare(model, "lora", dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=0.0))
-    step = make_step(cfg, model)
+    net, optimizers = train.wrap(cfg, model, 1), optim.make(cfg, model)
+    def step(batch):  # of train.py's loop
+        train.backward(net, batch["micro"], batch["labels"], 1, model.device)
+        ranks.clip_gradients([*net.parameters()], cfg.grad_clip)
+        optim.update(optimizers, cfg.lr, forget=True)
+    noise = np.random.default_rng(0).integers(-4096, 4096, model.config.window_samples, np.int16)
+    sample = Sample("1" * 100, [noise])  # a window of sound, an answer of 100 tokens
     for micro in (1, 2, 4, 8):
-        batch = make_batch(model, cfg.effective_batch // 8, micro)
+        dataset = Dataset([sample], model.tokenizer, model.config, batch_size=micro)
+        batch = dataset.collate([dataset[0, 0.0]] * (cfg.effective_batch // 8))
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
         s, = take_turns([partial(step, batch)], 2)
@@ -143,7 +105,7 @@ def time_training(what: str, args):
                    **meter.speed(model, batch, s, 1, model.device))
 
 def bench_parts(args):
-    """gpu, generate, serve: a row at each batch size; what was measured stays if memory ends."""
+    """A row at each batch size, beside one; what was measured stays if memory ends."""
     torch.set_float32_matmul_precision("high")  # as in training
     rows, ended = [], None
     try:
@@ -165,12 +127,8 @@ def bench_parts(args):
     print(f"Device: {device}, size {args.size}" + (f"; ended early, {ended}" if ended else ""))
 
 def bench_soak(args):
-    engine.check_installed()
-    from support.soak_test import soak  # its clients' libraries come with vLLM
-    tables, failures = soak(args.clients, args.minutes, args.seed)
-    for table in tables:
-        print_rows(table)
-    return int(bool(failures))
+    from support import soak_test  # its clients' libraries come with vLLM
+    return soak_test.main(args, print_rows)
 
 def main() -> int | None:
     args = cli.ArgumentParser().add_tables("bench").parse_args()

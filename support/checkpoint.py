@@ -8,8 +8,7 @@ from safetensors import SafetensorError
 from tokenizers import normalizers
 from model import AUDIO, ENCODER, LLM, MARKER, BorealisConfig
 from model import BorealisForConditionalGeneration as Borealis
-from support import lora, storage
-from support.cli import as_user_error
+from support import cli, lora, storage
 
 EMBEDDINGS = "llm.model.embed_tokens.weight"
 END = "<|end_of_audio|>"  # ends a recording in the original's checkpoints, where ours have MARKER
@@ -34,7 +33,7 @@ def read_json(path: Path) -> dict:  # {} if there is no such file. Raises ValueE
         raise ValueError(f"{path} is broken: fetch it again, or train again") from None
 
 def training_config(where: str | Path) -> dict:  # train_config.json or {}. Raises UserError
-    with as_user_error("", ValueError):
+    with cli.as_user_error("", ValueError):
         return read_json(find_checkpoint(where) / "train_config.json")
 
 def add_audio_tokens(tokenizer, tokens: tuple[str, ...] = (AUDIO, MARKER)):
@@ -149,5 +148,5 @@ def load_base(folder: Path, config: BorealisConfig, dtype: torch.dtype | None = 
 def load_model(where: str | Path, device, encoder: str = ENCODER, llm: str = LLM) -> Borealis:
     """Any checkpoint on its device, ready to answer, bf16 on a GPU. Raises UserError."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    with as_user_error(f"cannot load {where}: ", *ERRORS):
+    with cli.as_user_error(f"cannot load {where}: ", *ERRORS):
         return load_checkpoint(where, encoder, llm, dtype).to(device)

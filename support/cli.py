@@ -9,7 +9,6 @@ import socket
 import sys
 import time
 import tomllib
-from dataclasses import field
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -59,11 +58,7 @@ def as_user_error(prefix: str, *kinds: type[Exception], suffix: str = ""):
     except kinds as e:
         raise UserError(prefix + first_line(e) + suffix) from None
 
-# ---- Flags. A dataclass or a table declares them, ranges and choices too; argparse enforces them.
-def flag(default, help: str, low: float = -math.inf, high: float = math.inf, **settings):
-    """A field that is a flag, from low to high inclusive; settings: add_argument's, and aliases."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, **settings))
-
+# ---- Flags. Tables declare them, ranges and choices too; argparse enforces them.
 FLAGS = tomllib.loads(Path(__file__).with_name("flags.toml").read_text(encoding="utf-8"))
 TYPES = dict(str=str, int=int, float=float)
 

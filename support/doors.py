@@ -24,6 +24,7 @@ class Door(HttpToolsProtocol):
     """uvicorn's connection. IDLE seconds without the whole header of a request, or without more of
     its body, close it; in eight steps, for if we were busy ourselves, no client is to blame."""
     def connection_made(self, transport):
+        self.app_state = self.app_state | {"hang_up": transport.abort}  # for Visit, in the scope
         super().connection_made(transport)
         self.tick(0, None)
     def tick(self, waited: int, before):
@@ -79,6 +80,7 @@ class Visit:
         await self.uvicorn_send(message)
     async def end(self, status: int, why: str) -> dict:
         """Say why, and no more. To the app the client has gone, at which vLLM stops its work."""
+        asyncio.get_running_loop().call_later(0.5, self.scope["state"]["hang_up"])
         error = dict(error=dict(message=why, type="refused", code=status))
         headers = {"retry-after": "1"} if status == 429 else {}
         if not self.status:
@@ -117,8 +119,7 @@ class Doors:
         held = Counter([visit.client] * (not refusal))
         self.held += held
         try:
-            await (visit.end(*refusal) if refusal else
-                   self.app(scope, visit.receive, visit.send))
+            await (visit.end(*refusal) if refusal else self.app(scope, visit.receive, visit.send))
         finally:
             self.held -= held
             seconds = asyncio.get_running_loop().time() - visit.began

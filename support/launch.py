@@ -1,30 +1,29 @@
 """support/launch.py -- before the loop of train.py: flags, and the model that a run starts from."""
 import os
-import typing
-from dataclasses import fields, replace
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from augment import CURRICULUM, Augmenter
 from support import banks, checkpoint, cli, recipes, storage
 
 def parse_config(config: type, argv: list[str]):
     """Flags over preset (with --resume: the run's configuration) over defaults -> a `config`."""
-    parser = cli.ArgumentParser(description="Fit a Borealis model.", allow_abbrev=False)
-    for f in fields(config):
-        kind = (*typing.get_args(f.type), f.type)[0]  # of "int | None": int
-        parser.add_flag(f.name, kind, default=f.default, **f.metadata)
+    flags = cli.FLAGS["train"]
+    flags["preset"]["choices"], flags["mix"]["choices"] = recipes.PRESETS, [*recipes.MIXES, "none"]
+    parser = cli.ArgumentParser().add_tables("train")
     parser.set_defaults(**recipes.PRESETS[parser.parse_args(argv).preset])
     first = parser.parse_args(argv)  # again: some presets name their --out
-    names, saved = [f.name for f in fields(config)], {}
+    saved = {}
     if first.resume:
         if not (storage.newest_step(first.out) / "state.pt").is_file():
             raise cli.UserError(f"nothing to resume in {first.out}: leave out --resume to start")
         saved = checkpoint.training_config(first.out) | dict(out=first.out)
-        parser.set_defaults(**{f.name: saved.get(f.name, f.default) for f in fields(config)})
+        parser.set_defaults(**{k: saved.get(k, f.get("default")) for k, f in flags.items()})
     cfg = config(**vars(parser.parse_args(argv)))
-    for f in fields(config):  # the word none switches off what may be None
-        if f.type | None == f.type and getattr(cfg, f.name) in ("none", ""):
-            setattr(cfg, f.name, None)
-    for name in names[:names.index("out")]:  # the fields behind are the machine's
+    for name, f in flags.items():
+        if "type" in f and getattr(cfg, name) in ("none", ""):
+            setattr(cfg, name, None)
+    for name in takewhile("out".__ne__, flags):  # those behind are the machine's
         was = saved.get(name, getattr(cfg, name))
         cli.refuse(getattr(cfg, name) != was,
                    f"the run's --{name} was {was!r}: to change it, start another")

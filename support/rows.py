@@ -11,8 +11,7 @@ import soundfile
 import torch
 from tqdm.contrib.concurrent import thread_map
 from model import AUDIO, TAG_PAIR, check_wave
-from support.cli import UserError
-from support.processing import resample
+from support import cli, processing
 
 MIN_SECONDS = 0.1        # shorter recordings hold no word
 MAX_SECONDS = 86_400     # where decoding stops, if nobody says otherwise; train.py says 3600
@@ -35,12 +34,12 @@ class BadRows:
         self.strict, self.reasons, self.first = strict, Counter(), {}
     def add(self, reason: str, where: str) -> None:
         if self.strict:
-            raise UserError(f"{where}: {reason} (--strict stops at the first bad row)")
+            raise cli.UserError(f"{where}: {reason} (--strict stops at the first bad row)")
         self.reasons[reason] += 1
         self.first.setdefault(reason, where)
     def check(self, total: int, name: str) -> None:  # UserError if too many of `total` are unusable
         if (bad := self.reasons.total()) > MAX_BAD_SHARE * total:
-            raise UserError(f"{name}: {bad} of {total} rows are unusable, fix them: {self}")
+            raise cli.UserError(f"{name}: {bad} of {total} rows are unusable, fix them: {self}")
     def report(self, total: int, name: str) -> None:  # check(), then say once what was left out
         self.check(total, name)
         if bad := self.reasons.total():
@@ -135,7 +134,7 @@ def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_S
     if len(wave) < max(1, min_seconds * rate):
         raise BadRow(f"shorter than {min_seconds} s")
     try:
-        wave = check_wave(resample(wave, rate))
+        wave = check_wave(processing.resample(wave, rate))
     except ValueError as e:
         raise BadRow(str(e)) from None
     if wave.abs().max() < 1e-6 and not silence:

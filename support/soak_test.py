@@ -28,7 +28,7 @@ import torch
 import model as nb
 from data import TRANSCRIBE, embedded
 from model import AUDIO, SAMPLE_RATE
-from support import corpus, pauses, recipes, rows, tiny
+from support import corpus, engine, pauses, recipes, rows, tiny
 
 with contextlib.suppress(ImportError):  # they come with vLLM
     import httpx
@@ -561,3 +561,11 @@ def soak(clients: int, minutes: float, seed: int = 0) -> tuple[list, list[str]]:
     left = grown[-1]["files"] - grown[0]["files"]
     failures = problems + ([f"{left} files left open"] if left > 0 else [])
     return [by_kind(timed), errors(first + timed), [beside], grown], failures
+
+def main(args, show) -> int:
+    """The exit code: 1 if an answer was wrong, an error unexpected, or a file left open."""
+    engine.check_installed()
+    tables, failures = soak(args.clients, args.minutes, args.seed)
+    for table in tables:
+        show(table)
+    return int(bool(failures))

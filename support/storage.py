@@ -11,9 +11,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 from transformers.modeling_utils import load_state_dict
-from support import lora
-from support.cli import Fault, UserError, as_user_error, first_line
-from support.recipes import TABLES
+from support import cli, lora, recipes
 
 def steps_in(out: str | Path) -> list[Path]:
     """A run's, oldest first: real folders, named step- and 7 digits; all else is the user's."""
@@ -34,12 +32,12 @@ class Saver:
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
-            with as_user_error(f"another process is writing into {out}: wait until it ends, or "
+            with cli.as_user_error(f"another process is writing into {out}: wait until it ends, or "
                                "choose another --out: ", OSError):
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until we end
     def clear(self) -> None:  # of what an earlier run and its evaluation left, and nothing else
         prune(steps_in(self.out))
-        for name in TABLES["run"]["results"]:
+        for name in recipes.TABLES["run"]["results"]:
             (self.out / name).unlink(missing_ok=True)
     def copy(self, x: torch.Tensor) -> torch.Tensor | None:  # all ranks gather what is sharded
         x = x.full_tensor() if isinstance(x, DTensor) else x.detach()
@@ -55,7 +53,7 @@ class Saver:
     def wait(self) -> None:
         if error := self.pending.exception():  # torch, safetensors, tokenizers have own kinds
             shutil.rmtree(self.out / ".new-step", ignore_errors=True)  # it takes room
-            raise OSError(f"cannot write to {self.out}: {first_line(error)}")
+            raise OSError(f"cannot write to {self.out}: {cli.first_line(error)}")
     def close(self) -> None:
         self.wait()
         if self.rank == 0:
@@ -81,14 +79,14 @@ class Saver:
 def explained(e: Exception, out: str | Path) -> Exception:
     """What ends a run -> a Fault that says what is left, if it is the machine's; else itself."""
     if isinstance(e, torch.OutOfMemoryError):
-        return UserError(f"use --grad_checkpoint or a lower --batch_size: {first_line(e)}")
+        return cli.UserError(f"use --grad_checkpoint or a lower --batch_size: {cli.first_line(e)}")
     if "DataLoader worker" in str(e) or "gloo" in str(e):  # which lost the other rank
         e = ChildProcessError("a process of the run was killed: too little memory?")
     if isinstance(e, BrokenPipeError) or not isinstance(e, OSError):
         return e
     Saver.thread.submit(int).result()  # what is being written is written first
     last = ["none", *steps_in(out)][-1]
-    return Fault(f"{first_line(e)}; last checkpoint: {last}. Make room, then --resume")
+    return cli.Fault(f"{cli.first_line(e)}; last checkpoint: {last}. Make room, then --resume")
 
 def prune(folders: list[Path]) -> None:  # half deleted, none looks like a checkpoint
     for old in folders:

@@ -77,7 +77,7 @@ def server(checkpoint, tmp_path_factory):
         patch.setenv("HOME", str(place / "home"))
         patch.setenv("TEMP", str(place / "temp"))  # where tempfile looks after $TMPDIR
         patch.setenv("VLLM_API_KEY", "nobody's")  # the flag counts
-        process, log, client = start(place, "--ckpt", checkpoint, *flags)
+        process, log, client = start(place, "--ckpt", checkpoint, *flags, fresh=True)
     server = Server(process, log, client.with_options(api_key=KEY), place)
     try:
         wait_for(process, log, server.client)

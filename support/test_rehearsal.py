@@ -60,7 +60,7 @@ def place(tmp_path_factory, hub, corpus, plain_tokenizer):
     write_qwen(D / nb.LLM, tokenizer)
     for path in QWEN_FILES.glob("*"):
         shutil.copyfile(path, D / nb.LLM / path.name)
-    write_original(D / TrainConfig.init_from, D / nb.ENCODER, D / nb.LLM)
+    write_original(D / TrainConfig().init_from, D / nb.ENCODER, D / nb.LLM)
     for i, sample in enumerate(corpus[:3]):
         soundfile.write(place / f"{i}.wav", sample.audio[0], 16000)
     return place

@@ -727,8 +727,10 @@ def count_kernels(rows: int) -> int:
     encoder, llm = bench.TINY
     model = bench.random_model(encoder | dict(encoder_layers=32),
                                llm | dict(num_hidden_layers=36), torch.bfloat16)
-    lora.prepare(model, "lora", bench.LORA).train()
-    batch = bench.make_batch(model, rows, rows)["micro"][0]
+    lora.prepare(model, "lora", LORA | dict(rank=64)).train()
+    dataset = data.Dataset([data.Sample("1" * 100, [pcm(2)])], model.tokenizer, model.config,
+                           batch_size=rows)
+    batch = dataset.collate([dataset[0, 0.0]] * rows)["micro"][0]
     for _ in range(2):  # at first there are no gradients yet to add to
         with CountKernels() as counter:
             with torch.autocast("cpu", torch.bfloat16):

@@ -26,12 +26,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 import model
 from data import TRANSCRIBE
 from model import SAMPLE_RATE
-from support import cli, context, engine, pauses, rows
-from support.recipes import TABLES
+from support import cli, context, engine, pauses, recipes, rows
 
 # In the environment, which reaches all of vLLM's processes. GUARD "0": off
 LIMIT, GUARD = "BOREALIS_MAX_AUDIO_SECONDS", "BOREALIS_LOOP_GUARD"
-os.environ.update(TABLES["vllm_uploads"] | os.environ)
+os.environ.update(recipes.TABLES["vllm_uploads"] | os.environ)
 SLIPS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, UnicodeError,
          ValidationError)
 
