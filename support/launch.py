@@ -25,8 +25,7 @@ def parse_config(config: type, argv: list[str]):
             setattr(cfg, name, None)
     for name in takewhile("out".__ne__, flags):  # those behind are the machine's
         was = saved.get(name, getattr(cfg, name))
-        cli.refuse(getattr(cfg, name) != was,
-                   f"the run's --{name} was {was!r}: to change it, start another")
+        cli.refuse(getattr(cfg, name) != was, f"the run's --{name} was {was!r}: start another run")
     check(cfg)
     return cfg
 
