@@ -82,7 +82,7 @@ class Visit:
         """Say why, and no more. To the app the client has gone, at which vLLM stops its work."""
         asyncio.get_running_loop().call_later(0.5, self.scope["state"]["hang_up"])
         error = dict(error=dict(message=why, type="refused", code=status))
-        headers = {"retry-after": "1"} if status == 429 else {}
+        headers = {"connection": "close"} | ({"retry-after": "1"} if status == 429 else {})
         if not self.status:
             await JSONResponse(error, status, headers)(self.scope, self.receive, self.send)
         elif self.live:
