@@ -169,6 +169,8 @@ def train(cfg: TrainConfig) -> int:
         optim.update(optimizers, lr, forget=world == 1 or cfg.shard)  # see wrap
         log.write(dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm,
                        **meter.speed(model, total, time.perf_counter() - began, world, device)))
+        if saver.pending.done():
+            saver.wait()  # else a full disk would show at the next save only
         stopped = total["stop"] > 0
         if stopped or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
             saver.save(model, optimizers, vars(cfg) | dict(data=data), step + 1)

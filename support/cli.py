@@ -17,16 +17,13 @@ from transformers.utils.logging import disable_progress_bar
 class UserError(Exception):
     """Something the user can fix; the message says how, in a line, without a traceback."""
 
-class Fault(UserError):
-    """The same, but of the machine, such as a full disk: no flag is wrong."""
-
 def refuse(wrong, message: str, kind: type[Exception] = UserError) -> None:
     """Raise kind(message) if something is wrong."""
     if wrong:
         raise kind(message)
 
 def run(main, name="__main__") -> None:  # name: __name__, for nothing happens on import
-    """Call main() and exit: 2 and a line for a UserError, 1 for a Fault, 130 for Ctrl-C."""
+    """Call main() and exit: 2 and a line for a UserError, 1 and a line for an OSError."""
     if name != "__main__":
         return
     disable_progress_bar()  # one for each file that is read or written is noise
@@ -34,17 +31,17 @@ def run(main, name="__main__") -> None:  # name: __name__, for nothing happens o
         code = main()
         sys.stdout.flush()
         sys.exit(code)
-    except UserError as e:
+    except BrokenPipeError:  # whoever reads our output has had enough, as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (UserError, OSError) as e:  # the latter: a full disk, a lost folder
         if int(os.environ.get("RANK", 0)) > 0:  # rank 0 mostly says the same, and its end ends us
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         tqdm.write(f"error: {e}", file=sys.stderr)  # below a progress bar, not behind it
-        sys.exit(1 if isinstance(e, Fault) else 2)
+        sys.exit(1 if isinstance(e, OSError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever reads our output has had enough, as in "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 def first_line(e: Exception) -> str:  # of its message, or its type where it has none
     message = e.errors()[0]["msg"] if callable(getattr(e, "errors", None)) else str(e)  # pydantic's

@@ -94,7 +94,7 @@ def take_out_lora(model, source: Path, layout: str, to: Path) -> None:
 
 def main() -> None:
     args = cli.ArgumentParser().add_tables("model", "export").parse_args()
-    with cli.as_user_error("", ValueError, OSError):
+    with cli.as_user_error("", *checkpoint.ERRORS):
         model = export(args.ckpt, args.to, args.encoder, args.llm, args.layout, args.unmerged)
     print(f"{args.to} holds {model.num_parameters():,} parameters in {model.dtype}")
 

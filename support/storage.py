@@ -77,7 +77,7 @@ class Saver:
             prune(steps_in(self.out)[:-self.keep])
 
 def explained(e: Exception, out: str | Path) -> Exception:
-    """What ends a run -> a Fault that says what is left, if it is the machine's; else itself."""
+    """What ends a run -> an OSError that says what is left, if the machine did it; else itself."""
     if isinstance(e, torch.OutOfMemoryError):
         return cli.UserError(f"use --grad_checkpoint or a lower --batch_size: {cli.first_line(e)}")
     if "DataLoader worker" in str(e) or "gloo" in str(e):  # which lost the other rank
@@ -86,7 +86,7 @@ def explained(e: Exception, out: str | Path) -> Exception:
         return e
     Saver.thread.submit(int).result()  # what is being written is written first
     last = ["none", *steps_in(out)][-1]
-    return cli.Fault(f"{cli.first_line(e)}; last checkpoint: {last}. Make room, then --resume")
+    return OSError(f"{cli.first_line(e)}; last checkpoint: {last}. Make room, then --resume")
 
 def prune(folders: list[Path]) -> None:  # half deleted, none looks like a checkpoint
     for old in folders:

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_flatten
 import eval as evaluation
 import train
 from conftest import HERE, exit_of, is_one_line, newest, rows_in, tone, wav_bytes, write_manifest
-from support import checkpoint, cli, decoding, meter, storage
+from support import checkpoint as ckpt
+from support import cli, decoding, export, meter, storage
 
 FAST = ["--preset", "tiny", "--workers", "0", "--curriculum", "none", "--silence", "0",
         "--effective_batch", "4", "--steps", "6", "--save_every", "2"]
@@ -47,7 +48,7 @@ def check(out, ended: tuple, *says: str, last: str = "none", code: int = 1) -> N
     assert exit_code == code and len(lines) == 1 and "Traceback" not in err, ended
     assert all(word in lines[0] for word in (*says, f"last checkpoint: {last}", "--resume")), lines
     assert [str(path) for path in storage.steps_in(out)][-1:] == [last][:last != "none"]
-    assert last == "none" or checkpoint.load_model(out, "cpu")
+    assert last == "none" or ckpt.load_model(out, "cpu")
 
 # ---- Runs: in this process, or in one of their own that starts at once
 @pytest.fixture
@@ -461,3 +462,19 @@ def test_the_clock_is_set_back(whole, run, manifest, tmp_path, monkeypatch, caps
     assert ask()[0] == 0
     age()
     assert "4 of 4 utterances answered before" in ask("--reuse")[2]
+
+def test_disk_full_in_eval_and_export(checkpoint, manifest, tmp_path, monkeypatch, capsys):
+    """One line, exit code 1; what was answered stays, and the same command goes on."""
+    argv = ["--ckpt", checkpoint, "--manifest", manifest, "--max_new_tokens", 4, "--out"]
+    def limited(most, main, *argv):
+        with files_end_at(most):
+            code, _, err = exit_of(main, monkeypatch, capsys, *argv)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in err, err
+        return code, lines[0]
+    code, line = limited(2000, evaluation.main, *argv, tmp_path / "out")
+    assert code == 1 and "File too large" in line and not (tmp_path / "out/results.json").exists()
+    code, _, err = exit_of(evaluation.main, monkeypatch, capsys, *argv, tmp_path / "out")
+    assert code == 0 and "answered before" in err
+    code, line = limited(100_000, export.main, "--ckpt", checkpoint, "--to", tmp_path / "hf")
+    assert code in (1, 2) and sorted(p.name for p in tmp_path.iterdir()) == ["out"], line
