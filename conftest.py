@@ -458,6 +458,7 @@ def wait_for(process, log, client):
 @pytest.fixture(scope="session", autouse=True)
 def early(request):
     """What takes long to start does so beside the first tests, on the other core."""
+    open_forks()  # before the corpus, which would start a server of forks without these imports
     if any("clients" in item.fixturenames for item in request.session.items) and engine.INSTALLED:
         request.getfixturevalue("servers")
 

@@ -40,8 +40,10 @@ PRESETS = {name: TABLES["all_presets"] | more for name, more in PRESETS.items()}
 # ---- Reading a dataset. Who reads none need not wait 0.4 s for the import of `datasets`.
 def read_copy(source: Source, data_dir: str | Path):  # -> datasets table
     from datasets import load_dataset, load_from_disk
-    place = Path(data_dir, source.hub)
-    refuse(not place.is_dir(), f"no folder {place}", FileNotFoundError)
+    root, name = Path(data_dir), Path(source.hub).name  # its owner's folder, or itself, will do
+    places = [root / source.hub, root / name] + [root] * (root.name == name)
+    place = next(filter(Path.is_dir, places), None)
+    refuse(not place, f"no folder {places[0]}", FileNotFoundError)
     place = place / source.config if (place / source.config).is_dir() else place
     for folder in (place / source.split, place / "data", place):
         for path in folder.glob("metadata.*"):  # beside audio files, as in BigBenchAudio

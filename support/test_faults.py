@@ -315,22 +315,24 @@ def test_sigkill_of_one_of_two_ranks(manifest, tmp_path):
     finish(ranks("--resume", "--out", out))
     assert state_of(out) == state_of(whole)
 
-def test_sigkill_of_a_loader_process(manifest, run, tmp_path):
+def test_sigkill_of_a_loader_process(manifest, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert run(whole, "--steps", 40)[0] == 0
-    one = Run(*FAST, "--train_manifest", manifest, "--workers", 2, "--steps", 40, "--out", out)
+    flags = [*FAST, "--train_manifest", manifest, "--steps", 40]
+    finish([Run(*flags, "--out", whole)])
+    one = Run(*flags, "--workers", 2, "--out", out)
     wait_for(lambda: storage.steps_in(out), one.process.is_alive)
     loaders = children(one.process.pid)
     os.kill(max(loaders.values()), signal.SIGKILL)
     check(out, one.wait(60), "was killed", last=str(newest(out)))
     assert len(loaders) >= 2 and newest(out).name < "step-0000040"
-    assert run(out, resume=True)[0] == 0 and state_of(out) == state_of(whole)
+    finish([Run("--resume", "--out", out)])
+    assert state_of(out) == state_of(whole)
 
 @pytest.fixture
 def stand_ins(manifest, original, parts):
     return ["--preset", "ru_only", "--workers", 0, "--lora_rank", 4, "--lr", 1e-3, "--keep", 2,
             "--effective_batch", 8, "--train_manifest", manifest, "--init_from", original,
-            "--encoder", parts["encoder"], "--llm", parts["plain"], "--steps", 60,
+            "--encoder", parts["encoder"], "--llm", parts["plain"], "--steps", 120,
             "--batch_size", 8, "--save_every", 1, "--optimizer", "muon", "--silence", 0,
             "--curriculum", "none"]
 
@@ -347,6 +349,7 @@ def kill_in_a_save(process, out, delay) -> None:
         if half_done(out):
             return process.kill()
         os.kill(process.pid, signal.SIGCONT)
+        delay /= 2  # this machine saves faster
 
 def test_twenty_kills_in_saves_and_six_elsewhere(stand_ins, tmp_path):
     """SIGKILL while a run reads, computes, saves or deletes: in the end, the same bits."""
@@ -374,7 +377,7 @@ def test_twenty_kills_in_saves_and_six_elsewhere(stand_ins, tmp_path):
         assert one.wait()[0] == -signal.SIGKILL
         halves += half_done(killed)
         one = start()
-    assert halves >= 20 and 20 < step() < 60
+    assert halves >= 20 and 20 < step() < 120
     finish([one])
     assert state_of(killed) == state_of(whole)
 

@@ -229,6 +229,7 @@ def test_an_engine_that_fails_is_no_silence(monkeypatch):
     monkeypatch.setattr(uploads, "cached_tokenizer_from_config", lambda config: None)
     monkeypatch.setenv(uploads.GUARD, "0")
     async def ask():
-        return [a async for a in uploads.generate(SimpleNamespace(model_config=None), "", None)]
+        server, params = SimpleNamespace(model_config=None), uploads.SamplingParams()
+        return [a async for a in uploads.generate(server, "", params)]
     with pytest.raises(RuntimeError, match="again"):
         asyncio.run(ask())

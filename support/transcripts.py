@@ -21,8 +21,7 @@ def find_recordings(places: list[str]) -> list[tuple[Path, Path]]:
 
 def plan(cfg) -> list[tuple[Path, dict]]:
     """[(recording, {format: its file in --out_dir})] of --transcribe, or UserError."""
-    if cfg.format and not cfg.out_dir:
-        raise cli.UserError("--format is of files: name a folder for them with --out_dir")
+    cli.refuse(cfg.format and not cfg.out_dir, "--format is of files: name a folder with --out_dir")
     formats = (cfg.format or "txt").split(",") if cfg.out_dir else []
     if unknown := set(formats) - set(pauses.FORMATS):
         raise cli.UserError(f"--format {unknown.pop()}: choose from {','.join(pauses.FORMATS)}")
@@ -77,8 +76,7 @@ def transcribe(answer, window: int, batch_size: int, cfg, planned: list) -> None
 
 def main() -> None:
     cfg = cli.ArgumentParser().add_tables("model", "transcribe", "native").parse_args()
-    if not cfg.transcribe:
-        raise cli.UserError("name recordings, or folders of them: --transcribe a.mp3 folder/")
+    cli.refuse(not cfg.transcribe, "name recordings, or folders: --transcribe a.mp3 folder/")
     planned = plan(cfg)  # wrong flags show before the model is loaded
     model = checkpoint.load_model(cfg.ckpt, cli.pick_device(cfg.device), cfg.encoder, cfg.llm)
     answer = tasks.native(model, cfg.max_new_tokens, cfg.loop_guard)
