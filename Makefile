@@ -27,8 +27,12 @@ demo: $(READY)
 	$(PY) train.py --preset tiny --bf16 --out out $(if $(wildcard out/step-*),--resume)
 	$(PY) eval.py --ckpt out
 
+# In two halves beside each other, for those that ask servers mostly wait.
+SERVED := $(VENV)/served.log
 test: lint vllm
-	$(PY) -m pytest -q --durations=8 -m "not heavy" test_all.py support
+	$(PY) -m pytest -q --durations=8 -m "served and not heavy" test_all.py support > $(SERVED) 2>&1 & \
+	  $(PY) -m pytest -q --durations=8 -m "not served and not heavy" test_all.py support; rest=$$?; \
+	  wait $$!; served=$$?; cat $(SERVED); exit $$((rest + served))
 
 test-all: test
 	$(PY) -m pytest -q -m heavy support

@@ -423,6 +423,11 @@ def hub(tmp_path_factory, corpus):
 
 # ---- The real server
 needs_vllm = pytest.mark.vllm
+def pytest_collection_modifyitems(items):
+    for item in items:  # the rehearsal asks one, too, for what its other tests have trained
+        if item.get_closest_marker("vllm") and "test_rehearsal" not in item.nodeid:
+            item.add_marker(pytest.mark.served)
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("vllm") and not engine.INSTALLED:
         pytest.skip("vLLM is not installed: make vllm")
