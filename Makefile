@@ -27,12 +27,12 @@ demo: $(READY)
 	$(PY) train.py --preset tiny --bf16 --out out $(if $(wildcard out/step-*),--resume)
 	$(PY) eval.py --ckpt out
 
-# In two halves beside each other, for those that ask servers mostly wait.
-SERVED := $(VENV)/served.log
+# In two halves beside each other: who asks servers, or waits for processes to end, leaves a core idle.
+HALF := $(VENV)/half.log
 test: lint vllm
-	$(PY) -m pytest -q --durations=8 -m "served and not heavy" test_all.py support > $(SERVED) 2>&1 & \
-	  $(PY) -m pytest -q --durations=8 -m "not served and not heavy" test_all.py support; rest=$$?; \
-	  wait $$!; served=$$?; cat $(SERVED); exit $$((rest + served))
+	$(PY) -m pytest -q --durations=8 -m "half and not heavy" test_all.py support > $(HALF) 2>&1 & \
+	  $(PY) -m pytest -q --durations=8 -m "not half and not heavy" test_all.py support; rest=$$?; \
+	  wait $$!; half=$$?; cat $(HALF); exit $$((rest + half))
 
 test-all: test
 	$(PY) -m pytest -q -m heavy support
@@ -121,7 +121,6 @@ context: $(READY)
 	tail -n +1 out_names_?/report.md | grep "==>\|^|"
 
 bench: $(READY) vllm
-	$(PY) -m support.bench augment
 	$(PY) -m support.bench train --size tiny
 	$(PY) -m support.bench generate
 	$(PY) -m support.bench serve

@@ -424,9 +424,10 @@ def hub(tmp_path_factory, corpus):
 # ---- The real server
 needs_vllm = pytest.mark.vllm
 def pytest_collection_modifyitems(items):
-    for item in items:  # the rehearsal asks one, too, for what its other tests have trained
-        if item.get_closest_marker("vllm") and "test_rehearsal" not in item.nodeid:
-            item.add_marker(pytest.mark.served)
+    for item in items:  # the rehearsal's server needs what its other tests have trained
+        asks = item.get_closest_marker("vllm") and "test_rehearsal" not in item.nodeid
+        if asks or "test_faults" in item.nodeid:
+            item.add_marker(pytest.mark.half)
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("vllm") and not engine.INSTALLED:

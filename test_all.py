@@ -272,6 +272,7 @@ BAD = [
     (GOOD | {"audio": "silent.wav"}, "silent"),
     (GOOD | {"text": "семь " * 2000}, "does not fit into 2048 tokens"),
     (r'{"audio": "good.wav", "text": "\ud800"}', "broken text"),
+    (GOOD | {"text": f"{ckpt.ESCAPE}семь"}, "broken text"),
     (GOOD | {"text": ["семь"]}, "empty text"),
     *(({"conversation": [dict(role=role, content=nb.TAG_PAIR if i == bad else "раз")
                          for i, role in enumerate(("system", *("user", "assistant") * 2))]},
@@ -1686,6 +1687,10 @@ def test_the_checkpoint_of_now_is_served(checkpoint, original, parts, tmp_path, 
     (run / "config.json").write_text(config)
     second = engine.servable(run)
     assert second != first and 'adapter_dropout": 0.2' in (second / "config.json").read_text()
+    old = shutil.copytree(first, tmp_path / "old")  # exported when texts could hold control tokens
+    (old / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    template = (engine.servable(old) / "chat_template.jinja").read_text()
+    assert engine.servable(old) != old and template == (first / "chat_template.jinja").read_text()
     foreign = shutil.copytree(original, tmp_path / "foreign")  # with a config of its own kind
     (foreign / "config.json").write_text('{"auto_map": {"AutoModel": "m.A"}, "model_type": "x"}')
     (foreign / "generation_config.json").write_text("{}")

@@ -21,6 +21,7 @@ from support.rows import BadRows, usable
 # ---- Configuration: [train] of support/flags.toml is the full-size run, presets change some of it
 class TrainConfig(SimpleNamespace):
     def __init__(self, **given):
+        assert given.keys() <= cli.FLAGS["train"].keys(), f"no such settings in {[*given]}"
         super().__init__(**{k: f.get("default") for k, f in cli.FLAGS["train"].items()} | given)
 
 # ---- Data and model

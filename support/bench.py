@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from tabulate import tabulate
 import train
-from augment import augment, examples
-from data import TRANSCRIBE, Dataset, Sample, embedded, load_audio
-from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3, BorealisConfig, log_mel
+from data import TRANSCRIBE, Dataset, Sample, embedded
+from model import QWEN3_4B, SAMPLE_RATE, WHISPER_LARGE_V3
 from model import BorealisForConditionalGeneration as Borealis
-from support import banks, cli, corpus, engine, export, lora, meter, optim, ranks, recipes, tasks
+from support import cli, corpus, engine, export, lora, meter, optim, ranks, recipes, tasks
 from support.tiny import texts_of, tiny_config, train_tokenizer
 
 # ---- Models, clocks, tables
@@ -45,21 +44,6 @@ def take_turns(calls: list, rounds: int) -> np.ndarray:
 
 def print_rows(rows: list[dict] | dict[str, list]) -> None:
     print(tabulate(rows, "keys", "pipe", floatfmt=",.2f", missingval="-"), end="\n\n", flush=True)
-
-# ---- augment: each effect beside what every clip needs anyhow
-def bench_augment(args):
-    torch.set_num_threads(1)
-    table, rng = [], np.random.Generator(np.random.SFC64(0))
-    wave = np.concatenate([s.audio[0] for s in embedded("ru", "train", corpus.CHUNK)])
-    clips, sounds = load_audio(wave).split(10 * SAMPLE_RATE)[:-1], banks.open_banks()
-    def mels():
-        return [log_mel([clip], BorealisConfig()) for clip in clips]
-    for name, config in examples().items():
-        def effects(config=config):
-            return [augment(clip.numpy(), config, rng, *sounds) for clip in clips]
-        a, b = 10 * len(clips) / take_turns([effects, mels], 4)
-        table.append({"effect": name, "x real time": a, "log-mel": b, "x": a / b})
-    print_rows(table)
 
 # ---- gpu, train, generate, serve
 def time_answers(what: str, args):

@@ -62,8 +62,7 @@ def read_config(folder: Path) -> BorealisConfig | None:
 def load_part(cls: type, where: str, **settings):
     """cls.from_pretrained; any key must fit, but Whisper's head. Raises ValueError or OSError."""
     kind, wanted = hf.AutoConfig.from_pretrained(where).model_type, cls.config_class.model_type
-    if kind != wanted:
-        raise ValueError(f"{where} is a {kind} model, not {wanted}")
+    cli.refuse(kind != wanted, f"{where} is a {kind} model, not {wanted}", ValueError)
     model, info = cls.from_pretrained(where, output_loading_info=True, **settings)
     extra = [key for key in info["unexpected_keys"] if not key.startswith("proj_out.")]
     storage.check_state_dict(where, missing_keys=info["missing_keys"], unexpected_keys=extra)

@@ -5,6 +5,7 @@ import hmac
 import logging
 import os
 import re
+import traceback
 from collections import Counter
 from functools import partialmethod
 from uuid import uuid4
@@ -18,6 +19,8 @@ MB, MOST, SHARE, SECONDS, IDLE = (  # serve() puts its flags into the environmen
     float(os.environ.get(f"BOREALIS_{k.upper()}", v["default"])) for k, v in FLAGS["doors"].items())
 BYTES, TOO_LARGE, ID = int(MB * 2**20), f"more than {MB:g} MB in a request", "X-Request-Id"
 LATE = f"not done within {SECONDS:g} s", f"no event within {IDLE:g} s"  # a live socket
+HEADER = 2 ** 19  # bytes; uvicorn has no limit
+PREFLIGHT = {"origin", "access-control-request-method"}  # what CORSMiddleware itself answers
 LOG, plain_record = logging.getLogger("uvicorn.error"), logging.getLogRecordFactory()
 
 class Door(HttpToolsProtocol):
@@ -26,7 +29,19 @@ class Door(HttpToolsProtocol):
     def connection_made(self, transport):
         self.app_state = self.app_state | {"hang_up": transport.abort}  # for Visit, in the scope
         super().connection_made(transport)
+        self.size = 0  # of a header so far
         self.tick(0, None)
+    def data_received(self, data):
+        before, self.size = self.cycle, self.size + len(data)
+        super().data_received(data)
+        if self.cycle is not before or before and before.more_body:  # it is whole; a body comes
+            self.size = 0
+        elif self.size > HEADER:
+            self.transport.abort()
+    def handle_websocket_upgrade(self):
+        super().handle_websocket_upgrade()
+        if not self.transport.get_protocol().handshake_initiated:  # refused, but left open
+            self.transport.close()
     def tick(self, waited: int, before):
         request = self.cycle
         header = not request or request.response_complete
@@ -44,7 +59,8 @@ def without_words(*args, **kwargs) -> logging.LogRecord:
     """Problems in the log without values and exceptions' messages: they may be a client's text."""
     record = plain_record(*args, **kwargs)
     if record.levelno >= logging.WARNING:
-        kind = f" ({record.exc_info[0].__name__})" if record.exc_info else ""
+        kind, _, stack = record.exc_info or (None, None, None)
+        kind = f" ({kind.__name__} {traceback.extract_tb(stack)[-1:]})" if kind else ""
         record.msg, record.args, record.exc_info = str(record.msg).split("\n")[0] + kind, (), None
     return record
 
@@ -66,7 +82,7 @@ class Visit:
         except TimeoutError:
             return await self.end(503, LATE[self.live])
         if message["type"] == "websocket.receive":
-            self.until = None
+            self.until = asyncio.get_running_loop().time() + SECONDS
         self.status = message.get("code", self.status)
         self.size += len(message.get("body", b""))
         return message if self.size <= BYTES else await self.end(413, TOO_LARGE)
@@ -96,7 +112,7 @@ class Doors:
         self.app, self.held = app, Counter()  # requests and live sockets now, by client
         logging.setLogRecordFactory(without_words)
         LOG.addFilter(lambda r: r.levelno > logging.INFO or "websockets" not in r.pathname)
-    def refusal(self, visit: Visit) -> list | None:  # status and reason
+    def refusal(self, visit: Visit) -> tuple[int, str] | None:  # status and reason
         scope, headers = visit.scope, visit.headers
         if scope["path"].removeprefix(scope.get("root_path", "")) == "/health":
             return None
@@ -104,13 +120,15 @@ class Doors:
         told = headers.get("authorization", "").encode("latin-1")
         known = [hmac.compare_digest(told[7:], key.encode()) for key in keys]
         known = told[:7].lower() == b"bearer " and any(known)
-        asks = scope.get("method") == "OPTIONS" and "access-control-request-method" in headers
-        refusals = [  # a browser's question is answered by CORSMiddleware
-            (keys and not known and not asks, 401, "no valid key in the header Authorization"),
-            (int(headers.get("content-length", 0)) > BYTES, 413, TOO_LARGE),
-            (self.held.total() >= MOST, 429, f"{MOST:g} requests at once already: try again"),
-            (self.held[visit.client] >= max(1, MOST * SHARE), 429, "too many of yours: try again")]
-        return next((why for wrong, *why in refusals if wrong), None)
+        preflight = scope.get("method") == "OPTIONS" and {*headers} >= PREFLIGHT
+        if keys and not known and not preflight:
+            return 401, "no valid key in the header Authorization"
+        if int(headers.get("content-length", 0)) > BYTES:
+            return 413, TOO_LARGE
+        if self.held.total() >= MOST:
+            return 429, f"{MOST:g} requests at once already: try again"
+        share = max(1, MOST * SHARE)
+        return (429, "too many of yours: try again") if self.held[visit.client] >= share else None
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)

@@ -8,7 +8,7 @@ import torch
 import model
 from data import TRANSCRIBE, Sample
 from support import checkpoint, decoding, export
-from support.cli import UserError, as_user_error, cache_dir, digest
+from support.cli import as_user_error, cache_dir, digest, refuse
 from support.recipes import TABLES
 
 INSTALLED = util.find_spec("vllm") is not None
@@ -30,8 +30,7 @@ def keep_inside() -> tempfile.TemporaryDirectory:  # for temporary files and soc
     return folder
 
 def check_installed() -> None:
-    if not INSTALLED:
-        raise UserError("no vLLM: make vllm (into .venv), or, for a GPU, pip install vllm==0.32.0")
+    refuse(not INSTALLED, "no vLLM: make vllm, or, for a GPU, pip install vllm==0.32.0")
 
 def loading(ckpt: str | Path):  # "with loading(ckpt):" what goes wrong is a UserError
     return as_user_error(f"cannot load {ckpt} into vLLM: ", ValueError, OSError, RuntimeError)
@@ -40,10 +39,11 @@ def servable(ckpt: str | Path, encoder=model.ENCODER, llm=model.LLM) -> Path:
     """Any checkpoint -> itself if exported, or an up-to-date export. ValueError or OSError."""
     folder = checkpoint.find_checkpoint(ckpt)
     config = checkpoint.read_config(folder)
-    if hasattr(config, "auto_map") and (folder / "generation_config.json").is_file():
-        return folder  # exported
-    template = Path(__file__).with_name("chat_template.jinja")
-    code = Path(model.__file__).read_bytes(), template.read_bytes()
+    template = Path(__file__).with_name("chat_template.jinja").read_bytes()
+    own = folder / "chat_template.jinja"  # an exported folder's may be an old one
+    if hasattr(config, "auto_map") and own.is_file() and own.read_bytes() == template:
+        return folder
+    code = Path(model.__file__).read_bytes(), template
     place = cache_dir() / f"served-{digest(decoding.digest_model(folder), encoder, llm, code)}"
     if not place.exists():
         export.export(folder, place, encoder, llm)

@@ -33,8 +33,7 @@ class BadRows:
     def __init__(self, strict: bool = False):
         self.strict, self.reasons, self.first = strict, Counter(), {}
     def add(self, reason: str, where: str) -> None:
-        if self.strict:
-            raise cli.UserError(f"{where}: {reason} (--strict stops at the first bad row)")
+        cli.refuse(self.strict, f"{where}: {reason} (--strict stops at the first bad row)")
         self.reasons[reason] += 1
         self.first.setdefault(reason, where)
     def check(self, total: int, name: str) -> None:  # UserError if too many of `total` are unusable
@@ -76,10 +75,9 @@ def usable(samples: list, dataset, bad: BadRows) -> list:
 
 def check_text(text, empty: bool = False, recordings: int | None = None) -> str:
     """-> stripped, or BadRow. empty: "" will do. recordings: of a question about so many."""
-    if not isinstance(text, str) or not (text.strip() or empty):
-        raise BadRow("empty text")
-    if re.search("[\ud800-\udfff]", text):
-        raise BadRow("broken text")  # half a character
+    cli.refuse(not isinstance(text, str) or not (text.strip() or empty), "empty text", BadRow)
+    # Half a character, or checkpoint.ESCAPE, which tokenizers drop.
+    cli.refuse(re.search("[\ud800-\udfff\ufdd0]", text), "broken text", BadRow)
     if recordings is not None and text.replace(TAG_PAIR, AUDIO).count(AUDIO) not in (0, recordings):
         raise BadRow("placeholders and recordings differ in number")
     return text.strip()
@@ -100,8 +98,7 @@ def decode(source):
             while len(block := sound.read(BLOCK // sound.channels, "float32", True)):
                 yield block.mean(axis=1)
         return
-    if not PYAV:
-        raise BadRow("m4a, mp4 or webm: needs PyAV, pip install av")
+    cli.refuse(not PYAV, "m4a, mp4 or webm: needs PyAV, pip install av", BadRow)
     import av
     with av.open(file, format=kind) as container:
         stream = container.streams.audio[0]
@@ -115,8 +112,7 @@ def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_S
     Raises BadRow, for silence too if unwanted. Memory follows what a file holds, not its header."""
     if isinstance(source, np.ndarray):
         return torch.from_numpy(source.astype(np.float32) / 32768)
-    if isinstance(source, str) and not os.path.isfile(source):
-        raise BadRow("missing file")
+    cli.refuse(isinstance(source, str) and not os.path.isfile(source), "missing file", BadRow)
     try:
         sound = decode(source)
         n, rate, blocks = 0, next(sound), [np.zeros(0, np.float32)]
@@ -126,17 +122,13 @@ def load_audio(source, min_seconds=MIN_SECONDS, silence=False, max_seconds=MAX_S
             n += len(block)
     except Exception as e:  # of many kinds, some PyAV's own
         raise e if isinstance(e, BadRow) else BadRow("not audio") from None
-    if not 1000 <= rate <= 1_000_000:
-        raise BadRow(f"a sample rate of {rate} Hz")
-    if n > most:
-        raise TooLong(f"longer than {most / rate:g} s")
+    cli.refuse(not 1000 <= rate <= 1_000_000, f"a sample rate of {rate} Hz", BadRow)
+    cli.refuse(n > most, f"longer than {most / rate:g} s", TooLong)
     wave = torch.from_numpy(np.concatenate(blocks))
-    if len(wave) < max(1, min_seconds * rate):
-        raise BadRow(f"shorter than {min_seconds} s")
+    cli.refuse(len(wave) < max(1, min_seconds * rate), f"shorter than {min_seconds} s", BadRow)
     try:
         wave = check_wave(processing.resample(wave, rate))
     except ValueError as e:
         raise BadRow(str(e)) from None
-    if wave.abs().max() < 1e-6 and not silence:
-        raise BadRow("silent")
+    cli.refuse(wave.abs().max() < 1e-6 and not silence, "silent", BadRow)
     return wave

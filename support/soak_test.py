@@ -560,6 +560,8 @@ def soak(clients: int, minutes: float, seed: int = 0) -> tuple[list, list[str]]:
                   clients=clients, requests_per_s=len(timed) / 60 / minutes)
     left = grown[-1]["files"] - grown[0]["files"]
     failures = problems + ([f"{left} files left open"] if left > 0 else [])
+    if minutes >= 5 and (growth := grown[-2]["growth %"]) > 3:  # sooner, caches still fill up
+        failures.append(f"memory has grown by {growth:.1f} % since the first minute")
     return [by_kind(timed), errors(first + timed), [beside], grown], failures
 
 def main(args, show) -> int:

@@ -80,13 +80,14 @@ def explained(e: Exception, out: str | Path) -> Exception:
     """What ends a run -> an OSError that says what is left, if the machine did it; else itself."""
     if isinstance(e, torch.OutOfMemoryError):
         return cli.UserError(f"use --grad_checkpoint or a lower --batch_size: {cli.first_line(e)}")
-    if "DataLoader worker" in str(e) or "gloo" in str(e):  # which lost the other rank
+    lost = "DataLoader worker (pid", "gloo"  # torch's words when a loader or another rank is gone
+    if isinstance(e, RuntimeError) and any(words in str(e) for words in lost):
         e = ChildProcessError("a process of the run was killed: too little memory?")
     if isinstance(e, BrokenPipeError) or not isinstance(e, OSError):
         return e
     Saver.thread.submit(int).result()  # what is being written is written first
     last = ["none", *steps_in(out)][-1]
-    return OSError(f"{cli.first_line(e)}; last checkpoint: {last}. Make room, then --resume")
+    return OSError(f"{cli.first_line(e)}; last checkpoint: {last}. Fix that, then --resume if any")
 
 def prune(folders: list[Path]) -> None:  # half deleted, none looks like a checkpoint
     for old in folders:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 import pytest
 from conftest import HERE, needs_vllm, start, tone, wait_for, wav_bytes
@@ -104,12 +105,34 @@ def test_who_stops_is_sent_away(server):
         lambda: server.raw(head("10.0.0.3", content_length=999) + b"{"),
         lambda: server.raw(head("10.0.0.4", transfer_encoding="chunked") + body),
         lambda: server.raw(head("10.0.0.5", "GET /health", content_length=9) + b"{"),
-        lambda: server.raw(head("10.0.0.6", "GET /v1/realtime", **UPGRADE)))  # ignores our close
+        lambda: server.raw(head("10.0.0.6", "GET /v1/realtime", **UPGRADE)),  # ignores our close
+        lambda: server.raw(head("10.0.0.7", "GET /v1/realtime", **UPGRADE, content_length=5)),
+        lambda: server.raw(head("10.0.0.8", "GET /v1/realtime", **UPGRADE, x="y" * 9000)))
     assert max(seconds for _, seconds in answers) < 6, answers  # 4, where nobody is busy
     said = [got.split(b"\r\n")[0] for got, _ in answers]
     assert said == [b"", b"", b"", b"HTTP/1.1 200 OK", b"", b"", b"HTTP/1.1 200 OK",
-                    b"HTTP/1.1 101 Switching Protocols"]
-    assert b"no event within 4 s" in answers[-1][0]
+                    b"HTTP/1.1 101 Switching Protocols", b"", b""]
+    assert b"no event within 4 s" in answers[-3][0]
+
+def test_headers_end(server):
+    """Nobody may fill the memory with one, before or behind another request, with a key or none."""
+    start = b"GET /v1/models HTTP/1.1\r\n"
+    def pour(first: bytes, line: bytes):
+        sent = 0
+        with (socket.create_connection(("127.0.0.1", server.port)) as s,
+              contextlib.suppress(ConnectionError)):
+            s.sendall(first)
+            while sent < 1 << 26:
+                s.sendall(line)
+                sent += len(line)
+        return sent
+    slow = json.dumps(server.chat("а", max_tokens=200, **ENDLESS)).encode()
+    busy = head("10.0.0.9", content_type="application/json", content_length=len(slow)) + slow
+    sent = all_at_once(*(partial(pour, first, line * 999) for first in (start, busy + start)
+                         for line in (b"a:b\r\n", b"c: " + b"d" * 200 + b"\r\n")),
+                       lambda: pour(b"GET /", b"e" * 9999))
+    assert max(sent) < 16 << 20, sent  # what the sockets between us hold
+    assert server.http.post(CHAT, json=server.chat("а")).status_code == 200
 
 def test_who_is_slow_is_served(server):
     body = json.dumps(server.chat("привет")).encode()
@@ -121,15 +144,23 @@ def test_who_is_slow_is_served(server):
     def listen():
         with server.live() as socket:
             json.loads(socket.recv())
-            socket.send('{"type": "session.update", "model": "borealis"}')
-            time.sleep(9)  # longer than a request may take
+            for _ in range(3):  # longer than a request may take
+                socket.send('{"type": "session.update", "model": "borealis"}')
+                time.sleep(3.5)
             socket.send("{}")
             return json.loads(socket.recv())["code"]
+    def sleep():
+        with server.live() as socket:
+            socket.recv()
+            socket.send('{"type": "session.update", "model": "borealis"}')
+            with pytest.raises(websockets.ConnectionClosed) as e:
+                socket.recv()
+            return e.value.rcvd.code
     headers = {"content-type": "application/json"}
     def post():
         return server.http.post(CHAT, content=drip(), headers=headers)
-    answer, code = all_at_once(post, listen)
-    assert answer.status_code == 200 and code == "unknown_event"
+    answer, code, closed = all_at_once(post, listen, sleep)
+    assert answer.status_code == 200 and code == "unknown_event" and closed == 1008
 
 def test_sizes(server):
     def pour():
@@ -275,7 +306,9 @@ def test_no_cors(server):
     assert question.status_code == 400 and "Disallowed CORS origin" in question.text
     for answer in question, server.http.get("/v1/models", headers=ask):
         assert "access-control-allow-origin" not in answer.headers
-    assert httpx.options(server.url + CHAT, headers=dict(origin=ask["origin"])).status_code == 401
+    for name in ask:  # a question needs both
+        for path in CHAT, "/metrics":
+            assert httpx.options(server.url + path, headers={name: ask[name]}).status_code == 401
 
 def canaries(server):
     """Requests of every kind, right and wrong, with a word that no log may have."""

@@ -1108,7 +1108,8 @@ def test_server_survives_what_no_friend_sends(clients, net):
     print(f"\n{table(first)}\nafter one pass: {before}\nat the end: {after}")
     faults = [f"{o.case.kind}, {o.case.name}: {o.fault}" for o in first + second if o.fault]
     assert not faults, "\n".join(faults)
-    assert max(o.seconds for o in first + second) < 30  # 5 s, where nothing else runs
+    slow = [o.seconds for o in first + second if o.seconds > 5]  # none, where nothing else runs
+    assert len(slow) < 0.01 * len(first + second) and max(slow, default=0) < 30, slow
     assert after["memory"] < 1.03 * before["memory"], (before, after)
     assert after["files"] <= before["files"] + 2, (before, after)
     assert after["threads"] <= before["threads"] + 8, (before, after)  # pools fill up

@@ -71,8 +71,7 @@ def transcribe(answer, window: int, batch_size: int, cfg, planned: list) -> None
             segments, seconds = pauses.timed([piece for _, (piece,), _ in jobs], texts)
             text = " ".join(pauses.spoken(segments))
             deliver(dict(audio=name, text=text, cut=any(cuts)), paths, segments, seconds)
-    if len(errors) == len(planned):
-        raise cli.UserError(f"no recording is usable: {errors[0]}")
+    cli.refuse(len(errors) == len(planned), f"no recording is usable: {errors[:1]}")
 
 def main() -> None:
     cfg = cli.ArgumentParser().add_tables("model", "transcribe", "native").parse_args()

@@ -3,6 +3,7 @@ import asyncio
 import json
 import math
 import os
+import threading
 import time
 import zlib
 from itertools import starmap
@@ -31,6 +32,7 @@ from support import cli, context, engine, pauses, recipes, rows
 # In the environment, which reaches all of vLLM's processes. GUARD "0": off
 LIMIT, GUARD = "BOREALIS_MAX_AUDIO_SECONDS", "BOREALIS_LOOP_GUARD"
 os.environ.update(recipes.TABLES["vllm_uploads"] | os.environ)
+AT_ONCE = threading.Semaphore(2)  # recordings decoded: a tiny file may take a gigabyte
 SLIPS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, UnicodeError,
          ValidationError)
 
@@ -51,7 +53,8 @@ Request.json, plain_refuse = parse, exception.create_error_response
 exception.create_error_response = vllm_error.create_error_response = refuse
 
 def decode(data: bytes) -> torch.Tensor:  # (samples,) float32 at 16 kHz, or ValueError
-    return rows.load_audio(data, silence=True, max_seconds=float(os.environ[LIMIT]))
+    with AT_ONCE:
+        return rows.load_audio(data, silence=True, max_seconds=float(os.environ[LIMIT]))
 
 def load_audio_for_vllm(file, **_) -> tuple[np.ndarray, int]:
     return decode(file.read_bytes() if isinstance(file, Path) else file.read()).numpy(), SAMPLE_RATE
