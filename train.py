@@ -19,8 +19,8 @@ from support.context import Context
 from support.rows import BadRows, usable
 
 # ---- Configuration: [train] of support/flags.toml is the full-size run, presets change some of it:
-# LoRA of rank 256 and the adapter, AdamW at 1e-5 with warm-up and a cosine, 1624 steps of 128 samples
-# (8 GPUs x batch 1 x accumulation 16), rows of at most 2048 tokens. `train.py --help` shows all.
+# LoRA of rank 256 and the adapter, AdamW at 1e-5 with warm-up and a cosine, 1624 steps of 128 rows
+# (8 GPUs x batch 1 x accumulation 16) of at most 2048 tokens each. `train.py --help` shows all.
 class TrainConfig(SimpleNamespace):
     def __init__(self, **given):
         assert given.keys() <= cli.FLAGS["train"].keys(), f"no such settings in {[*given]}"
