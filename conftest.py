@@ -29,7 +29,7 @@ import data
 import model as nb
 import train
 from support import checkpoint as checkpoints
-from support import cli, engine, meter, recipes, storage, tiny
+from support import cli, decoding, engine, meter, recipes, storage, tiny
 from support.rows import load_audio
 
 openai = None
@@ -129,6 +129,8 @@ class Fork(FORKS.Process):
             os.dup2(file, number)
             os.close(file)
         os.environ.update(self.env)  # what imports have set stays
+        decoding.RANK = int(os.environ.get("RANK", 0))  # but this is read when it is imported
+        decoding.WORLD = int(os.environ.get("WORLD_SIZE", 1))
         os.chdir(self.cwd)
         sys.argv = [self.script, *self.argv]
         try:

@@ -1404,7 +1404,8 @@ def test_ranks_divide_the_work(ev, checkpoint, hub, baseline, tmp_path):
         part.write_text(json.dumps(row) + '\n{"split": "Rus')
     flags += ["--ckpt", checkpoint, "--max_new_tokens", 4, "--out", two]
     errors = fork_ranks(2, *flags, script="eval.py")
-    assert files_of(two)["answers"] == one.answers and "3 of 18 utterances answered" in errors
+    assert files_of(two)["answers"] == one.answers
+    assert errors.count("3 of 18 utterances answered") == 1  # only rank 0 says it
     assert len(list(two.iterdir())) == 4 and not list(two.glob("*.part*"))
 
 def test_the_benchmark_end_to_end(ev, hub, baseline, tmp_path):
