@@ -103,8 +103,9 @@ def torchrun(processes: int, *flags, script: str = "train.py", code: int = 0):
 # has computed nothing, start at once: for tests of what comes after.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([
-    "train", "eval", "conftest", "support.realtime", "support.uploads", "vllm.entrypoints.llm",
-    "vllm.entrypoints.launchers.api_server.entry", "vllm.v1.worker.cpu_worker"])
+    "train", "eval", "peft", "conftest", "support.realtime", "support.uploads",
+    "vllm.entrypoints.llm", "vllm.entrypoints.launchers.api_server.entry",
+    "vllm.v1.worker.cpu_worker"])
 
 def open_forks() -> None:
     with pytest.MonkeyPatch.context() as patch:  # what it starts with is what its forks know

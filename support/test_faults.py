@@ -2,19 +2,16 @@
 
 Faults are real: limits and mounts of the kernel, signals, files changed under a run's feet. Most
 runs are in this process, for they start at once; what must end by itself runs in one of its own."""
-import atexit
 import contextlib
 import itertools
 import math
-import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from pathlib import Path
 import numpy as np
@@ -24,9 +21,12 @@ import tqdm
 from torch.utils._pytree import tree_flatten
 import eval as evaluation
 import train
-from conftest import HERE, exit_of, is_one_line, newest, rows_in, tone, wav_bytes, write_manifest
+from conftest import HERE, Fork, exit_of, free_port, is_one_line, newest, rows_in, tone, wav_bytes
+
+# isort: split
+from conftest import write_manifest
 from support import checkpoint as ckpt
-from support import cli, decoding, export, meter, storage
+from support import cli, export, meter, storage
 
 FAST = ["--preset", "tiny", "--workers", "0", "--curriculum", "none", "--silence", "0",
         "--effective_batch", "4", "--steps", "6", "--save_every", "2"]
@@ -85,54 +85,25 @@ def after_step(monkeypatch):
     monkeypatch.setattr(meter.Log, "write", written)
     return acts.__setitem__
 
-def child(pipe, argv: list[str], most: int, env: dict) -> None:  # as python train.py ARGV
-    for number in (1, 2):
-        os.dup2(pipe.fileno(), number)
-    os.environ |= env
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
-    decoding.RANK, decoding.WORLD = (int(env.get(k, v)) for k, v in
-                                     (("RANK", 0), ("WORLD_SIZE", 1)))
-    multiprocessing.set_start_method("fork", force=True)  # of loaders, as without us
-    sys.argv = ["train.py", *argv]
-    try:
-        cli.run(train.main)
-    finally:
-        atexit._run_exitfuncs()  # which multiprocessing's processes leave out
-
-class Run:
-    """A run in a process of its own, forked from one that has imported all and computes nothing."""
-    def __init__(self, *argv, most: int = resource.RLIM_INFINITY, **env):  # bytes of a file
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["train", "peft", "support.test_faults"])
-        reader, writer = server.Pipe(duplex=False)
-        self.output = []
-        with writer:
-            args = writer, [*map(str, argv)], most, {k: str(v) for k, v in env.items()}
-            self.process = server.Process(target=child, args=args)
-            self.process.start()
-        self.listens = threading.Thread(target=self.listen, args=[reader])
-        self.listens.start()
-    def listen(self, reader) -> None:  # until all that may write have ended
-        with reader:
-            while some := os.read(reader.fileno(), 1 << 16):
-                self.output.append(some)
-    def wait(self, seconds: float = 120) -> tuple:  # -> (exit code, "", what it said)
-        self.process.join(seconds)
-        ended = self.process.exitcode
-        self.process.kill()
-        self.listens.join(60)
-        return ended, "", b"".join(self.output).decode()
-
-@pytest.fixture(scope="module", autouse=True)
-def forks():  # the environment of all that is forked
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", str(HERE))
-        yield
+class Run(Fork):
+    """train.py in a process of its own, none of whose files grows beyond `most` bytes."""
+    def __init__(self, *argv, most: int = resource.RLIM_INFINITY, **env):
+        self.most, (file, said) = most, tempfile.mkstemp()
+        os.close(file)
+        super().__init__("train.py", *argv, out=Path(said), **{k: str(v) for k, v in env.items()})
+    def run(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.most, resource.RLIM_INFINITY))
+        super().run()
+    def outcome(self, seconds: float = 120) -> tuple:  # (exit code, "", what it said)
+        self.join(seconds)
+        ended = self.exitcode
+        self.kill()
+        said = self.out.read_text()
+        self.out.unlink()
+        return ended, "", said
 
 def ranks(*argv, **more) -> list[Run]:  # two, without torchrun, whose agent would end what hangs
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port = s.getsockname()[1]
+    port = free_port()
     return [Run(*argv, **more, RANK=rank, WORLD_SIZE=2, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=port) for rank in (0, 1)]
 
@@ -222,11 +193,11 @@ def test_disk_full_from_the_start(run, disk):
 
 def test_disk_full_on_rank_0_ends_rank_1(manifest, tmp_path):
     flags = [*FAST, "--train_manifest", manifest, "--batch_size", 2, "--out", tmp_path / "out"]
-    ended = [rank.wait() for rank in ranks(*flags, most=1_000_000)]
+    ended = [rank.outcome() for rank in ranks(*flags, most=1_000_000)]
     check(tmp_path / "out", ended[0], "cannot write to")
     assert ended[1][0] == 1 and "Traceback" not in ended[1][2], ended[1]
     for rank in ranks(*flags):
-        assert (ended := rank.wait())[0] == 0, ended
+        assert (ended := rank.outcome())[0] == 0, ended
 
 def shell(*command) -> None:  # skips the test if it cannot be done here
     done = shutil.which(command[0]) and subprocess.run(command, capture_output=True)
@@ -289,7 +260,7 @@ def children(pid: int) -> dict[str, int]:
 
 def finish(runs: list[Run]) -> None:
     for one in runs:
-        assert (ended := one.wait())[0] == 0, ended
+        assert (ended := one.outcome())[0] == 0, ended
 
 def test_sigkill_of_one_of_two_ranks(manifest, tmp_path):
     """Under torchrun, and without its agent, which would end what hangs."""
@@ -308,10 +279,10 @@ def test_sigkill_of_one_of_two_ranks(manifest, tmp_path):
     check(out, (agent.returncode, "", err), "was killed", last=str(newest(out)))
     first, second = ranks("--resume", "--out", out)
     before = newest(out)
-    wait_for(lambda: newest(out) != before, first.process.is_alive)
-    first.process.kill()
-    check(out, second.wait(60), "was killed", last=str(newest(out)))
-    assert first.wait()[0] == -signal.SIGKILL and newest(out).name < "step-0000040"
+    wait_for(lambda: newest(out) != before, first.is_alive)
+    first.kill()
+    check(out, second.outcome(60), "was killed", last=str(newest(out)))
+    assert first.outcome()[0] == -signal.SIGKILL and newest(out).name < "step-0000040"
     finish(ranks("--resume", "--out", out))
     assert state_of(out) == state_of(whole)
 
@@ -320,10 +291,10 @@ def test_sigkill_of_a_loader_process(manifest, tmp_path):
     flags = [*FAST, "--train_manifest", manifest, "--steps", 40]
     finish([Run(*flags, "--out", whole)])
     one = Run(*flags, "--workers", 2, "--out", out)
-    wait_for(lambda: storage.steps_in(out), one.process.is_alive)
-    loaders = children(one.process.pid)
+    wait_for(lambda: storage.steps_in(out), one.is_alive)
+    loaders = children(one.pid)
     os.kill(max(loaders.values()), signal.SIGKILL)
-    check(out, one.wait(60), "was killed", last=str(newest(out)))
+    check(out, one.outcome(60), "was killed", last=str(newest(out)))
     assert len(loaders) >= 2 and newest(out).name < "step-0000040"
     finish([Run("--resume", "--out", out)])
     assert state_of(out) == state_of(whole)
@@ -360,21 +331,21 @@ def test_twenty_kills_in_saves_and_six_elsewhere(stand_ins, tmp_path):
         return Run(*(["--resume"] if step() else stand_ins), "--out", killed)
     finish([Run(*stand_ins, "--out", whole)])
     began, one, halves = time.perf_counter(), start(), 0
-    wait_for(step, one.process.is_alive)
+    wait_for(step, one.is_alive)
     first = time.perf_counter() - began  # seconds to the first checkpoint
     for moment in rng.permutation(["save"] * 20 + ["start"] * 3 + ["any"] * 3):
         if moment == "start":
             time.sleep(first * rng.uniform(0.1, 0.6))
-            one.process.kill()
+            one.kill()
         else:
             wanted = step() + rng.integers(1, 3)
-            wait_for(lambda wanted=wanted: step() >= wanted, one.process.is_alive)
+            wait_for(lambda wanted=wanted: step() >= wanted, one.is_alive)
             if moment == "save":
-                kill_in_a_save(one.process, killed, rng.uniform(0, 0.02))
+                kill_in_a_save(one, killed, rng.uniform(0, 0.02))
             else:
                 time.sleep(rng.uniform(0, 0.1))
-                one.process.kill()
-        assert one.wait()[0] == -signal.SIGKILL
+                one.kill()
+        assert one.outcome()[0] == -signal.SIGKILL
         halves += half_done(killed)
         one = start()
     assert halves >= 20 and 20 < step() < 120

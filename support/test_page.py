@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 import data
-from conftest import HERE, Fork, exit_of, is_one_line, tone, wav_bytes
+from conftest import HERE, Fork, exit_of, free_port, is_one_line, tone, wav_bytes
 from support import corpus
 from support import page as support_page
 from support.pauses import cut_at_pauses, without_thoughts
@@ -33,10 +33,6 @@ def sentence(why: str) -> str:
 
 SENTENCES = [sentence(why) for why in (
     "missing file", "not audio", "silent", "longer than 20 s", "empty text", "placeholders")]
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return s.getsockname()[1]
 
 @contextlib.contextmanager
 def page_at(folder, *flags):
